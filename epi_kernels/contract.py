@@ -1,0 +1,114 @@
+"""What every operation of the package agrees on: scalars, score keys, and the checks of its arguments.
+
+Backends import this module and nothing above it. A check stands here once; a backend assumes that it has passed.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# A score is a non-negative float32, so its bits, read as an integer, order as its value does. The 31 bits below the
+# sign are cut into digits, highest first; the first one alone has 16 bins for each factor of two (see `threshold`).
+KEY_DIGITS = (12, 10, 9)
+
+# Below this a float32 is subnormal. Hardware that flushes subnormals and hardware that keeps them must protect the
+# same entries, so an importance below it counts as 0 everywhere.
+SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
+
+
+class Scalars(NamedTuple):
+    """The numbers of one AdamW step of one tensor, computed once in double; a backend rounds them to its arithmetic.
+
+    Every backend sees the same ``1 - beta`` and the same bias corrections, so that none is computed twice with
+    different roundings.
+    """
+
+    sign: float  # of the gradient: -1 maximizes
+    decay: float  # 1 - lr * weight_decay
+    beta1: float
+    one_minus_beta1: float
+    beta2: float
+    one_minus_beta2: float
+    step_size: float  # lr / (1 - beta1^t)
+    bias_correction2_sqrt: float  # sqrt(1 - beta2^t)
+    eps: float
+    importance_beta: float
+    one_minus_importance_beta: float
+
+    @classmethod
+    def of(cls, group: dict[str, Any], step: float) -> "Scalars":
+        """Return the scalars of a parameter group at `step` (1 is the first).
+
+        Args:
+            group: lr, betas, eps, weight_decay and maximize as torch.optim.AdamW keeps them; importance_beta if any.
+            step: the parameter's own clock, after this step was counted.
+        """
+        beta1, beta2 = (float(beta) for beta in group["betas"])
+        lr = float(group["lr"])
+        importance_beta = group.get("importance_beta", 0.0)
+        return cls(
+            sign=-1.0 if group["maximize"] else 1.0,
+            decay=1.0 - lr * group["weight_decay"],
+            beta1=beta1,
+            one_minus_beta1=1.0 - beta1,
+            beta2=beta2,
+            one_minus_beta2=1.0 - beta2,
+            step_size=lr / (1.0 - beta1**step),
+            bias_correction2_sqrt=math.sqrt(1.0 - beta2**step),
+            eps=group["eps"],
+            importance_beta=importance_beta,
+            one_minus_importance_beta=1.0 - importance_beta,
+        )
+
+
+def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which a step of a parameter of `dtype` is computed and its moments are kept.
+
+    float32 for everything but float64, which stays as it is.
+    """
+    return torch.promote_types(dtype, torch.float32)
+
+
+def budget(isolation_ratio: float, eligible: int) -> int:
+    """Return k = floor(p * d + 1e-9), the number of entries to protect, in double (spec of Eq. 9).
+
+    Example:
+        >>> budget(0.01, 250), budget(0.29, 100)
+        (2, 29)
+    """
+    # 0.29 * 100 is 28.999999999999996: without the 1e-9 one entry would be lost to the binary fraction
+    return math.floor(isolation_ratio * eligible + 1e-9)
+
+
+def check_lists(**lists: Sequence[Tensor | None]) -> None:
+    """Check that the tensors of an operation belong together; the first list decides.
+
+    Args:
+        lists: name -> tensors. An empty list is absent; a None in a list skips its position. Entry i of each list
+            must have the shape and the device of entry i of the first list.
+
+    Raises:
+        ValueError: lengths, shapes or devices differ; the message names the list, the position and both values.
+        TypeError: a tensor is neither floating point nor int8.
+    """
+    (first, owners), *others = lists.items()
+    for name, tensors in others:
+        if tensors and len(tensors) != len(owners):
+            raise ValueError(f"{name} has {len(tensors)} tensors but {first} has {len(owners)}; pass one for each")
+    for name, tensors in lists.items():
+        for i, (tensor, owner) in enumerate(zip(tensors, owners, strict=False)):
+            if tensor is None or owner is None:
+                continue
+            if tensor.dtype not in (*FLOATING, torch.int8):
+                raise TypeError(f"{name}[{i}] is {tensor.dtype}; the operations take {', '.join(map(str, FLOATING))}")
+            if tensor.shape != owner.shape:
+                raise ValueError(
+                    f"{name}[{i}] has shape {tuple(tensor.shape)} but {first}[{i}] has {tuple(owner.shape)}"
+                )
+            if tensor.device != owner.device:
+                raise ValueError(f"{name}[{i}] is on {tensor.device} but {first}[{i}] is on {owner.device}")

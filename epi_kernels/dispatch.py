@@ -1,0 +1,83 @@
+"""Which backend runs an operation, and why: the only place where that is decided.
+
+A backend of an operation is a module ``epi_kernels/ops/<stem>/<backend>.py`` that has a function of the operation's
+name. Modules are imported when first chosen, so that a missing compiler or GPU costs nothing.
+"""
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+# "auto" takes the first that can run; the order is by speed
+BACKENDS = ("triton", "native", "reference")
+
+# operation -> the folder of epi_kernels/ops that holds it
+STEMS = {
+    "masked_adamw_": "masked_adamw",
+    "importance_": "importance",
+    "score_histogram": "threshold",
+    "lock_": "threshold",
+}
+
+
+class Choice(NamedTuple):
+    """The backend that runs an operation on a device."""
+
+    backend: str
+    reason: str
+    run: Callable[..., Any]
+
+
+@functools.cache
+def choose(operation: str, device_type: str, requested: str) -> Choice:
+    """Return the backend that runs `operation`, one of STEMS, on tensors of `device_type`.
+
+    Args:
+        operation: a key of STEMS.
+        device_type: "cpu", "cuda", ...
+        requested: "auto", or one of BACKENDS, which then runs or raises: never a quiet fallback.
+
+    Raises:
+        ValueError: `requested` is unknown.
+        NotImplementedError: the requested backend is not part of this version.
+    """
+    check(requested)
+    for backend in BACKENDS if requested == "auto" else (requested,):
+        if not _is_built(operation, backend):
+            continue
+        module = importlib.import_module(f"epi_kernels.ops.{STEMS[operation]}.{backend}")
+        reason = "requested" if requested == backend else f"the fastest here for {device_type}"
+        return Choice(backend, reason, getattr(module, operation))
+    raise AssertionError(f"{operation} has no reference backend")  # held by a test
+
+
+def check(requested: str) -> None:
+    """Check that a backend can be asked for by that name, as `choose` would, for every operation.
+
+    Raises:
+        ValueError: the name is unknown.
+        NotImplementedError: the backend is not part of this version.
+    """
+    if requested != "auto" and requested not in BACKENDS:
+        raise ValueError(f"Invalid backend: {requested!r}; choose one of {('auto', *BACKENDS)}")
+    missing = [operation for operation in STEMS if requested != "auto" and not _is_built(operation, requested)]
+    if missing:
+        raise NotImplementedError(
+            f"backend={requested!r} has no {', '.join(missing)} in this version; use backend='auto' or 'reference'"
+        )
+
+
+def explain(device: torch.device, requested: str) -> str:
+    """Return one line that names the backend of each operation on `device`."""
+    choices = {operation: choose(operation, device.type, requested).backend for operation in STEMS}
+    if len(set(choices.values())) == 1:
+        return next(iter(choices.values()))
+    return ", ".join(f"{operation} {backend}" for operation, backend in choices.items())
+
+
+def _is_built(operation: str, backend: str) -> bool:
+    return importlib.util.find_spec(f"epi_kernels.ops.{STEMS[operation]}.{backend}") is not None

@@ -1,0 +1,43 @@
+"""The lock: one sign bit per entry says whether it is protected.
+
+An importance is never negative (S >= 0), so its sign bit is free. A protected entry stores ``-S``, ``-0.0`` included;
+a free entry stores ``+S``. The mask therefore needs no tensor of its own, has the parameter's shape, and is sharded,
+saved and resharded together with the importance. A static mask has no importance and keeps the same rule in one byte.
+
+This module is the only place that reads or writes the bit. It is the *bit* that counts, not ``S < 0``: -0.0 and NaN
+carry it too.
+"""
+
+import torch
+from torch import Tensor
+
+
+def is_locked(lock: Tensor) -> Tensor:
+    """Return which entries are protected: a bool tensor of the same shape, True = protected."""
+    return torch.signbit(lock)
+
+
+def magnitude(lock: Tensor) -> Tensor:
+    """Return the importance that `lock` carries: the same values with the sign bit cleared."""
+    return lock.abs()
+
+
+def with_lock(importance: Tensor, locked: Tensor) -> Tensor:
+    """Return `importance` with the sign bit of each entry set where `locked` and cleared elsewhere.
+
+    Args:
+        importance: floating point, any shape; its own sign bits are ignored.
+        locked: bool, same shape; True = protected.
+
+    Example:
+        >>> with_lock(torch.tensor([0.0, 2.0, 3.0]), torch.tensor([True, False, True]))
+        tensor([-0., 2., -3.])
+    """
+    # copysign, not a product with -1: the product of a NaN has an unspecified sign
+    sign = torch.where(locked, -1.0, 1.0).to(importance.dtype)
+    return torch.copysign(importance, sign)
+
+
+def static_lock(locked: Tensor) -> Tensor:
+    """Return a one-byte lock without importance: int8, -1 where `locked` (bool, any shape), else 0."""
+    return -locked.to(torch.int8)

@@ -1,0 +1,92 @@
+"""The per-element mathematics in plain torch, a function per equation; it works in float32 and float64 on any device.
+
+What decides a mask rounds operation by operation, in the order written here, so that every backend can reproduce its
+bits; what moves a parameter rounds as torch.optim.AdamW does. No function changes its arguments.
+"""
+
+import torch
+from torch import Tensor
+
+from epi_kernels import lock
+from epi_kernels.contract import SMALLEST_NORMAL
+
+
+def importance_average(importance: Tensor, grad: Tensor, beta: float, one_minus_beta: float) -> Tensor:
+    """Return beta * S + (1 - beta) * g * g, EPI Eq. 5, each product and the sum rounded on their own.
+
+    Masks are compared bit for bit between backends, and not all of them have a fused multiply-add.
+    """
+    return importance * beta + grad * one_minus_beta * grad
+
+
+def first_moment(exp_avg: Tensor, grad: Tensor, one_minus_beta1: float) -> Tensor:
+    """Return m + (1 - beta1) * (g - m) of AdamW (arXiv 1711.05101), rounded as torch.optim.AdamW rounds it."""
+    # lerp multiplies and adds with one rounding. With two, where g and m nearly cancel, the step of a small weight was
+    # 48 ulp away from torch's
+    return torch.lerp(exp_avg, grad, one_minus_beta1)
+
+
+def second_moment(exp_avg_sq: Tensor, grad: Tensor, beta2: float, one_minus_beta2: float) -> Tensor:
+    """Return beta2 * v + (1 - beta2) * g * g of AdamW, rounded as torch.optim.AdamW rounds it: one multiply-add."""
+    return torch.addcmul(exp_avg_sq * beta2, grad, grad, value=one_minus_beta2)
+
+
+def moved(
+    param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, decay: float, step_size: float, correction: float, eps: float
+) -> Tensor:
+    """Return (1 - lr * lambda) * theta - step_size * m / (sqrt(v) / correction + eps), the AdamW step.
+
+    Args:
+        param: theta.
+        exp_avg: m, this step's gradient included; same shape and dtype.
+        exp_avg_sq: v, likewise.
+        decay: 1 - lr * lambda.
+        step_size: lr / (1 - beta1^t).
+        correction: sqrt(1 - beta2^t).
+        eps: added to the denominator.
+    """
+    return param * decay - exp_avg * step_size / (exp_avg_sq.sqrt() / correction + eps)
+
+
+def advanced_importance(
+    importance: Tensor, grad: Tensor, beta: float, one_minus_beta: float, *, keep_finite: bool
+) -> tuple[Tensor, Tensor]:
+    """Return (signed S after this gradient, how many g * g are not finite): EPI Eq. 5 with the locks untouched.
+
+    Args:
+        importance: signed S (`epi_kernels.lock`): float32, or the dtype of a second moment that serves as S.
+        grad: same shape, any floating dtype; squared in float32 or wider.
+        beta: the smoothing.
+        one_minus_beta: its complement.
+        keep_finite: True leaves S as it was where g * g is NaN or infinite, so that one bad batch cannot poison the
+            protection for ever; False lets it in, as AdamW does with its second moment.
+    """
+    dtype = torch.promote_types(importance.dtype, torch.float32)
+    grad = grad.to(dtype)
+    finite = (grad * grad).isfinite()
+    before = lock.magnitude(importance).to(dtype)
+    after = importance_average(before, grad, beta, one_minus_beta)
+    if keep_finite:
+        after = torch.where(finite, after, before)
+    return lock.with_lock(after.to(importance.dtype), lock.is_locked(importance)), (~finite).sum()
+
+
+def usable(importance: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (S in float32 with subnormals at 0, whether S is finite) of a signed importance (`epi_kernels.lock`)."""
+    value = lock.magnitude(importance).to(torch.float32)
+    return torch.where(value < SMALLEST_NORMAL, 0.0, value), value.isfinite()
+
+
+def score(importance: Tensor, layer_range: Tensor | None) -> Tensor:
+    """Return (S - mu) / (nu - mu), or S without a range: EPI Eq. 8 with eps = 0, float32, >= 0, same shape.
+
+    Args:
+        importance: signed (`epi_kernels.lock`). Subnormal counts as 0; what is not finite scores 0.
+        layer_range: [2], (mu, nu) of the layer, float32; where they are equal every score is 0. None: raw S.
+    """
+    value, valid = usable(importance)
+    if layer_range is not None:
+        low, high = layer_range.unbind()
+        value = (value - low) / (high - low)
+        valid = valid & (high > low)
+    return torch.where(valid, value, 0.0)

@@ -1,0 +1,1 @@
+"""Importance: the EMA of squared gradients with each layer's range."""

@@ -1,0 +1,35 @@
+"""Importance in plain torch: the EMA of squared gradients and, in the same pass, each layer's range."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from epi_kernels.ops.equations import advanced_importance, usable
+
+
+def importance_(
+    importances: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    nonfinite: Tensor,
+    betas: Tensor,
+    layers: Sequence[int],
+    layer_count: int,
+    keep_finite: bool,
+) -> Tensor:
+    """Advance where there is a gradient, return the ranges; contract: `epi_kernels.ops.importance_`."""
+    ranges = torch.tensor([[math.inf, -math.inf]], device=nonfinite.device).repeat(layer_count, 1)
+    for i, (importance, grad, layer) in enumerate(zip(importances, grads, layers, strict=True)):
+        if grad is not None:
+            beta, one_minus_beta = betas[i].tolist()
+            after, bad = advanced_importance(importance, grad, beta, one_minus_beta, keep_finite=keep_finite)
+            importance.copy_(after)
+            nonfinite[i] += bad
+        if importance.numel():
+            value, valid = usable(importance)
+            low = torch.where(valid, value, math.inf).amin()
+            high = torch.where(valid, value, -math.inf).amax()
+            ranges[layer, 0] = torch.minimum(ranges[layer, 0], low)
+            ranges[layer, 1] = torch.maximum(ranges[layer, 1], high)
+    return ranges

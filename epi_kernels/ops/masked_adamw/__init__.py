@@ -1,0 +1,1 @@
+"""Masked AdamW: importance and a locked AdamW step in one sweep."""

@@ -1,0 +1,60 @@
+"""The threshold in plain torch: count score keys digit by digit, then lock what reaches the k-th largest."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from epi_kernels import lock
+from epi_kernels.ops.equations import score
+
+# entries scored at a time: the working memory is some MB whatever the size of the model
+PIECE = 1 << 20
+
+
+def score_histogram(
+    importances: Sequence[Tensor],
+    layers: Sequence[int],
+    ranges: Tensor | None,
+    budgets: Sequence[int],
+    prefixes: Tensor,
+    shift: int,
+    bins: int,
+) -> Tensor:
+    """Count the scores of each budget by one digit of their bits; contract: `epi_kernels.ops.score_histogram`."""
+    counts = torch.zeros(prefixes.numel(), bins, dtype=torch.int64, device=prefixes.device)
+    for importance, layer, budget in zip(importances, layers, budgets, strict=True):
+        layer_range = None if ranges is None else ranges[layer]
+        for piece in _pieces(importance):
+            key = score(piece, layer_range).view(torch.int32) >> shift
+            digit = key[(key // bins) == prefixes[budget]] % bins
+            counts[budget] += torch.bincount(digit, minlength=bins)
+    return counts
+
+
+def lock_(
+    importances: Sequence[Tensor],
+    layers: Sequence[int],
+    ranges: Tensor | None,
+    budgets: Sequence[int],
+    thresholds: Tensor,
+) -> Tensor:
+    """Lock every entry whose score reaches its budget's threshold; contract: `epi_kernels.ops.lock_`."""
+    counts = torch.zeros(len(importances), 3, dtype=torch.int64, device=thresholds.device)
+    for i, (importance, layer, budget) in enumerate(zip(importances, layers, budgets, strict=True)):
+        layer_range = None if ranges is None else ranges[layer]
+        for piece in _pieces(importance):
+            value = score(piece, layer_range)
+            before = lock.is_locked(piece)
+            after = (value >= thresholds[budget]) & (value > 0)
+            piece.copy_(lock.with_lock(piece, after))
+            counts[i] += torch.stack([after.sum(), (after & ~before).sum(), (before & ~after).sum()])
+    return counts
+
+
+def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield views of about PIECE entries that together cover `tensor`, whatever its strides."""
+    if tensor.dim() == 0:
+        yield tensor.view(1)
+    elif tensor.numel():
+        yield from tensor.split(max(1, PIECE * tensor.shape[0] // tensor.numel()))

@@ -1,0 +1,120 @@
+"""MaskedAdamW: AdamW with a fixed set of entries that never move (static isolation)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epi_kernels import lock
+from epi_kernels.optim.base import LockedAdamW
+
+
+class MaskedAdamW(LockedAdamW):
+    """AdamW that never moves the entries of a fixed mask.
+
+    ::
+
+        theta <- theta where frozen, else the AdamW update          EPI (arXiv 2604.14010) Eq. 12-13 with a constant m
+
+    The static isolation of CPI-FT, and the static baselines of EPI (Table 2). A frozen entry gets no update and no
+    weight decay: it keeps its bits, under NaN gradients too. Its moments advance.
+
+    Args:
+        params: as torch.optim.AdamW takes them; ``model.named_parameters()`` for a mask by names.
+        lr, betas, eps, weight_decay, amsgrad, maximize, foreach, fused: as in torch.optim.AdamW.
+        capturable, differentiable: not in this version.
+        frozen: {name or Parameter: bool tensor of the parameter's shape}, True = never moves. Parameters that it does
+            not name are free.
+        backend: "auto", or the name of one, which then runs or raises.
+
+    State of a parameter with a mask: torch's, and ``frozen``, int8, -1 where frozen.
+
+    Raises:
+        ValueError: a name or Parameter is unknown, or its mask is not bool or has another shape.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = MaskedAdamW([weight], lr=0.1, frozen={weight: torch.tensor([True, False])})
+        >>> weight.grad = torch.ones(2)
+        >>> optimizer.step()
+        >>> weight.data
+        tensor([1.0000, 0.8990])
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        frozen: Mapping[str | Tensor, Tensor],
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        backend: str = "auto",
+    ) -> None:
+        self._frozen: dict[Tensor, Tensor] = {}
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            backend=backend,
+            settings={},
+        )
+        self._frozen = self._locks(frozen)
+
+    def isolation_mask(self, param: Tensor) -> Tensor:
+        """Return which entries of `param` are frozen: a new bool tensor of its shape.
+
+        Raises:
+            ValueError: `param` is not a parameter of this optimizer.
+        """
+        self._name(param)  # raises where it has none here
+        signed = self.state.get(param, {}).get("frozen", self._frozen.get(param))
+        return torch.zeros_like(param, dtype=torch.bool) if signed is None else lock.is_locked(signed)
+
+    def _lock_in(self, param: Tensor, group: dict[str, Any]) -> str:
+        return "static" if param in self._frozen or "frozen" in self.state.get(param, ()) else "none"
+
+    def _new_lock(self, param: Tensor) -> Tensor:
+        return self._frozen[param]
+
+    def _locks(self, frozen: Mapping[str | Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """Return the lock of each parameter that `frozen` names, after checking every key and mask."""
+        by_name = {
+            name: param
+            for group in self.param_groups
+            for name, param in zip(group.get("param_names", ()), group["params"], strict=False)
+        }
+        params = {param for group in self.param_groups for param in group["params"]}
+        locks = {}
+        for key, mask in frozen.items():
+            param = by_name.get(key) if isinstance(key, str) else key
+            if param is None:
+                known = f"known are {', '.join(by_name)}" if by_name else "pass model.named_parameters() to use names"
+                raise ValueError(f"frozen has the unknown name {key!r}; {known}")
+            if param not in params:
+                raise ValueError(f"frozen has a tensor of shape {tuple(param.shape)} that is not a parameter here")
+            name = self._name(param)
+            if mask.dtype != torch.bool:
+                raise ValueError(f"frozen[{name!r}] is {mask.dtype}; pass a bool tensor, True = never moves")
+            if mask.shape != param.shape:
+                raise ValueError(f"frozen[{name!r}] has shape {tuple(mask.shape)}, the parameter {tuple(param.shape)}")
+            locks[param] = lock.static_lock(mask).to(param.device)
+        return locks
+
+    _KEPT = (*LockedAdamW._KEPT, "_frozen")

@@ -1,0 +1,140 @@
+"""With nothing protected, the optimizers are torch.optim.AdamW.
+
+- float64: STEP_FLOAT64 over a whole run, every option of AdamW on.
+- float32: STEP_ULPS in each step, against torch's loop and foreach versions, and as close to its fused version as its
+  loop is; a learning rate wrong by one part in 100,000 fails the same bound (negative control).
+- bfloat16 and float16: the parameters are those of a float32 step, rounded once.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from tolerances import STEP_FLOAT64, STEP_ULPS, step_ulps
+from torch import Tensor
+from torch.nn import Parameter
+
+from epi_kernels import EPIAdamW, MaskedAdamW
+
+SHAPES = [(), (1,), (0, 3), (4099,), (3, 5, 7), (64, 33)]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "large decay": {"lr": 0.1, "weight_decay": 0.5},
+    "no decay": {"weight_decay": 0.0},
+    "maximize": {"maximize": True},
+    "amsgrad": {"amsgrad": True},
+    "betas": {"betas": (0.5, 0.9), "eps": 1e-3},
+    "beta1 = 0": {"betas": (0.0, 0.99)},
+    "tensor lr": {"lr": torch.tensor(0.01, dtype=torch.float64)},
+}
+
+
+def both(params: list[Tensor], ours: str, options: dict[str, Any], **torchs: Any) -> tuple[Any, Any]:
+    """Return our optimizer on `params` and torch's on a copy of them."""
+    theirs = torch.optim.AdamW([Parameter(p.detach().clone()) for p in params], **options, **torchs)
+    if ours == "EPIAdamW":
+        return EPIAdamW(params, isolation_ratio=0.0, layers="tensor", **options), theirs
+    return MaskedAdamW(params, frozen={}, **options), theirs
+
+
+def params_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("kind", ["EPIAdamW", "MaskedAdamW"])
+def test_float64_run(kind: str, options: dict[str, Any]) -> None:
+    ours, theirs = both([Parameter(torch.randn(s, dtype=torch.float64)) for s in SHAPES], kind, options)
+    for step in range(20):
+        for p, q in zip(params_of(ours), params_of(theirs), strict=True):
+            p.grad = None if step == 7 and p.dim() == 1 else torch.randn_like(p)
+            q.grad = p.grad
+        ours.step()
+        theirs.step()
+        for p, q in zip(params_of(ours), params_of(theirs), strict=True):
+            torch.testing.assert_close(p, q, rtol=0, atol=STEP_FLOAT64)
+            assert ours.state[p]["step"] == theirs.state[q]["step"]
+
+
+def worst_step(ours: torch.optim.Optimizer, theirs: torch.optim.Optimizer) -> float:
+    """Return the worst step_ulps of 12 steps of two optimizers of one parameter, each step from the same point."""
+    generator = torch.Generator().manual_seed(1)
+    (p,), (q,) = params_of(ours), params_of(theirs)
+    size = 10 ** torch.empty_like(p).uniform_(-6, 3, generator=generator)
+    worst = 0.0
+    for _ in range(12):
+        before = p.detach().clone()
+        q.data.copy_(p)
+        for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+            if name in ours.state[p]:
+                theirs.state[q][name].copy_(ours.state[p][name])
+        p.grad = torch.randn(p.shape, generator=generator) * size
+        q.grad = p.grad.clone()
+        ours.step()
+        theirs.step()
+        worst = max(worst, step_ulps(p.detach(), q.detach(), before))
+    return worst
+
+
+@pytest.mark.parametrize("version", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
+@pytest.mark.parametrize("name", ["defaults", "large decay", "maximize", "amsgrad", "betas", "beta1 = 0"])
+def test_float32_steps(version: dict[str, bool], name: str) -> None:
+    options = {"lr": 1e-2, **OPTIONS[name]}
+    start = torch.randn(50_003) * 0.1
+    bound = STEP_ULPS
+    if version == {"fused": True}:
+        loop = torch.optim.AdamW([Parameter(start.clone())], **options, foreach=False)
+        bound = max(bound, worst_step(loop, both([Parameter(start.clone())], "EPIAdamW", options, **version)[1]))
+    assert worst_step(*both([Parameter(start)], "EPIAdamW", options, **version)) <= bound
+
+
+def test_float32_bound_sees_a_wrong_learning_rate() -> None:
+    ours, theirs = both([Parameter(torch.randn(50_003) * 0.1)], "EPIAdamW", {"lr": 1e-2})
+    ours.param_groups[0]["lr"] *= 1 + 1e-5
+    assert worst_step(ours, theirs) > 2 * STEP_ULPS
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("grad_dtype", [torch.float32, None], ids=["float32 gradient", "same dtype"])
+def test_half_precision_is_a_float32_step_rounded_once(dtype: torch.dtype, grad_dtype: torch.dtype | None) -> None:
+    half = Parameter(torch.randn(1000).to(dtype))
+    if grad_dtype is not None:
+        half.grad_dtype = grad_dtype
+    ours = EPIAdamW([half], lr=0.1, isolation_ratio=0.0, layers="tensor")
+    single = Parameter(half.detach().float())
+    wide = EPIAdamW([single], lr=0.1, isolation_ratio=0.0, layers="tensor")
+    for _ in range(5):
+        before = half.detach().clone()
+        single.data.copy_(half)
+        half.grad = torch.randn(1000).to(grad_dtype or dtype)
+        single.grad = half.grad.float()
+        ours.step()
+        wide.step()
+        assert torch.equal(half, single.to(dtype))
+        assert (half != before).float().mean() > 0.9
+    assert ours.state[half]["exp_avg"].dtype == torch.float32
+
+
+def test_strides_of_parameter_and_gradient_may_differ_and_neighbours_stay() -> None:
+    storage = torch.randn(6, 10)
+    view = storage[:, ::2].t().requires_grad_()
+    neighbours = storage[:, 1::2].clone()
+    twin = Parameter(view.detach().clone(memory_format=torch.contiguous_format))
+    ours, theirs = EPIAdamW([view], isolation_ratio=0.0, layers="tensor"), torch.optim.AdamW([twin])
+    for _ in range(3):
+        twin.grad = torch.randn(5, 6)
+        view.grad = twin.grad.clone(memory_format=torch.contiguous_format)
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(view, twin, rtol=0, atol=1e-7)
+    assert torch.equal(storage[:, 1::2], neighbours)
+
+
+def test_no_gradient_no_state_and_no_step() -> None:
+    params = [Parameter(torch.ones(2)), Parameter(torch.ones(2))]
+    ours = EPIAdamW(params, layers="tensor")
+    params[0].grad = torch.ones(2)
+    assert ours.step(lambda: 7.0) == 7.0
+    assert params[1] not in ours.state
+    assert params[1].tolist() == [1.0, 1.0]
+    assert set(ours.state[params[0]]) == {"step", "exp_avg", "exp_avg_sq", "importance"}
