@@ -145,6 +145,35 @@ def test_group_with_ratio_zero_is_exempt_and_costs_nothing() -> None:
     assert optimizer.telemetry()[-1]["eligible"] == 4
 
 
+@pytest.mark.parametrize("importance", ["ema", "exp_avg_sq"])
+def test_a_group_exempted_while_training_moves_on_as_adamw(importance: str) -> None:
+    param, twin = Parameter(torch.ones(4)), Parameter(torch.ones(4))
+    optimizer = optimizer_of({"w": param}, importance=importance, isolation_ratio=0.75)
+    free = torch.optim.AdamW([twin], lr=0.1, weight_decay=0.1)
+    for exempted in (False, True, True):
+        optimizer.param_groups[0]["isolation_ratio"] = 0.0 if exempted else 0.75
+        twin.data.copy_(param)
+        step(optimizer, {param: [1.0, 2.0, 3.0, 4.0]})
+        twin.grad = param.grad.clone()
+        free.step()
+        assert mask(optimizer, param) == [False] + [not exempted] * 3
+    torch.testing.assert_close(param, twin, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("importance", ["ema", "exp_avg_sq"])
+def test_a_parameter_frozen_with_its_gradient_left_steps_as_torch_steps_it(importance: str) -> None:
+    fixed, other, twin = (Parameter(torch.ones(4)) for _ in range(3))
+    optimizer = optimizer_of({"fixed": fixed, "other": other}, importance=importance)
+    free = torch.optim.AdamW([twin], lr=0.1, weight_decay=0.1)
+    fixed.requires_grad_(False)
+    for _ in range(3):
+        step(optimizer, {fixed: [1.0, 2.0, 3.0, 4.0], other: [1.0, 2.0, 3.0, 4.0]})
+        twin.grad = fixed.grad.clone()
+        free.step()
+    assert not optimizer.isolation_mask(fixed).any()
+    torch.testing.assert_close(fixed, twin, rtol=0, atol=1e-6)
+
+
 def test_each_ratio_is_a_budget_of_its_own_over_its_groups() -> None:
     a, b, c = (Parameter(torch.ones(4)) for _ in range(3))
     groups = [
