@@ -1,0 +1,53 @@
+"""Times several ways of doing the same thing so that their ratios can be trusted.
+
+Machines drift: a neighbour, a hot core, a lower clock. Every round therefore runs each candidate once, in an order
+that rotates, and a ratio is taken within a round. The median over rounds is what is quoted, the extremes beside it.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from tqdm import trange
+
+
+@dataclass
+class Timing:
+    """What one candidate took, a value for each round, in seconds."""
+
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)  # of the whole process: all its threads
+
+    def record(self, run: Callable[[], object]) -> None:
+        """Run once and note both clocks."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        run()
+        self.cpu.append(time.process_time() - cpu)
+        self.wall.append(time.perf_counter() - wall)
+
+    def clock(self, name: str) -> list[float]:
+        """Return the values of one clock, "wall" or "cpu"."""
+        return self.wall if name == "wall" else self.cpu
+
+
+def interleave(
+    candidates: dict[str, Callable[[], object]], rounds: int, title: str, warm_up: int = 2
+) -> dict[str, Timing]:
+    """Return the timings of every candidate, `rounds` values each, after `warm_up` runs that are not counted."""
+    timings = {name: Timing() for name in candidates}
+    names = list(candidates)
+    for _ in range(warm_up):
+        for name in names:
+            candidates[name]()
+    for number in trange(rounds, desc=title, leave=False):
+        for i in range(len(names)):
+            name = names[(i + number) % len(names)]
+            timings[name].record(candidates[name])
+    return timings
+
+
+def ratio(of: list[float], to: list[float]) -> tuple[float, float, float]:
+    """Return (median, least, greatest) of the ratios within rounds."""
+    ratios = [a / b for a, b in zip(of, to, strict=True)]
+    return statistics.median(ratios), min(ratios), max(ratios)
