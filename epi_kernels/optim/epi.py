@@ -195,8 +195,9 @@ class EPIAdamW(LockedAdamW):
         """Return torch's text and the grouping and backend in force."""
         layers = self._layer_names()
         grouping = "callable" if callable(self._grouping) else self._grouping
-        devices = sorted({param.device for param in layers}, key=str)
-        backends = "; ".join(f"{dispatch.explain(device, self._backend)} on {device}" for device in devices)
+        kinds = sorted({(param.device, param.dtype) for param in layers}, key=str)
+        chosen = [f"{dispatch.explain(device, self._backend, dtype)} on {device}" for device, dtype in kinds]
+        backends = "; ".join(dict.fromkeys(chosen))
         return (
             f"{super().__repr__()}\nIsolation: {len(layers)} tensors in {len(set(layers.values()))} layers "
             f"by {grouping!r}; backend {backends}"
