@@ -24,76 +24,76 @@ enum epi_lock_in { EPI_LOCK_NONE, EPI_LOCK_IMPORTANCE, EPI_LOCK_EXP_AVG_SQ, EPI_
 
 /* A row of epi_kernels.contract.Scalars, in its order. */
 typedef struct {
-  float sign;
-  float decay;
-  float beta1;
-  float one_minus_beta1;
-  float beta2;
-  float one_minus_beta2;
-  float step_size;
-  float bias_correction2_sqrt;
-  float eps;
-  float importance_beta;
-  float one_minus_importance_beta;
+    float sign;
+    float decay;
+    float beta1;
+    float one_minus_beta1;
+    float beta2;
+    float one_minus_beta2;
+    float step_size;
+    float bias_correction2_sqrt;
+    float eps;
+    float importance_beta;
+    float one_minus_importance_beta;
 } epi_scalars;
 
 typedef struct {
-  int64_t size;
-  void* param; /* written */
-  const void* grad;
-  float* exp_avg;        /* written */
-  float* exp_avg_sq;     /* written; signed with EPI_LOCK_EXP_AVG_SQ */
-  float* max_exp_avg_sq; /* written; NULL: no AMSGrad */
-  void* lock; /* signed float importance, written; int8 with EPI_LOCK_STATIC; NULL where the lock has no tensor */
-  int64_t nonfinite; /* result: entries whose squared gradient is NaN or infinite */
-  int32_t param_dtype;
-  int32_t grad_dtype;
-  epi_scalars scalars;
+    int64_t size;
+    void* param; /* written */
+    const void* grad;
+    float* exp_avg;        /* written */
+    float* exp_avg_sq;     /* written; signed with EPI_LOCK_EXP_AVG_SQ */
+    float* max_exp_avg_sq; /* written; NULL: no AMSGrad */
+    void* lock; /* signed float importance, written; int8 with EPI_LOCK_STATIC; NULL where the lock has no tensor */
+    int64_t nonfinite; /* result: entries whose squared gradient is NaN or infinite */
+    int32_t param_dtype;
+    int32_t grad_dtype;
+    epi_scalars scalars;
 } epi_adamw_tensor;
 
 typedef struct {
-  int64_t size;
-  float* importance; /* signed; written where there is a gradient */
-  const void* grad;  /* NULL: the range alone */
-  int64_t nonfinite; /* result */
-  int32_t grad_dtype;
-  int32_t layer;
-  float beta;
-  float one_minus_beta;
+    int64_t size;
+    float* importance; /* signed; written where there is a gradient */
+    const void* grad;  /* NULL: the range alone */
+    int64_t nonfinite; /* result */
+    int32_t grad_dtype;
+    int32_t layer;
+    float beta;
+    float one_minus_beta;
 } epi_importance_tensor;
 
 typedef struct {
-  int64_t size;
-  float* sum;        /* written */
-  float* square_sum; /* written */
-  const void* grad;
-  int32_t grad_dtype;
+    int64_t size;
+    float* sum;        /* written */
+    float* square_sum; /* written */
+    const void* grad;
+    int32_t grad_dtype;
 } epi_sums_tensor;
 
 typedef struct {
-  int64_t size;
-  float* importance; /* signed; sign bits written by epi_lock */
-  int64_t locked;    /* results of epi_lock */
-  int64_t newly_locked;
-  int64_t released;
-  float low; /* range of the tensor's layer */
-  float high;
-  int32_t normalized; /* 0: the score is S itself */
-  int32_t budget;
+    int64_t size;
+    float* importance; /* signed; sign bits written by epi_lock */
+    int64_t locked;    /* results of epi_lock */
+    int64_t newly_locked;
+    int64_t released;
+    float low; /* range of the tensor's layer */
+    float high;
+    int32_t normalized; /* 0: the score is S itself */
+    int32_t budget;
 } epi_score_tensor;
 
 typedef struct {
-  int64_t size; /* number of selected entries */
-  void* param;  /* written at the offsets alone */
-  const void* grad;
-  const void* param_offsets; /* of the selected entries from `param`, in entries; distinct */
-  const void* grad_offsets;
-  float* exp_avg; /* [size], written */
-  float* exp_avg_sq;
-  int32_t param_dtype;
-  int32_t grad_dtype;
-  int32_t wide_offsets; /* 1: int64, 0: int32 */
-  epi_scalars scalars;
+    int64_t size; /* number of selected entries */
+    void* param;  /* written at the offsets alone */
+    const void* grad;
+    const void* param_offsets; /* of the selected entries from `param`, in entries; distinct */
+    const void* grad_offsets;
+    float* exp_avg; /* [size], written */
+    float* exp_avg_sq;
+    int32_t param_dtype;
+    int32_t grad_dtype;
+    int32_t wide_offsets; /* 1: int64, 0: int32 */
+    epi_scalars scalars;
 } epi_sparse_tensor;
 
 EPI_EXPORT int32_t epi_abi_version(void);

@@ -5,8 +5,11 @@ block and by tensor agree to a Jaccard overlap of about 0.25.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
-from typing import Literal
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from torch import Tensor
 
 LayersArgument = Literal["auto", "block", "tensor"] | Callable[[str], str]
 
@@ -44,26 +47,89 @@ def without_wrappers(name: str) -> str:
     return ".".join([component for component in path if component not in _WRAPPERS] + [last])
 
 
-def check_layers(layers: object) -> None:
-    """Check a `layers` argument.
+class Grouping:
+    """The layers of an optimizer's parameters.
+
+    Args:
+        layers: "block", "tensor", a callable name -> layer, or "auto", which `resolve` decides.
 
     Raises:
-        ValueError: it is neither one of GROUPINGS nor callable.
+        ValueError: `layers` is none of these.
     """
-    if layers not in GROUPINGS and not callable(layers):
-        raise ValueError(f"Invalid layers: {layers!r}; choose one of {GROUPINGS} or pass a callable name -> layer")
+
+    def __init__(self, layers: LayersArgument) -> None:
+        if layers not in GROUPINGS and not callable(layers):
+            raise ValueError(f"Invalid layers: {layers!r}; choose one of {GROUPINGS} or pass a callable name -> layer")
+        self.layers = layers
+
+    @property
+    def name(self) -> str:
+        """The grouping in force: "block", "tensor", "callable", or "auto" before `resolve`."""
+        return self.layers if isinstance(self.layers, str) else "callable"
+
+    def resolve(self, named: bool) -> None:
+        """Decide what "auto" is, once it is known whether parameters have names.
+
+        Raises:
+            ValueError: the grouping goes by names and there are none.
+        """
+        if named:
+            self.layers = "block" if self.layers == "auto" else self.layers
+        elif self.layers == "auto":
+            self.layers = "tensor"
+            warnings.warn(
+                "EPIAdamW was given no parameter names: each tensor is a layer of its own. For the paper's layers "
+                "(transformer blocks) pass model.named_parameters(); to keep this, layers='tensor'.",
+                UserWarning,
+                stacklevel=2,
+            )
+        elif self.layers != "tensor":
+            raise ValueError(
+                f"layers={self.layers!r} goes by parameter names, and the optimizer was given none; "
+                "pass model.named_parameters()"
+            )
+
+    def of(self, groups: Sequence[dict[str, Any]]) -> dict[Tensor, str]:
+        """Return the layer of every parameter of torch's parameter groups, in their order."""
+        layers: dict[Tensor, str] = {}
+        for i, group in enumerate(groups):
+            for j, param in enumerate(group["params"]):
+                name = group["param_names"][j] if "param_names" in group else f"{i}.{j}"
+                layers.setdefault(param, self._of_name(name))
+        return layers
+
+    def _of_name(self, name: str) -> str:
+        if self.layers == "block":
+            return block(name)
+        if self.layers == "tensor":
+            return without_wrappers(name)
+        assert callable(self.layers)
+        return str(self.layers(name))
+
+    def stamp(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Write the grouping into the groups, where a checkpoint carries it: ``layers`` and ``layer_digest``.
+
+        The digest stands for which parameters share a layer. It goes by position, so that a renamed module is still
+        the same grouping.
+        """
+        layers = self.of(groups)
+        index = {layer: str(i) for i, layer in enumerate(dict.fromkeys(layers.values()))}
+        for group in groups:
+            members = ",".join(index[layers[param]] for param in group["params"])
+            group["layers"] = self.name
+            group["layer_digest"] = hashlib.sha256(members.encode()).hexdigest()[:16]
 
 
-def layer_of(layers: LayersArgument, name: str) -> str:
-    """Return the layer of the parameter `name` under a grouping that is not "auto"."""
-    if layers == "block":
-        return block(name)
-    if layers == "tensor":
-        return without_wrappers(name)
-    assert callable(layers)
-    return str(layers(name))
+def check_saved(saved_groups: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]]) -> None:
+    """Check that a saved state was made under the grouping of `groups`; a state without a stamp passes.
 
-
-def digest(layers: Iterable[str]) -> str:
-    """Return 16 hexadecimal digits that stand for the layers of a list of parameters, in their order."""
-    return hashlib.sha256("\n".join(layers).encode()).hexdigest()[:16]
+    Raises:
+        ValueError: parameters fall into other layers, so that the masks would not compare.
+    """
+    for i, (saved, ours) in enumerate(zip(saved_groups, groups, strict=False)):
+        if saved.get("layer_digest", ours["layer_digest"]) != ours["layer_digest"]:
+            raise ValueError(
+                f"the state was saved with layers={saved['layers']!r} and this optimizer has layers="
+                f"{ours['layers']!r}: parameter group {i} falls into other layers, and the masks would not compare; "
+                f"construct the optimizer with layers={saved['layers']!r} and the parameter names it had"
+            )

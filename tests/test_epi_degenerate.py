@@ -145,6 +145,38 @@ def test_group_with_ratio_zero_is_exempt_and_costs_nothing() -> None:
     assert optimizer.telemetry()[-1]["eligible"] == 4
 
 
+@pytest.mark.parametrize("importance", ["ema", "exp_avg_sq"])
+def test_a_group_exempted_while_training_moves_on_as_adamw(importance: str) -> None:
+    param, twin = Parameter(torch.ones(4)), Parameter(torch.ones(4))
+    optimizer = optimizer_of({"w": param}, importance=importance, isolation_ratio=0.75)
+    free = torch.optim.AdamW([twin], lr=0.1, weight_decay=0.1)
+    for exempted in (False, True, True):
+        optimizer.param_groups[0]["isolation_ratio"] = 0.0 if exempted else 0.75
+        twin.data.copy_(param)
+        step(optimizer, {param: [1.0, 2.0, 3.0, 4.0]})
+        twin.grad = param.grad.clone()
+        free.step()
+        assert mask(optimizer, param) == [False] + [not exempted] * 3
+    torch.testing.assert_close(param, twin, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("importance", ["ema", "exp_avg_sq"])
+def test_a_parameter_frozen_with_its_gradient_left_steps_as_torch_steps_it(importance: str) -> None:
+    fixed, other, twin = (Parameter(torch.ones(4)) for _ in range(3))
+    optimizer = optimizer_of({"fixed": fixed, "other": other}, importance=importance)
+    free = torch.optim.AdamW([twin], lr=0.1, weight_decay=0.1)
+    fixed.requires_grad_(False)
+    for _ in range(3):
+        step(optimizer, {fixed: [1.0, 2.0, 3.0, 4.0], other: [1.0, 2.0, 3.0, 4.0]})
+        twin.grad = fixed.grad.clone()
+        free.step()
+    assert not optimizer.isolation_mask(fixed).any()
+    torch.testing.assert_close(fixed, twin, rtol=0, atol=1e-6)
+    # the other one was refreshed in the same steps: its squares count once
+    squares = optimizer.state[other]["exp_avg_sq"].abs()
+    torch.testing.assert_close(squares, free.state[twin]["exp_avg_sq"], rtol=1e-6, atol=0)
+
+
 def test_each_ratio_is_a_budget_of_its_own_over_its_groups() -> None:
     a, b, c = (Parameter(torch.ones(4)) for _ in range(3))
     groups = [
@@ -214,6 +246,15 @@ def test_mask_interval_none_refreshes_only_when_told() -> None:
     assert optimizer.telemetry()[0]["step"] == 5
 
 
+def test_a_clock_that_stands_still_does_not_refresh_again() -> None:
+    steady, late = Parameter(torch.ones(4)), Parameter(torch.ones(4))
+    optimizer = optimizer_of({"steady": steady, "late": late}, mask_interval=2)
+    for _ in range(2):
+        step(optimizer, {steady: [1.0, 2.0, 3.0, 4.0], late: None})
+    step(optimizer, {steady: None, late: [1.0, 2.0, 3.0, 4.0]})  # its own first step; the largest clock is still 2
+    assert [record["step"] for record in optimizer.telemetry()] == [2]
+
+
 def test_refresh_before_any_step_does_nothing() -> None:
     param = Parameter(torch.ones(4))
     optimizer = optimizer_of({"w": param})
@@ -270,9 +311,10 @@ def test_a_protected_entry_of_value_zero_and_negative_zero_keeps_its_bits() -> N
     assert param[:2].abs().tolist() == [0.0, 0.0]
 
 
-def test_skipped_step_of_a_gradient_scaler_moves_nothing() -> None:
+@pytest.mark.parametrize("fused", [None, True])
+def test_skipped_step_of_a_gradient_scaler_moves_nothing(fused: bool | None) -> None:
     param = Parameter(torch.ones(4))
-    optimizer = optimizer_of({"w": param}, isolation_ratio=0.25)
+    optimizer = optimizer_of({"w": param}, isolation_ratio=0.25, fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
 
     def train(scale: list[float]) -> None:

@@ -99,6 +99,8 @@ def test_float32_bound_sees_a_wrong_learning_rate() -> None:
 def test_half_precision_is_a_float32_step_rounded_once(dtype: torch.dtype, grad_dtype: torch.dtype | None) -> None:
     half = Parameter(torch.randn(1000).to(dtype))
     if grad_dtype is not None:
+        if not hasattr(half, "grad_dtype"):
+            pytest.skip("this torch refuses a gradient of another dtype than its parameter's")
         half.grad_dtype = grad_dtype
     ours = EPIAdamW([half], lr=0.1, isolation_ratio=0.0, layers="tensor")
     single = Parameter(half.detach().float())

@@ -1,8 +1,12 @@
 """The layer of a parameter: its transformer block, else its module; wrappers do not change it."""
 
-import pytest
+from typing import Any
 
-from epi_kernels.layers import block, digest, layer_of
+import pytest
+import torch
+from torch.nn import Parameter
+
+from epi_kernels.layers import Grouping, block, check_saved
 
 
 @pytest.mark.parametrize(
@@ -23,13 +27,36 @@ def test_block(name: str, layer: str) -> None:
     assert block(name) == layer
 
 
+def layers(grouping: Grouping, *names: str) -> list[str]:
+    params = [Parameter(torch.ones(1)) for _ in names]
+    return list(grouping.of([{"params": params, "param_names": list(names)}]).values())
+
+
 def test_tensor_is_the_name_without_wrappers() -> None:
-    assert layer_of("tensor", "module.h.2.weight") == "h.2.weight"
+    assert layers(Grouping("tensor"), "module.h.2.weight", "h.2.bias") == ["h.2.weight", "h.2.bias"]
 
 
 def test_a_callable_decides_for_itself() -> None:
-    assert layer_of(lambda name: name[0], "weight") == "w"
+    assert layers(Grouping(lambda name: name[0]), "weight", "bias", "width") == ["w", "b", "w"]
 
 
-def test_digest_tells_groupings_apart() -> None:
-    assert digest(["0", "0", "1"]) == digest(iter(["0", "0", "1"])) != digest(["0", "1", "1"])
+def test_a_parameter_with_two_names_has_the_layer_of_the_first() -> None:
+    tied = Parameter(torch.ones(1))
+    groups = [{"params": [tied, tied], "param_names": ["embed.weight", "head.weight"]}]
+    assert Grouping("block").of(groups) == {tied: "embed"}
+
+
+def stamped(grouping: Grouping, *names: str) -> list[dict[str, Any]]:
+    groups = [{"params": [Parameter(torch.ones(1)) for _ in names], "param_names": list(names)}]
+    grouping.stamp(groups)
+    return groups
+
+
+def test_the_stamp_tells_groupings_apart_and_not_names() -> None:
+    names = ("h.0.a", "h.0.b", "h.1.a")
+    saved = stamped(Grouping("block"), *names)
+    check_saved(saved, stamped(Grouping("block"), *(f"model.{name}" for name in names)))
+    check_saved(saved, stamped(Grouping(block), *names))
+    check_saved([{"params": [0, 1, 2]}], saved)  # a state of torch.optim.AdamW
+    with pytest.raises(ValueError, match="layers='block' and this optimizer has layers='tensor'"):
+        check_saved(saved, stamped(Grouping("tensor"), *names))

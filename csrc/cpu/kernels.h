@@ -10,22 +10,22 @@
 namespace epi {
 
 struct Range {
-  int32_t low;   // bits of the smallest importance; of +inf where there is none
-  int32_t high;  // bits of the largest; negative where there is none
+    int32_t low;   // bits of the smallest importance; of +inf where there is none
+    int32_t high;  // bits of the largest; negative where there is none
 };
 
 struct LockCounts {
-  int64_t locked, newly_locked, released;
+    int64_t locked, newly_locked, released;
 };
 
 struct Kernels {
-  int64_t (*masked_adamw)(const epi_adamw_tensor&, int64_t begin, int64_t end, int32_t lock_in, bool advanced);
-  int64_t (*importance)(const epi_importance_tensor&, int64_t begin, int64_t end, bool keep_finite, Range*);
-  void (*gradient_sums)(const epi_sums_tensor&, int64_t begin, int64_t end);
-  void (*score_histogram)(const epi_score_tensor&, int64_t begin, int64_t end, int64_t prefix, int32_t shift,
-                          int32_t digit_bits, uint32_t* histogram);
-  LockCounts (*lock)(const epi_score_tensor&, int64_t begin, int64_t end, float threshold);
-  void (*sparse_adamw)(const epi_sparse_tensor&, int64_t begin, int64_t end);
+    int64_t (*masked_adamw)(const epi_adamw_tensor&, int64_t begin, int64_t end, int32_t lock_in, bool advanced);
+    int64_t (*importance)(const epi_importance_tensor&, int64_t begin, int64_t end, bool keep_finite, Range*);
+    void (*gradient_sums)(const epi_sums_tensor&, int64_t begin, int64_t end);
+    void (*score_histogram)(const epi_score_tensor&, int64_t begin, int64_t end, int64_t prefix, int32_t shift,
+                            int32_t digit_bits, uint32_t* histogram);
+    LockCounts (*lock)(const epi_score_tensor&, int64_t begin, int64_t end, float threshold);
+    void (*sparse_adamw)(const epi_sparse_tensor&, int64_t begin, int64_t end);
 };
 
 #ifdef EPI_LEVEL

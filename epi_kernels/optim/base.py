@@ -7,7 +7,7 @@ dtypes. Subclasses say where the locks are.
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,9 +89,9 @@ class LockedAdamW(torch.optim.AdamW):
         """Return the tensor that carries the lock of `param` where it has a state of its own (LOCK_STATE)."""
         raise NotImplementedError
 
-    def _before_update(self, members: Sequence[Member]) -> bool:
-        """Do what comes before the update of a step; return True if the importance was advanced in it."""
-        return False
+    def _before_update(self, members: Sequence[Member]) -> Set[Tensor]:
+        """Do what comes before the update of a step; return the parameters whose importance it advanced."""
+        return frozenset()
 
     # The step --------------------------------------------------------------------------------------------------------
 
@@ -122,7 +122,7 @@ class LockedAdamW(torch.optim.AdamW):
         for member in members:
             member.step = self.state[member.param]["step"].item()
         advanced = self._before_update(members)
-        for bundle in self._bundles(members):
+        for bundle in self._bundles(members, advanced):
             self._update(bundle, advanced)
         if all(member.param.device.type == "cpu" for member in members):
             self._report_nonfinite()
@@ -156,7 +156,7 @@ class LockedAdamW(torch.optim.AdamW):
         if lock_state is not None and lock_state not in state:
             state[lock_state] = self._new_lock(param)
 
-    def _bundles(self, members: Sequence[Member]) -> list[list[Member]]:
+    def _bundles(self, members: Sequence[Member], advanced: Set[Tensor]) -> list[list[Member]]:
         """Split the members into lists that one call of an operation can serve."""
         bundles: defaultdict[tuple[Any, ...], list[Member]] = defaultdict(list)
         for member in members:
@@ -166,11 +166,12 @@ class LockedAdamW(torch.optim.AdamW):
                 member.grad.dtype,
                 member.group["amsgrad"],
                 self._lock_in(member.param, member.group),
+                member.param in advanced,
             )
             bundles[key].append(member)
         return list(bundles.values())
 
-    def _update(self, bundle: list[Member], advanced: bool) -> None:
+    def _update(self, bundle: list[Member], advanced: Set[Tensor]) -> None:
         """Step the tensors of one bundle."""
         params = [member.param for member in bundle]
         states = [self.state[param] for param in params]
@@ -186,7 +187,7 @@ class LockedAdamW(torch.optim.AdamW):
             self._counter(params),
             torch.tensor(self._scalars(bundle), dtype=torch.float64),
             lock_in,
-            advanced,
+            params[0] in advanced,
             self._backend,
         )
 
@@ -228,13 +229,27 @@ class LockedAdamW(torch.optim.AdamW):
 
     # Names, groups, state --------------------------------------------------------------------------------------------
 
-    def _name(self, param: Tensor) -> str:
-        """Return the parameter's name, or "<group>.<position>" where the optimizer was given none."""
+    def _position(self, param: Tensor) -> tuple[int, int]:
+        """Return (group, place in it) of a parameter.
+
+        Raises:
+            ValueError: `param` is not a parameter of this optimizer.
+        """
         for i, group in enumerate(self.param_groups):
             for j, other in enumerate(group["params"]):
                 if other is param:
-                    return str(group["param_names"][j]) if "param_names" in group else f"{i}.{j}"
-        raise ValueError("the tensor is not a parameter of this optimizer")
+                    return i, j
+        raise ValueError(f"the tensor of shape {tuple(param.shape)} is not a parameter of this optimizer")
+
+    def _group_of(self, param: Tensor) -> dict[str, Any]:
+        """Return the group of a parameter, or raise as `_position` does."""
+        return self.param_groups[self._position(param)[0]]
+
+    def _name(self, param: Tensor) -> str:
+        """Return the parameter's name, or "<group>.<place>" where the optimizer was given none."""
+        i, j = self._position(param)
+        names = self.param_groups[i].get("param_names")
+        return str(names[j]) if names else f"{i}.{j}"
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as torch does.

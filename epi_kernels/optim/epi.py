@@ -1,7 +1,6 @@
 """EPIAdamW: AdamW with evolving parameter isolation (EPI, arXiv 2604.14010, Alg. 1)."""
 
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from epi_kernels import contract, dispatch, lock
-from epi_kernels.layers import LayersArgument, check_layers, digest, layer_of
+from epi_kernels.layers import Grouping, LayersArgument, check_saved
 from epi_kernels.optim.base import LockedAdamW, Member, new_state, require_default
 from epi_kernels.optim.refresh import Candidate, refresh_
 from epi_kernels.telemetry import Budget, Record
@@ -23,6 +22,18 @@ _CHOICES = {
 
 # settings of the whole optimizer: they stand in every group, so that a checkpoint holds them, and are equal in all
 _SHARED = ("mask_interval", "layers", "normalize", "scope", "threshold", "importance")
+
+
+@dataclass
+class _Plan:
+    """Who competes for protection in a refresh."""
+
+    layers: list[str]
+    layer_eligible: list[int]
+    budgets: list[Budget] = field(default_factory=list)
+    candidates: list[Candidate] = field(default_factory=list)
+    params: list[Tensor] = field(default_factory=list)  # of the candidates
+    untouched: list[int] = field(default_factory=list)
 
 
 class EPIAdamW(LockedAdamW):
@@ -71,7 +82,7 @@ class EPIAdamW(LockedAdamW):
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
         >>> optimizer = EPIAdamW(model.named_parameters(), lr=1e-3, isolation_ratio=0.1, mask_interval=1)
-        >>> model(torch.ones(2, 8)).square().sum().backward()
+        >>> model(torch.randn(4, 8)).square().sum().backward()
         >>> optimizer.step()
         >>> int(sum(optimizer.isolation_mask(p).sum() for p in model.parameters()))  # floor(0.1 * 144)
         14
@@ -106,7 +117,7 @@ class EPIAdamW(LockedAdamW):
         process_group: Any = None,
         backend: str = "auto",
     ) -> None:
-        settings = {
+        settings: dict[str, Any] = {
             "isolation_ratio": isolation_ratio,
             "importance_beta": importance_beta,
             "mask_interval": mask_interval,
@@ -126,7 +137,7 @@ class EPIAdamW(LockedAdamW):
             state_dtype=(state_dtype, None),
             process_group=(process_group, None),
         )
-        self._grouping: LayersArgument = layers
+        self._grouping = Grouping(layers)
         self._records: list[Record] = []
         self._clock: int | None = None
         super().__init__(
@@ -153,7 +164,7 @@ class EPIAdamW(LockedAdamW):
         Raises:
             ValueError: `param` is not a parameter of this optimizer.
         """
-        signed = self._signed_importance(param)
+        signed = self._signed_importance(param, self._group_of(param))
         return torch.zeros_like(param, dtype=torch.bool) if signed is None else lock.is_locked(signed)
 
     def importance(self, param: Tensor) -> Tensor:
@@ -162,7 +173,7 @@ class EPIAdamW(LockedAdamW):
         Raises:
             ValueError: `param` is not a parameter of this optimizer.
         """
-        signed = self._signed_importance(param)
+        signed = self._signed_importance(param, self._group_of(param))
         return torch.zeros_like(param, dtype=torch.float32) if signed is None else lock.magnitude(signed)
 
     @torch.no_grad()
@@ -193,14 +204,13 @@ class EPIAdamW(LockedAdamW):
 
     def __repr__(self) -> str:
         """Return torch's text and the grouping and backend in force."""
-        layers = self._layer_names()
-        grouping = "callable" if callable(self._grouping) else self._grouping
+        layers = self._grouping.of(self.param_groups)
         kinds = sorted({(param.device, param.dtype) for param in layers}, key=str)
         chosen = [f"{dispatch.explain(device, self._backend, dtype)} on {device}" for device, dtype in kinds]
         backends = "; ".join(dict.fromkeys(chosen))
         return (
             f"{super().__repr__()}\nIsolation: {len(layers)} tensors in {len(set(layers.values()))} layers "
-            f"by {grouping!r}; backend {backends}"
+            f"by {self._grouping.name!r}; backend {backends}"
         )
 
     # The step --------------------------------------------------------------------------------------------------------
@@ -213,7 +223,7 @@ class EPIAdamW(LockedAdamW):
     def _new_lock(self, param: Tensor) -> Tensor:
         return new_state(param, torch.float32)
 
-    def _before_update(self, members: Sequence[Member]) -> bool:
+    def _before_update(self, members: Sequence[Member]) -> Set[Tensor]:
         """Refresh the masks where mask_interval says so; the clock is the largest step of any parameter."""
         before = self._clock
         if before is None:
@@ -223,14 +233,14 @@ class EPIAdamW(LockedAdamW):
         interval = self.param_groups[0]["mask_interval"]
         # a clock that stands still was refreshed, if due, when it reached this value
         if interval is None or self._clock == before or self._clock % interval:
-            return False
+            return frozenset()
         return self._refresh({member.param: member.grad for member in members})
 
-    def _refresh(self, grads: dict[Tensor, Tensor]) -> bool:
-        """Advance the importance where there is a gradient and choose the protected entries; False: nobody competes."""
+    def _refresh(self, grads: dict[Tensor, Tensor]) -> Set[Tensor]:
+        """Advance the importance where there is a gradient, choose the protected entries; return who was advanced."""
         plan = self._plan(grads)
         if not plan.candidates:
-            return False
+            return frozenset()
         shared = self.param_groups[0]
         found = refresh_(
             plan.candidates,
@@ -259,11 +269,11 @@ class EPIAdamW(LockedAdamW):
                 nonfinite=sum(self._nonfinite.values()),
             )
         )
-        return True
+        return grads.keys() & plan.params
 
-    def _plan(self, grads: dict[Tensor, Tensor]) -> "_Plan":
+    def _plan(self, grads: dict[Tensor, Tensor]) -> _Plan:
         """Return who competes for protection, in which layer and for which budget."""
-        layers = self._layer_names()
+        layers = self._grouping.of(self.param_groups)
         index = {name: i for i, name in enumerate(dict.fromkeys(layers.values()))}
         plan = _Plan(layers=list(index), layer_eligible=[0] * len(index))
         budget_index: dict[tuple[str, float], int] = {}
@@ -275,7 +285,7 @@ class EPIAdamW(LockedAdamW):
             eligible[budget] += param.numel()
             layer = index[layers[param]]
             plan.layer_eligible[layer] += param.numel()
-            signed = self._signed_importance(param)
+            signed = self._signed_importance(param, group)
             if signed is None:
                 # never had a gradient: its importance is 0, for which no memory is spent
                 plan.untouched.extend([layer] if param.numel() else [])
@@ -296,56 +306,10 @@ class EPIAdamW(LockedAdamW):
                     seen.add(param)
                     yield param, group
 
-    def _signed_importance(self, param: Tensor) -> Tensor | None:
+    def _signed_importance(self, param: Tensor, group: dict[str, Any]) -> Tensor | None:
         """Return the tensor whose sign bits are the mask of `param`; None: nothing of it is or can be protected yet."""
-        for group in self.param_groups:
-            if any(param is other for other in group["params"]):
-                lock_in = self._lock_in(param, group)
-                return None if lock_in == "none" else self.state.get(param, {}).get(lock_in)
-        raise ValueError(f"the tensor of shape {tuple(param.shape)} is not a parameter of this optimizer")
-
-    # Layers ----------------------------------------------------------------------------------------------------------
-
-    def _layer_names(self) -> dict[Tensor, str]:
-        """Return the layer of every parameter, in the order of the groups."""
-        names: dict[Tensor, str] = {}
-        for i, group in enumerate(self.param_groups):
-            for j, param in enumerate(group["params"]):
-                name = group["param_names"][j] if "param_names" in group else f"{i}.{j}"
-                names.setdefault(param, layer_of(self._grouping, name))
-        return names
-
-    def _resolve_grouping(self, named: bool) -> None:
-        """Decide what "auto" is, when the first group tells whether there are names.
-
-        Raises:
-            ValueError: the grouping goes by names and there are none.
-        """
-        if named:
-            self._grouping = "block" if self._grouping == "auto" else self._grouping
-        elif self._grouping == "auto":
-            self._grouping = "tensor"
-            warnings.warn(
-                "EPIAdamW was given no parameter names: each tensor is a layer of its own. For the paper's layers "
-                "(transformer blocks) pass model.named_parameters(); to keep this, layers='tensor'.",
-                UserWarning,
-                stacklevel=2,
-            )
-        elif self._grouping != "tensor":
-            raise ValueError(
-                f"layers={self._grouping!r} goes by parameter names, and the optimizer was given none; "
-                "pass model.named_parameters()"
-            )
-
-    def _stamp_grouping(self) -> None:
-        """Write the grouping in force into the groups, so that a checkpoint carries it."""
-        name = self._grouping if isinstance(self._grouping, str) else "callable"
-        layers = self._layer_names()
-        # by position, not by name: a renamed module is still the same grouping
-        index = {layer: str(i) for i, layer in enumerate(dict.fromkeys(layers.values()))}
-        for group in self.param_groups:
-            group["layers"] = name
-            group["layer_digest"] = digest(index[layers[param]] for param in group["params"])
+        lock_in = self._lock_in(param, group)
+        return None if lock_in == "none" else self.state.get(param, {}).get(lock_in)
 
     # Groups and state ------------------------------------------------------------------------------------------------
 
@@ -358,8 +322,8 @@ class EPIAdamW(LockedAdamW):
                     "and it is one for all groups"
                 )
         _check_settings(group)
-        self._resolve_grouping(named="param_names" in group)
-        self._stamp_grouping()
+        self._grouping.resolve(named="param_names" in group)
+        self._grouping.stamp(self.param_groups)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state in torch's form.
@@ -380,39 +344,18 @@ class EPIAdamW(LockedAdamW):
         Raises:
             ValueError: the state was saved under another grouping of the parameters into layers.
         """
-        self._check_saved_grouping(state_dict["param_groups"])
+        check_saved(state_dict["param_groups"], self.param_groups)
         super().load_state_dict(state_dict)
         self.defaults.update({key: self.param_groups[0][key] for key in _SHARED if key != "layers"})
-        self._stamp_grouping()
+        self._grouping.stamp(self.param_groups)
         self._clock = None
-        for param, group in self._eligible():
-            state = self.state.get(param, {})
-            if group["importance"] == "exp_avg_sq" and "importance" in state:
-                locked = lock.is_locked(state.pop("importance"))
-                state["exp_avg_sq"] = lock.with_lock(state["exp_avg_sq"], locked)
-
-    def _check_saved_grouping(self, saved_groups: Sequence[dict[str, Any]]) -> None:
-        for i, (saved, ours) in enumerate(zip(saved_groups, self.param_groups, strict=False)):
-            if saved.get("layer_digest", ours["layer_digest"]) != ours["layer_digest"]:
-                raise ValueError(
-                    f"the state was saved with layers={saved['layers']!r} and this optimizer has layers="
-                    f"{ours['layers']!r}: parameter group {i} falls into other layers, and the masks would not "
-                    f"compare; construct the optimizer with layers={saved['layers']!r} and the same parameter names"
-                )
+        if self.defaults["importance"] == "exp_avg_sq":
+            for state in self.state.values():
+                if "importance" in state:
+                    locked = lock.is_locked(state.pop("importance"))
+                    state["exp_avg_sq"] = lock.with_lock(state["exp_avg_sq"], locked)
 
     _KEPT = (*LockedAdamW._KEPT, "_grouping", "_records", "_clock")
-
-
-@dataclass
-class _Plan:
-    """Who competes for protection in a refresh."""
-
-    layers: list[str]
-    layer_eligible: list[int]
-    budgets: list[Budget] = field(default_factory=list)
-    candidates: list[Candidate] = field(default_factory=list)
-    params: list[Tensor] = field(default_factory=list)  # of the candidates
-    untouched: list[int] = field(default_factory=list)
 
 
 def _unlocked(entry: dict[str, Any]) -> dict[str, Any]:
@@ -438,7 +381,6 @@ def _check_settings(settings: dict[str, Any]) -> None:
     for name, allowed in _CHOICES.items():
         if settings[name] not in allowed:
             raise ValueError(f"Invalid {name}: {settings[name]!r}; choose one of {allowed}")
-    check_layers(settings["layers"])
 
 
 def _is_number(value: object) -> bool:

@@ -83,7 +83,7 @@ class MaskedAdamW(LockedAdamW):
         Raises:
             ValueError: `param` is not a parameter of this optimizer.
         """
-        self._name(param)  # raises where it has none here
+        self._position(param)  # raises where it has none
         signed = self.state.get(param, {}).get("frozen", self._frozen.get(param))
         return torch.zeros_like(param, dtype=torch.bool) if signed is None else lock.is_locked(signed)
 

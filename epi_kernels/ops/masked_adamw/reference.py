@@ -33,7 +33,9 @@ def masked_adamw_(
         exp_avg.copy_(m)
 
         if lock_in != "exp_avg_sq":
-            exp_avg_sq.copy_(second_moment(exp_avg_sq.to(dtype), grad, s.beta2, s.one_minus_beta2))
+            # the magnitude: a tensor that was exempted from isolation since its last step still carries lock bits here
+            v = lock.magnitude(exp_avg_sq).to(dtype)
+            exp_avg_sq.copy_(second_moment(v, grad, s.beta2, s.one_minus_beta2))
         if lock_in == "importance" and not advanced:
             beta, one_minus_beta = s.importance_beta, s.one_minus_importance_beta
             after, bad = advanced_importance(locks[i], grads[i], beta, one_minus_beta, keep_finite=True)
