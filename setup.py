@@ -16,7 +16,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 # no contraction: masks are compared bit for bit. No errno and no traps: else the masked loops stay scalar
-FLAGS = "-std=c++17 -O3 -fPIC -pthread -fvisibility=hidden -Wall -Wextra -ffp-contract=off -fno-math-errno -fno-trapping-math"
+FLAGS = "-std=c++17 -O3 -fPIC -pthread -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math"
 
 # SIMD level -> its flags; the library chooses at run time
 LEVELS = {"baseline": ""}

@@ -136,7 +136,9 @@ def check_indices(params: Sequence[Tensor], indices: Sequence[Tensor], **states:
         if chosen.device.type == "cpu" and chosen.numel():
             first, last = int(chosen[0]), int(chosen[-1])
             if first < 0 or last >= param.numel():
-                raise ValueError(f"indices[{i}] goes from {first} to {last} but params[{i}] has {param.numel()} entries")
+                raise ValueError(
+                    f"indices[{i}] goes from {first} to {last} but params[{i}] has {param.numel()} entries"
+                )
     for name, tensors in states.items():
         if [tensor.shape for tensor in tensors] != [chosen.shape for chosen in indices]:
             shapes = [tuple(tensor.shape) for tensor in tensors]

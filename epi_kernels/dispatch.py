@@ -106,9 +106,7 @@ def explain(device: torch.device, requested: str, dtype: torch.dtype = torch.flo
     return ", ".join(f"{operation} {backend}" for operation, backend in choices.items())
 
 
-def _obstacle(
-    backend: str, device_type: str, values: frozenset[torch.dtype], states: frozenset[torch.dtype]
-) -> str:
+def _obstacle(backend: str, device_type: str, values: frozenset[torch.dtype], states: frozenset[torch.dtype]) -> str:
     """Return why a backend cannot run on these tensors; empty if it can."""
     if backend != "native":
         return ""

@@ -11,7 +11,7 @@ Lists = Sequence[Sequence[Tensor | None]]
 class Flat:
     """Lists of tensors whose entries lie side by side, in an order that is the same for all at one position.
 
-    In place where the tensors of a position are dense with equal strides, whatever the order; else the ones that are not
+    In place where the tensors of a position are dense with equal strides, whatever the order; else those that are not
     contiguous are replaced by contiguous copies, and `write_back` copies the written ones back into their place.
 
     Example:

@@ -170,8 +170,14 @@ def _(
 
 
 @torch.library.custom_op("epi_kernels::gradient_sums_", mutates_args=("sums", "square_sums"))
-def gradient_sums_(sums: Sequence[Tensor], square_sums: Sequence[Tensor], grads: Sequence[Tensor], backend: str) -> None:
-    """Add each gradient and its square: sum <- sum + g, square_sum <- square_sum + g * g; PIECE (arXiv 2511.15375) Eq. 4.
+def gradient_sums_(
+    sums: Sequence[Tensor], square_sums: Sequence[Tensor], grads: Sequence[Tensor], backend: str
+) -> None:
+    """Add each gradient to a sum and its square to another; both give the importance of PIECE.
+
+    ::
+
+        sum <- sum + g,     square_sum <- square_sum + g^2                   PIECE (arXiv 2511.15375) Eq. 4 and 10
 
     Args:
         sums: float32; written.
@@ -316,7 +322,8 @@ def sparse_adamw_(
     Example:
         >>> theta, scalars = torch.ones(2, 2), Scalars(1.0, 1.0, 0.9, 0.1, 0.99, 0.01, 1.0, 0.1, 0.0, 0.0, 1.0)
         >>> state = [torch.zeros(1)], [torch.zeros(1)]
-        >>> sparse_adamw_([theta], [theta.clone()], [torch.tensor([2])], *state, torch.tensor([scalars]).double(), "auto")
+        >>> grads, indices = [torch.ones(2, 2)], [torch.tensor([2])]
+        >>> sparse_adamw_([theta], grads, indices, *state, torch.tensor([scalars], dtype=torch.float64), "auto")
         >>> theta
         tensor([[1.0000, 1.0000],
                 [0.9000, 1.0000]])
