@@ -112,3 +112,35 @@ def check_lists(**lists: Sequence[Tensor | None]) -> None:
                 )
             if tensor.device != owner.device:
                 raise ValueError(f"{name}[{i}] is on {tensor.device} but {first}[{i}] is on {owner.device}")
+
+
+def check_indices(params: Sequence[Tensor], indices: Sequence[Tensor], **states: Sequence[Tensor]) -> None:
+    """Check the indices of a sparse operation and the compact tensors that have one value for each.
+
+    The order of the indices makes the first and the last decide their range. They are read on the CPU alone: on an
+    accelerator that would wait for it.
+
+    Raises:
+        ValueError: lengths or shapes differ, or an index is out of range.
+        TypeError: indices are neither int64 nor int32.
+    """
+    if len(indices) != len(params):
+        raise ValueError(f"indices has {len(indices)} tensors but params has {len(params)}; pass one for each")
+    for i, (param, chosen) in enumerate(zip(params, indices, strict=True)):
+        if chosen.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"indices[{i}] is {chosen.dtype}; pass int64 or int32")
+        if chosen.dim() != 1:
+            raise ValueError(f"indices[{i}] has shape {tuple(chosen.shape)}; pass one dimension")
+        if chosen.device != param.device:
+            raise ValueError(f"indices[{i}] is on {chosen.device} but params[{i}] is on {param.device}")
+        if chosen.device.type == "cpu" and chosen.numel():
+            first, last = int(chosen[0]), int(chosen[-1])
+            if first < 0 or last >= param.numel():
+                raise ValueError(
+                    f"indices[{i}] goes from {first} to {last} but params[{i}] has {param.numel()} entries"
+                )
+    for name, tensors in states.items():
+        if [tensor.shape for tensor in tensors] != [chosen.shape for chosen in indices]:
+            shapes = [tuple(tensor.shape) for tensor in tensors]
+            raise ValueError(f"{name} has the shapes {shapes}; pass one value for each of the indices")
+    check_lists(**states)

@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from epi_kernels import native
+from epi_kernels.contract import arithmetic_dtype
+
 # "auto" takes the first that can run; the order is by speed
 BACKENDS = ("triton", "native", "reference")
 
@@ -19,9 +22,13 @@ BACKENDS = ("triton", "native", "reference")
 STEMS = {
     "masked_adamw_": "masked_adamw",
     "importance_": "importance",
+    "gradient_sums_": "importance",
     "score_histogram": "threshold",
     "lock_": "threshold",
+    "sparse_adamw_": "sparse_adamw",
 }
+
+FLOAT32 = frozenset({torch.float32})
 
 
 class Choice(NamedTuple):
@@ -33,25 +40,40 @@ class Choice(NamedTuple):
 
 
 @functools.cache
-def choose(operation: str, device_type: str, requested: str) -> Choice:
+def choose(
+    operation: str,
+    device_type: str,
+    requested: str,
+    values: frozenset[torch.dtype] = FLOAT32,
+    states: frozenset[torch.dtype] = FLOAT32,
+) -> Choice:
     """Return the backend that runs `operation`, one of STEMS, on tensors of `device_type`.
 
     Args:
         operation: a key of STEMS.
         device_type: "cpu", "cuda", ...
         requested: "auto", or one of BACKENDS, which then runs or raises: never a quiet fallback.
+        values: the dtypes of the parameters and gradients.
+        states: the dtypes of the moments and importances.
 
     Raises:
         ValueError: `requested` is unknown.
         NotImplementedError: the requested backend is not part of this version.
+        RuntimeError: the requested backend cannot run this here; the message says why and what to do.
     """
     check(requested)
     for backend in BACKENDS if requested == "auto" else (requested,):
         if not _is_built(operation, backend):
             continue
-        module = importlib.import_module(f"epi_kernels.ops.{STEMS[operation]}.{backend}")
-        reason = "requested" if requested == backend else f"the fastest here for {device_type}"
-        return Choice(backend, reason, getattr(module, operation))
+        obstacle = _obstacle(backend, device_type, values, states)
+        if not obstacle:
+            module = importlib.import_module(f"epi_kernels.ops.{STEMS[operation]}.{backend}")
+            reason = "requested" if requested == backend else f"the fastest here for {device_type}"
+            return Choice(backend, reason, getattr(module, operation))
+        if requested == backend:
+            raise RuntimeError(
+                f"backend={backend!r} cannot run {operation} here: {obstacle}; or use backend='auto' or 'reference'"
+            )
     raise AssertionError(f"{operation} has no reference backend")  # held by a test
 
 
@@ -71,12 +93,34 @@ def check(requested: str) -> None:
         )
 
 
-def explain(device: torch.device, requested: str) -> str:
-    """Return one line that names the backend of each operation on `device`."""
-    choices = {operation: choose(operation, device.type, requested).backend for operation in STEMS}
+def explain(device: torch.device, requested: str, dtype: torch.dtype = torch.float32) -> str:
+    """Return one line that names the backend of each operation on parameters of `dtype` on `device`.
+
+    Raises:
+        RuntimeError: the requested backend cannot run there; see `choose`.
+    """
+    values, states = frozenset({dtype}), frozenset({arithmetic_dtype(dtype)})
+    choices = {operation: choose(operation, device.type, requested, values, states).backend for operation in STEMS}
     if len(set(choices.values())) == 1:
         return next(iter(choices.values()))
     return ", ".join(f"{operation} {backend}" for operation, backend in choices.items())
+
+
+def _obstacle(backend: str, device_type: str, values: frozenset[torch.dtype], states: frozenset[torch.dtype]) -> str:
+    """Return why a backend cannot run on these tensors; empty if it can."""
+    if backend != "native":
+        return ""
+    if device_type != "cpu":
+        return f"it runs on the CPU and the tensors are on {device_type}"
+    if not values <= native.DTYPES.keys():
+        return f"it takes {_names(native.DTYPES)} and not {_names(values - native.DTYPES.keys())}"
+    if not states <= FLOAT32:
+        return f"its moments and importance are float32 and not {_names(states - FLOAT32)}"
+    return native.obstacle()
+
+
+def _names(dtypes: Any) -> str:
+    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
 
 
 def _is_built(operation: str, backend: str) -> bool:

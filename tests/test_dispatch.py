@@ -1,25 +1,77 @@
-"""Every operation has a reference; a backend that is named runs or raises."""
+"""Which backend runs: the fastest that can, or the one that was named, which runs or raises; never a quiet fallback."""
 
 import pytest
 import torch
+from torch.nn import Parameter
 
-from epi_kernels import EPIAdamW, dispatch
+from epi_kernels import EPIAdamW, dispatch, native
+
+needs_native = pytest.mark.skipif(bool(native.obstacle()), reason=native.obstacle() or "it is built")
 
 
 @pytest.mark.parametrize("operation", dispatch.STEMS)
-@pytest.mark.parametrize("requested", ["auto", "reference"])
-def test_reference_runs_everywhere(operation: str, requested: str) -> None:
-    choice = dispatch.choose(operation, "cpu", requested)
+def test_reference_runs_everywhere(operation: str) -> None:
+    choice = dispatch.choose(operation, "cpu", "reference", frozenset({torch.float64}), frozenset({torch.float64}))
     assert choice.run.__name__ == operation
     assert choice.backend == "reference"
 
 
+@needs_native
+@pytest.mark.parametrize("operation", dispatch.STEMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_native_is_the_choice_of_auto_on_a_cpu(operation: str, dtype: torch.dtype) -> None:
+    choice = dispatch.choose(operation, "cpu", "auto", frozenset({dtype}))
+    assert choice.run.__name__ == operation
+    assert choice.backend == "native"
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("device_type", "values", "states", "reason"),
+    [
+        ("cpu", {torch.float32, torch.float64}, {torch.float32}, "takes bfloat16, float16, float32 and not float64"),
+        ("cpu", {torch.bfloat16}, {torch.bfloat16}, "its moments and importance are float32 and not bfloat16"),
+        ("meta", {torch.float32}, {torch.float32}, "it runs on the CPU and the tensors are on meta"),
+    ],
+)
+def test_what_native_cannot_run_raises_where_it_is_named_and_else_goes_to_the_reference(
+    device_type: str, values: set[torch.dtype], states: set[torch.dtype], reason: str
+) -> None:
+    where = (device_type, frozenset(values), frozenset(states))
+    assert dispatch.choose("importance_", where[0], "auto", *where[1:]).backend == "reference"
+    with pytest.raises(RuntimeError, match=f"backend='native' cannot run importance_ here: .*{reason}.*'reference'"):
+        dispatch.choose("importance_", where[0], "native", *where[1:])
+
+
+@pytest.fixture
+def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    dispatch.choose.cache_clear()
+    monkeypatch.setattr(native, "obstacle", lambda: "it was not built; install the package again")
+    yield
+    dispatch.choose.cache_clear()
+
+
+@pytest.mark.usefixtures("no_library")
+def test_without_the_library_auto_runs_on_the_reference_and_native_says_what_to_do() -> None:
+    optimizer = EPIAdamW([Parameter(torch.ones(1))], layers="tensor")
+    assert "backend reference on cpu" in repr(optimizer)
+    with pytest.raises(RuntimeError, match="it was not built; install the package again"):
+        EPIAdamW([Parameter(torch.ones(1))], backend="native", layers="tensor")
+
+
+@needs_native
+def test_an_optimizer_refuses_a_parameter_that_its_backend_cannot_step() -> None:
+    params = [Parameter(torch.ones(1)), Parameter(torch.ones(1, dtype=torch.float64))]
+    with pytest.raises(RuntimeError, match="and not float64"):
+        EPIAdamW(params, backend="native", layers="tensor")
+    assert "backend native on cpu; reference on cpu" in repr(EPIAdamW(params, layers="tensor"))
+
+
 def test_unknown_backend() -> None:
     with pytest.raises(ValueError, match="Invalid backend: 'cublas'"):
-        EPIAdamW([torch.nn.Parameter(torch.ones(1))], backend="cublas", layers="tensor")
+        EPIAdamW([Parameter(torch.ones(1))], backend="cublas", layers="tensor")
 
 
-@pytest.mark.parametrize("backend", ["triton", "native"])
-def test_a_backend_that_is_not_there_is_never_replaced_in_silence(backend: str) -> None:
-    with pytest.raises(NotImplementedError, match=f"backend='{backend}' has no masked_adamw_"):
-        EPIAdamW([torch.nn.Parameter(torch.ones(1))], backend=backend, layers="tensor")
+def test_a_backend_that_is_not_there_is_never_replaced_in_silence() -> None:
+    with pytest.raises(NotImplementedError, match="backend='triton' has no masked_adamw_"):
+        EPIAdamW([Parameter(torch.ones(1))], backend="triton", layers="tensor")

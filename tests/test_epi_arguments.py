@@ -127,7 +127,9 @@ def test_a_grouping_by_names_needs_names(layers: Any) -> None:
 
 def test_the_grouping_in_force_is_printed() -> None:
     names = ("embed.weight", "h.0.a", "h.0.b", "h.1.a", "head.weight")
-    assert "5 tensors in 4 layers by 'block'; backend reference on cpu" in repr(EPIAdamW(named(*names)))
+    assert "5 tensors in 4 layers by 'block'; backend reference on cpu" in repr(
+        EPIAdamW(named(*names), backend="reference")
+    )
     assert "5 tensors in 1 layers by 'callable'" in repr(EPIAdamW(named(*names), layers=lambda name: "all"))
 
 

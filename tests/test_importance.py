@@ -1,4 +1,4 @@
-"""The operation `importance_`, every backend: Eq. 5 and 7 in one pass.
+"""The operations `importance_`, Eq. 5 and 7 in one pass, and `gradient_sums_`; every backend.
 
 - Computed by hand, ranges over the whole layer, across tensors.
 - float64 to one rounding of float32; locks stay; what is not finite is kept out and counted.
@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import skip_unless_it_takes
 from torch import Tensor
 
 from epi_kernels import lock, ops
 
 
-def run(importances: list[Tensor], grads: list[Tensor | None], **changes: Any) -> tuple[Tensor, Tensor]:
+def run(backend: str, importances: list[Tensor], grads: list[Tensor | None], **changes: Any) -> tuple[Tensor, Tensor]:
     """Return (ranges, nonfinite); one layer for all unless told otherwise, beta 0.75."""
     call = {
         "importances": importances,
@@ -25,16 +26,16 @@ def run(importances: list[Tensor], grads: list[Tensor | None], **changes: Any) -
         "layers": [0] * len(importances),
         "layer_count": 1,
         "keep_finite": True,
-        "backend": "reference",
+        "backend": backend,
         **changes,
     }
     return ops.importance_(**call), call["nonfinite"]
 
 
-def test_by_hand_over_two_layers_with_and_without_gradient() -> None:
+def test_by_hand_over_two_layers_with_and_without_gradient(backend: str) -> None:
     importances = [torch.tensor([4.0, -8.0]), torch.tensor([[1.0], [100.0]]), torch.tensor(3.0), torch.empty(0, 2)]
     grads = [torch.tensor([2.0, 4.0]), None, torch.tensor(6.0), torch.empty(0, 2)]
-    ranges, nonfinite = run(importances, grads, layers=[0, 1, 0, 2], layer_count=3)
+    ranges, nonfinite = run(backend, importances, grads, layers=[0, 1, 0, 2], layer_count=3)
     assert importances[0].tolist() == [4.0, -10.0]  # 3/4 * 4 + 1/4 * 4, and 3/4 * 8 + 1/4 * 16, still locked
     assert importances[1].flatten().tolist() == [1.0, 100.0]
     assert importances[2].item() == 11.25
@@ -43,28 +44,29 @@ def test_by_hand_over_two_layers_with_and_without_gradient() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_float64_to_the_roundings_of_float32(dtype: torch.dtype) -> None:
+def test_float64_to_the_roundings_of_float32(backend: str, dtype: torch.dtype) -> None:
+    skip_unless_it_takes(backend, dtype)
     before = torch.rand(10_007)
     grad = (torch.randn(10_007) * 10 ** torch.empty(10_007).uniform_(-3, 2)).to(dtype)
     importance = before.clone()
-    run([importance], [grad])
+    run(backend, [importance], [grad])
     exact = 0.75 * before.double() + 0.25 * grad.double() ** 2
     # two products, two sums: at most three roundings of 2^-24 reach the result
     torch.testing.assert_close(importance.double(), exact, rtol=3 * 2**-24, atol=0)
     assert not torch.allclose(before.double(), exact, rtol=3 * 2**-24, atol=0)
 
 
-def test_beta_zero_is_the_last_square() -> None:
+def test_beta_zero_is_the_last_square(backend: str) -> None:
     importance = torch.tensor([7.0, math.ulp(0.0)])
-    run([importance], [torch.tensor([3.0, 0.5])], betas=torch.tensor([[0.0, 1.0]], dtype=torch.float64))
+    run(backend, [importance], [torch.tensor([3.0, 0.5])], betas=torch.tensor([[0.0, 1.0]], dtype=torch.float64))
     assert importance.tolist() == [9.0, 0.25]
 
 
 @pytest.mark.parametrize("keep_finite", [True, False])
-def test_squares_that_are_not_finite(keep_finite: bool) -> None:
+def test_squares_that_are_not_finite(backend: str, keep_finite: bool) -> None:
     importance = lock.with_lock(torch.full((6,), 4.0), torch.arange(6) % 2 == 0)
     grad = torch.tensor([math.nan, math.inf, -math.inf, 1e20, 2.0, 4.0])
-    ranges, nonfinite = run([importance], [grad], keep_finite=keep_finite)
+    ranges, nonfinite = run(backend, [importance], [grad], keep_finite=keep_finite)
     assert nonfinite.tolist() == [4]
     assert lock.is_locked(importance).tolist() == [True, False] * 3
     assert lock.magnitude(importance)[4:].tolist() == [4.0, 7.0]
@@ -75,13 +77,13 @@ def test_squares_that_are_not_finite(keep_finite: bool) -> None:
     assert ranges.tolist() == [[4.0, 7.0]]
 
 
-def test_subnormal_counts_as_zero_in_the_range() -> None:
+def test_subnormal_counts_as_zero_in_the_range(backend: str) -> None:
     importances = [torch.tensor([1e-40, 2.0]), torch.tensor([1e-41])]
-    ranges, _ = run(importances, [None, None], layers=[0, 1], layer_count=2)
+    ranges, _ = run(backend, importances, [None, None], layers=[0, 1], layer_count=2)
     assert ranges.tolist() == [[0.0, 2.0], [0.0, 0.0]]
 
 
-def test_opcheck() -> None:
+def test_opcheck(backend: str) -> None:
     call = {
         "importances": [torch.rand(4), torch.rand(2, 3)],
         "grads": [torch.randn(4), None],
@@ -90,6 +92,22 @@ def test_opcheck() -> None:
         "layers": [0, 1],
         "layer_count": 2,
         "keep_finite": True,
-        "backend": "reference",
+        "backend": backend,
     }
     torch.library.opcheck(torch.ops.epi_kernels.importance_.default, (), call)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_gradient_sums_by_hand(backend: str, dtype: torch.dtype) -> None:
+    skip_unless_it_takes(backend, dtype)
+    sums, square_sums = [torch.tensor([1.0, -2.0]), torch.empty(0)], [torch.tensor([0.5, 0.0]), torch.empty(0)]
+    for _ in range(2):
+        grads = [torch.tensor([3.0, -0.25], dtype=dtype), torch.empty(0, dtype=dtype)]
+        ops.gradient_sums_(sums, square_sums, grads, backend)
+    assert sums[0].tolist() == [7.0, -2.5]
+    assert square_sums[0].tolist() == [18.5, 0.125]
+
+
+def test_gradient_sums_opcheck(backend: str) -> None:
+    lists = [[torch.rand(4), torch.rand(2, 3)] for _ in range(3)]
+    torch.library.opcheck(torch.ops.epi_kernels.gradient_sums_.default, (*lists, backend))

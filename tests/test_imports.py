@@ -1,6 +1,6 @@
 """Imports run one way, each module only to a lower tier.
 
-optim -> ops (functional) -> ops/<stem>/<backend> -> ops/equations, dispatch -> contract, lock, layers, telemetry
+optim -> ops (functional) -> ops/<stem>/<backend> -> ops/equations, ops/flat, dispatch -> contract, lock, native, layers
 
 Backends of one operation never import another operation's, nor each other's. Heavy optional packages are imported by
 nobody at import time.
@@ -21,11 +21,13 @@ TIERS = [
     ("epi_kernels._version", 0),
     ("epi_kernels.lock", 0),
     ("epi_kernels.contract", 0),
+    ("epi_kernels.native", 0),
     ("epi_kernels.metrics", 0),
     ("epi_kernels.layers", 0),
     ("epi_kernels.telemetry", 0),
     ("epi_kernels.plots", 1),
     ("epi_kernels.ops.equations", 1),
+    ("epi_kernels.ops.flat", 1),
     ("epi_kernels.dispatch", 1),
     ("epi_kernels.ops.functional", 3),
     ("epi_kernels.ops.", 2),  # ops/<stem>/<backend>

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import skip_unless_it_takes
 from tolerances import STEP_FLOAT64
 from torch import Tensor
 
@@ -29,7 +30,13 @@ GROUP: dict[str, Any] = {
 
 
 def arguments(
-    params: list[Tensor], grads: list[Tensor], locks: list[Tensor], lock_in: str, step: int = 1, **group: Any
+    backend: str,
+    params: list[Tensor],
+    grads: list[Tensor],
+    locks: list[Tensor],
+    lock_in: str,
+    step: int = 1,
+    **group: Any,
 ) -> dict[str, Any]:
     """Return the arguments of a first step: moments zero."""
     state = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in params]
@@ -44,7 +51,7 @@ def arguments(
         "scalars": torch.tensor([Scalars.of({**GROUP, **group}, step)] * len(params), dtype=torch.float64),
         "lock_in": lock_in,
         "advanced": False,
-        "backend": "reference",
+        "backend": backend,
     }
 
 
@@ -52,7 +59,7 @@ def test_a_step_computed_by_hand() -> None:
     # g = 2: m = 0.2, v = 0.04, S = 0.25 * 4 = 1; both corrections make m 2 and sqrt(v) 2:
     # theta = 3 * (1 - 0.05) - 0.1 * 2 / (2 + 0.001)
     param = torch.tensor([3.0, 3.0], dtype=torch.float64)
-    call = arguments([param], [torch.full_like(param, 2.0)], [torch.tensor([0.0, -0.0])], "importance")
+    call = arguments("reference", [param], [torch.full_like(param, 2.0)], [torch.tensor([0.0, -0.0])], "importance")
     ops.masked_adamw_(**call)
     assert param[0].item() == pytest.approx(2.85 - 0.2 / 2.001, abs=1e-15)
     assert param[1].item() == 3.0
@@ -70,7 +77,7 @@ def test_float64_step_is_torchs(amsgrad: bool) -> None:
     twins = [p.clone().requires_grad_() for p in params]
     options = {key: value for key, value in GROUP.items() if key != "importance_beta"}
     torchs = torch.optim.AdamW(twins, **options, amsgrad=amsgrad)
-    call = arguments(params, grads, [], "none")
+    call = arguments("reference", params, grads, [], "none")
     call["max_exp_avg_sqs"] = [torch.zeros_like(p) for p in params] if amsgrad else []
     for step in (1, 2, 3):
         call["scalars"][:] = torch.tensor(Scalars.of(GROUP, step), dtype=torch.float64)
@@ -85,7 +92,8 @@ def test_float64_step_is_torchs(amsgrad: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("lock_in", ["importance", "exp_avg_sq", "static"])
-def test_locked_entries_keep_their_bits_under_any_gradient(lock_in: str, dtype: torch.dtype) -> None:
+def test_locked_entries_keep_their_bits_under_any_gradient(backend: str, lock_in: str, dtype: torch.dtype) -> None:
+    skip_unless_it_takes(backend, dtype)
     special = torch.tensor([1.0, -2.0, 0.0, math.nan, math.inf, -math.inf, 1e30])
     grad = special.repeat(2).to(dtype)
     param = torch.tensor([0.0, -0.0, 1.0, math.nan, -3.0, 1e-8, 7.0]).repeat(2).to(dtype)
@@ -93,7 +101,7 @@ def test_locked_entries_keep_their_bits_under_any_gradient(lock_in: str, dtype: 
     before = param.clone()
     state = torch.zeros(14, dtype=torch.promote_types(dtype, torch.float32))
     locks = {"importance": [lock.with_lock(torch.zeros(14), locked)], "static": [lock.static_lock(locked)]}
-    call = arguments([param], [grad], locks.get(lock_in, []), lock_in)
+    call = arguments(backend, [param], [grad], locks.get(lock_in, []), lock_in)
     if lock_in == "exp_avg_sq":
         call["exp_avg_sqs"] = [lock.with_lock(state, locked)]
     ops.masked_adamw_(**call)
@@ -107,20 +115,21 @@ def test_locked_entries_keep_their_bits_under_any_gradient(lock_in: str, dtype: 
     torch.testing.assert_close(call["exp_avgs"][0][:7], call["exp_avgs"][0][7:], equal_nan=True, rtol=0, atol=0)
 
 
-def test_maximize_moves_the_other_way_and_leaves_the_importance() -> None:
+def test_maximize_moves_the_other_way_and_leaves_the_importance(backend: str) -> None:
     results = []
     for maximize in (False, True):
         param, signed = torch.zeros(1), torch.zeros(1)
-        ops.masked_adamw_(**arguments([param], [torch.ones(1)], [signed], "importance", maximize=maximize))
+        ops.masked_adamw_(**arguments(backend, [param], [torch.ones(1)], [signed], "importance", maximize=maximize))
         results.append((param.item(), signed.item()))
     assert results[0][0] == -results[1][0] != 0
     assert results[0][1] == results[1][1] == 0.25
 
 
 @pytest.mark.parametrize("lock_in", ["importance", "exp_avg_sq"])
-def test_advanced_takes_no_second_square(lock_in: str) -> None:
+def test_advanced_takes_no_second_square(backend: str, lock_in: str) -> None:
     param, grad = torch.ones(3), torch.full((3,), 2.0)
-    call = arguments([param], [grad], [torch.full((3,), 5.0)] if lock_in == "importance" else [], lock_in)
+    locks = [torch.full((3,), 5.0)] if lock_in == "importance" else []
+    call = arguments(backend, [param], [grad], locks, lock_in)
     call["exp_avg_sqs"] = [torch.full((3,), 5.0)]
     call["advanced"] = True
     ops.masked_adamw_(**call)
@@ -130,19 +139,20 @@ def test_advanced_takes_no_second_square(lock_in: str) -> None:
 
 
 def test_arguments_that_do_not_belong_together() -> None:
-    call = arguments([torch.ones(2)], [torch.ones(2)], [], "none")
+    call = arguments("auto", [torch.ones(2)], [torch.ones(2)], [], "none")
     with pytest.raises(ValueError, match="Invalid lock_in: 'sign'"):
         ops.masked_adamw_(**{**call, "lock_in": "sign"})
     with pytest.raises(ValueError, match="lock_in='static' with 0 locks for 1 params"):
         ops.masked_adamw_(**{**call, "lock_in": "static"})
+    with pytest.raises(TypeError, match=r"locks\[0\] is torch.float32; with lock_in='static' pass int8"):
+        ops.masked_adamw_(**{**call, "lock_in": "static", "locks": [torch.zeros(2)]})
     with pytest.raises(ValueError, match=r"scalars has shape \(2, 11\), not \(1, 11\)"):
         ops.masked_adamw_(**{**call, "scalars": call["scalars"].repeat(2, 1)})
 
 
 @pytest.mark.parametrize("lock_in", ["none", "importance", "exp_avg_sq", "static"])
-def test_opcheck(lock_in: str) -> None:
+def test_opcheck(backend: str, lock_in: str) -> None:
     locks = {"importance": [torch.zeros(4), torch.zeros(2, 3)], "static": [torch.zeros(s).char() for s in (4, (2, 3))]}
-    call = arguments(
-        [torch.ones(4), torch.ones(2, 3)], [torch.ones(4), torch.ones(2, 3)], locks.get(lock_in, []), lock_in
-    )
+    params, grads = ([torch.ones(4), torch.ones(2, 3)] for _ in "pg")
+    call = arguments(backend, params, grads, locks.get(lock_in, []), lock_in)
     torch.library.opcheck(torch.ops.epi_kernels.masked_adamw_.default, (), call)

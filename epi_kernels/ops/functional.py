@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from epi_kernels.contract import KEY_DIGITS, Scalars, check_lists
+from epi_kernels.contract import KEY_DIGITS, Scalars, check_indices, check_lists
 from epi_kernels.dispatch import choose
 
 LOCK_IN = ("none", "importance", "exp_avg_sq", "static")
@@ -60,7 +60,9 @@ def masked_adamw_(
 
     Raises:
         ValueError: lists do not belong together, `lock_in` is unknown, or the backend is.
+        TypeError: a lock with ``lock_in="static"`` is not int8.
         NotImplementedError: the backend is not part of this version.
+        RuntimeError: the backend cannot run on these tensors.
     """
     check_lists(
         params=params,
@@ -74,10 +76,14 @@ def masked_adamw_(
         raise ValueError(f"Invalid lock_in: {lock_in!r}; choose one of {LOCK_IN}")
     if bool(locks) != (lock_in in ("importance", "static")) and params:
         raise ValueError(f"lock_in={lock_in!r} with {len(locks)} locks for {len(params)} params")
-    if scalars.shape != (len(params), len(Scalars._fields)):
-        raise ValueError(f"scalars has shape {tuple(scalars.shape)}, not {(len(params), len(Scalars._fields))}")
+    static = locks if lock_in == "static" else []
+    for i, fixed in enumerate(static):
+        if fixed.dtype != torch.int8:
+            raise TypeError(f"locks[{i}] is {fixed.dtype}; with lock_in='static' pass int8")
+    _check_scalars(scalars, params)
     if params:
-        choose("masked_adamw_", params[0].device.type, backend).run(
+        states = _dtypes(exp_avgs, exp_avg_sqs, max_exp_avg_sqs, [] if static else locks)
+        choose("masked_adamw_", params[0].device.type, backend, _dtypes(params, grads), states).run(
             params,
             grads,
             exp_avgs,
@@ -141,9 +147,10 @@ def importance_(
 
     Raises:
         ValueError: lists do not belong together, or the backend is unknown.
+        RuntimeError: the backend cannot run on these tensors.
     """
     check_lists(importances=importances, grads=grads)
-    return choose("importance_", nonfinite.device.type, backend).run(
+    return choose("importance_", nonfinite.device.type, backend, _dtypes(grads), _dtypes(importances)).run(
         importances, grads, nonfinite, betas, layers, layer_count, keep_finite
     )
 
@@ -160,6 +167,37 @@ def _(
     backend: str,
 ) -> Tensor:
     return torch.empty(layer_count, 2, device=nonfinite.device)
+
+
+@torch.library.custom_op("epi_kernels::gradient_sums_", mutates_args=("sums", "square_sums"))
+def gradient_sums_(
+    sums: Sequence[Tensor], square_sums: Sequence[Tensor], grads: Sequence[Tensor], backend: str
+) -> None:
+    """Add each gradient to a sum and its square to another; both give the importance of PIECE.
+
+    ::
+
+        sum <- sum + g,     square_sum <- square_sum + g^2                   PIECE (arXiv 2511.15375) Eq. 4 and 10
+
+    Args:
+        sums: float32; written.
+        square_sums: float32, same shapes; written.
+        grads: same shapes, any floating dtype; read. Squared in float32 or wider.
+        backend: "auto" or the name of one.
+
+    Raises:
+        ValueError: lists do not belong together, or the backend is unknown.
+        RuntimeError: the backend cannot run on these tensors.
+    """
+    check_lists(sums=sums, square_sums=square_sums, grads=grads)
+    if sums:
+        states = _dtypes(sums, square_sums)
+        choose("gradient_sums_", sums[0].device.type, backend, _dtypes(grads), states).run(sums, square_sums, grads)
+
+
+@gradient_sums_.register_fake
+def _(sums: Sequence[Tensor], square_sums: Sequence[Tensor], grads: Sequence[Tensor], backend: str) -> None:
+    return None
 
 
 @torch.library.custom_op("epi_kernels::score_histogram", mutates_args=())
@@ -192,7 +230,7 @@ def score_histogram(
         int64 [budgets, bins]. The same integers on every backend; sums over shards are exact.
     """
     check_lists(importances=importances)
-    return choose("score_histogram", prefixes.device.type, backend).run(
+    return choose("score_histogram", prefixes.device.type, backend, states=_dtypes(importances)).run(
         importances, layers, ranges, budgets, prefixes, shift, bins
     )
 
@@ -234,7 +272,9 @@ def lock_(
         int64 [tensors, 3]: entries locked now, of these not locked before, and released.
     """
     check_lists(importances=importances)
-    return choose("lock_", thresholds.device.type, backend).run(importances, layers, ranges, budgets, thresholds)
+    return choose("lock_", thresholds.device.type, backend, states=_dtypes(importances)).run(
+        importances, layers, ranges, budgets, thresholds
+    )
 
 
 @lock_.register_fake
@@ -247,6 +287,77 @@ def _(
     backend: str,
 ) -> Tensor:
     return torch.empty(len(importances), 3, dtype=torch.int64, device=thresholds.device)
+
+
+@torch.library.custom_op("epi_kernels::sparse_adamw_", mutates_args=("params", "exp_avgs", "exp_avg_sqs"))
+def sparse_adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    scalars: Tensor,
+    backend: str,
+) -> None:
+    """Take one AdamW step of selected entries in place; the others are not touched, and cost nothing.
+
+    The equations are those of `masked_adamw_` without a lock. State and time are in proportion to the entries selected.
+
+    Args:
+        params: theta, floating point; written at the selected entries alone.
+        grads: same shapes, any floating dtype; read.
+        indices: 1-D, int64 or int32, for each parameter: the positions of its selected entries in row-major order of
+            its shape, whatever its strides; strictly increasing. Order and distinctness are the caller's business.
+        exp_avgs: m, 1-D, one value for each index; written.
+        exp_avg_sqs: v, likewise.
+        scalars: float64 [tensors, 11] on the CPU, a row of `epi_kernels.contract.Scalars` for each tensor.
+        backend: "auto" or the name of one.
+
+    Raises:
+        ValueError: lists do not belong together, or the backend is unknown. On the CPU also: an index is out of range.
+        TypeError: indices are not integers.
+        NotImplementedError: the backend is not part of this version.
+        RuntimeError: the backend cannot run on these tensors.
+
+    Example:
+        >>> theta, scalars = torch.ones(2, 2), Scalars(1.0, 1.0, 0.9, 0.1, 0.99, 0.01, 1.0, 0.1, 0.0, 0.0, 1.0)
+        >>> state = [torch.zeros(1)], [torch.zeros(1)]
+        >>> grads, indices = [torch.ones(2, 2)], [torch.tensor([2])]
+        >>> sparse_adamw_([theta], grads, indices, *state, torch.tensor([scalars], dtype=torch.float64), "auto")
+        >>> theta
+        tensor([[1.0000, 1.0000],
+                [0.9000, 1.0000]])
+    """
+    check_lists(params=params, grads=grads)
+    check_indices(params, indices, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
+    _check_scalars(scalars, params)
+    if params:
+        states = _dtypes(exp_avgs, exp_avg_sqs)
+        choose("sparse_adamw_", params[0].device.type, backend, _dtypes(params, grads), states).run(
+            params, grads, indices, exp_avgs, exp_avg_sqs, scalars
+        )
+
+
+@sparse_adamw_.register_fake
+def _(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    scalars: Tensor,
+    backend: str,
+) -> None:
+    return None
+
+
+def _check_scalars(scalars: Tensor, params: Sequence[Tensor]) -> None:
+    if scalars.shape != (len(params), len(Scalars._fields)):
+        raise ValueError(f"scalars has shape {tuple(scalars.shape)}, not {(len(params), len(Scalars._fields))}")
+
+
+def _dtypes(*lists: Sequence[Tensor | None]) -> frozenset[torch.dtype]:
+    return frozenset(tensor.dtype for tensors in lists for tensor in tensors if tensor is not None)
 
 
 def find_threshold(histogram: Callable[[Tensor, int, int], Tensor], ranks: Tensor, *, exact: bool) -> Tensor:

@@ -256,6 +256,7 @@ class LockedAdamW(torch.optim.AdamW):
 
         Raises:
             NotImplementedError: a parameter is complex, or a DTensor.
+            RuntimeError: the backend that was named cannot run on a parameter.
         """
         # torch's constructor calls this once for each group and knows nothing of the subclass's defaults
         for key, value in self._settings.items():
@@ -278,6 +279,7 @@ class LockedAdamW(torch.optim.AdamW):
                 raise NotImplementedError(
                     f"{self._name(param)} is a {type(param.data).__name__}; this version takes plain tensors only"
                 )
+            dispatch.explain(param.device, self._backend, param.dtype)  # raises where the backend cannot run
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state as torch does, with the dtypes of this class: torch casts every state to its parameter's.

@@ -205,8 +205,9 @@ class EPIAdamW(LockedAdamW):
     def __repr__(self) -> str:
         """Return torch's text and the grouping and backend in force."""
         layers = self._grouping.of(self.param_groups)
-        devices = sorted({param.device for param in layers}, key=str)
-        backends = "; ".join(f"{dispatch.explain(device, self._backend)} on {device}" for device in devices)
+        kinds = sorted({(param.device, param.dtype) for param in layers}, key=str)
+        chosen = [f"{dispatch.explain(device, self._backend, dtype)} on {device}" for device, dtype in kinds]
+        backends = "; ".join(dict.fromkeys(chosen))
         return (
             f"{super().__repr__()}\nIsolation: {len(layers)} tensors in {len(set(layers.values()))} layers "
             f"by {self._grouping.name!r}; backend {backends}"

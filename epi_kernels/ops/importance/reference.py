@@ -1,4 +1,4 @@
-"""Importance in plain torch: the EMA of squared gradients and, in the same pass, each layer's range."""
+"""Importance in plain torch: the EMA of squared gradients with each layer's range, and the sums that PIECE needs."""
 
 import math
 from collections.abc import Sequence
@@ -33,3 +33,11 @@ def importance_(
             ranges[layer, 0] = torch.minimum(ranges[layer, 0], low)
             ranges[layer, 1] = torch.maximum(ranges[layer, 1], high)
     return ranges
+
+
+def gradient_sums_(sums: Sequence[Tensor], square_sums: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    """Add g and g^2 in place; contract: `epi_kernels.ops.gradient_sums_`."""
+    for total, square_total, grad in zip(sums, square_sums, grads, strict=True):
+        wide = grad.to(torch.promote_types(grad.dtype, total.dtype))
+        total.add_(wide)
+        square_total.add_(wide * wide)

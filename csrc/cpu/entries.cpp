@@ -1,0 +1,164 @@
+// The C functions of epi_native.h: choose the SIMD level, share the chunks out, merge what they found.
+//
+// Counts are integers, and minima and maxima do not depend on an order: the results are those of one thread.
+#include <atomic>
+#include <cmath>
+#include <memory>
+
+#include "kernels.h"
+#include "parallel.h"
+
+namespace epi {
+namespace {
+
+struct Level {
+    int32_t number;
+    const Kernels* kernels;
+};
+
+Level best_level(int32_t limit) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (limit >= 4 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        return {4, &v4::kernels};
+    if (limit >= 3 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2"))
+        return {3, &v3::kernels};
+#endif
+    return {1, &baseline::kernels};
+}
+
+Level& level() {
+    static Level chosen = best_level(4);
+    return chosen;
+}
+
+template <typename Compare>
+void replace_if(std::atomic<int32_t>& current, int32_t value, Compare better) {
+    int32_t seen = current.load(std::memory_order_relaxed);
+    while (better(value, seen) && !current.compare_exchange_weak(seen, value, std::memory_order_relaxed)) {
+    }
+}
+
+// Add to a count that several threads share. (A plain field of the C structs: C has no atomics to declare it with.)
+void add(int64_t& count, int64_t amount) {
+    if (amount) __atomic_fetch_add(&count, amount, __ATOMIC_RELAXED);
+}
+
+float float_from(int32_t bits) {
+    float value;
+    __builtin_memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+constexpr int32_t INFINITE_BITS = 0x7f800000;
+
+}  // namespace
+}  // namespace epi
+
+using namespace epi;
+
+int32_t epi_abi_version(void) { return EPI_ABI_VERSION; }
+
+int32_t epi_simd_level(void) { return level().number; }
+
+int32_t epi_limit_simd_level(int32_t limit) {
+    level() = best_level(limit);
+    return level().number;
+}
+
+void epi_masked_adamw(epi_adamw_tensor* tensors, int64_t count, int32_t lock_in, int32_t advanced, int32_t threads) {
+    const Kernels& kernels = *level().kernels;
+    Chunks all(tensors, count);
+    run(all, threads, [&](Chunks& chunks) {
+        for (Chunk chunk; chunks.take(&chunk);) {
+            epi_adamw_tensor& tensor = tensors[chunk.tensor];
+            add(tensor.nonfinite, kernels.masked_adamw(tensor, chunk.begin, chunk.end, lock_in, advanced != 0));
+        }
+    });
+}
+
+void epi_importance(epi_importance_tensor* tensors, int64_t count, float* ranges, int64_t layer_count,
+                    int32_t keep_finite, int32_t threads) {
+    const Kernels& kernels = *level().kernels;
+    const std::unique_ptr<std::atomic<int32_t>[]> lows(new std::atomic<int32_t>[layer_count]);
+    const std::unique_ptr<std::atomic<int32_t>[]> highs(new std::atomic<int32_t>[layer_count]);
+    for (int64_t i = 0; i < layer_count; ++i) {
+        lows[i] = INFINITE_BITS;
+        highs[i] = -1;
+    }
+    Chunks all(tensors, count);
+    run(all, threads, [&](Chunks& chunks) {
+        for (Chunk chunk; chunks.take(&chunk);) {
+            epi_importance_tensor& tensor = tensors[chunk.tensor];
+            Range range = {INFINITE_BITS, -1};
+            add(tensor.nonfinite, kernels.importance(tensor, chunk.begin, chunk.end, keep_finite != 0, &range));
+            replace_if(lows[tensor.layer], range.low, std::less<int32_t>());
+            replace_if(highs[tensor.layer], range.high, std::greater<int32_t>());
+        }
+    });
+    for (int64_t i = 0; i < layer_count; ++i) {
+        ranges[2 * i] = float_from(lows[i]);
+        ranges[2 * i + 1] = highs[i] < 0 ? -INFINITY : float_from(highs[i]);
+    }
+}
+
+void epi_gradient_sums(const epi_sums_tensor* tensors, int64_t count, int32_t threads) {
+    const Kernels& kernels = *level().kernels;
+    Chunks all(tensors, count);
+    run(all, threads, [&](Chunks& chunks) {
+        for (Chunk chunk; chunks.take(&chunk);) kernels.gradient_sums(tensors[chunk.tensor], chunk.begin, chunk.end);
+    });
+}
+
+void epi_score_histogram(const epi_score_tensor* tensors, int64_t count, const int64_t* prefixes, int32_t shift,
+                         int32_t digit_bits, int64_t* counts, int32_t threads) {
+    const Kernels& kernels = *level().kernels;
+    const int64_t bins = int64_t{1} << digit_bits;
+    Chunks all(tensors, count);
+    run(all, threads, [&](Chunks& chunks) {
+        // a histogram of its own for each thread and chunk; of 32 bits, so that 4096 bins fit the first-level cache
+        std::vector<uint32_t> histogram(bins, 0);
+        int64_t counted = 0;
+        int32_t budget = 0;
+        const auto flush = [&] {
+            for (int64_t i = 0; i < bins; ++i) {
+                add(counts[budget * bins + i], histogram[i]);
+                histogram[i] = 0;
+            }
+            counted = 0;
+        };
+        for (Chunk chunk; chunks.take(&chunk);) {
+            const epi_score_tensor& tensor = tensors[chunk.tensor];
+            if (counted && (tensor.budget != budget || counted >= int64_t{1} << 31)) flush();
+            budget = tensor.budget;
+            kernels.score_histogram(tensor, chunk.begin, chunk.end, prefixes[budget], shift, digit_bits,
+                                    histogram.data());
+            counted += chunk.end - chunk.begin;
+        }
+        if (counted) flush();
+    });
+}
+
+void epi_lock(epi_score_tensor* tensors, int64_t count, const float* thresholds, int32_t threads) {
+    const Kernels& kernels = *level().kernels;
+    Chunks all(tensors, count);
+    run(all, threads, [&](Chunks& chunks) {
+        for (Chunk chunk; chunks.take(&chunk);) {
+            epi_score_tensor& tensor = tensors[chunk.tensor];
+            const LockCounts found = kernels.lock(tensor, chunk.begin, chunk.end, thresholds[tensor.budget]);
+            add(tensor.locked, found.locked);
+            add(tensor.newly_locked, found.newly_locked);
+            add(tensor.released, found.released);
+        }
+    });
+}
+
+void epi_sparse_adamw(const epi_sparse_tensor* tensors, int64_t count, int32_t threads) {
+    const Kernels& kernels = *level().kernels;
+    Chunks all(tensors, count);
+    run(all, threads, [&](Chunks& chunks) {
+        for (Chunk chunk; chunks.take(&chunk);) kernels.sparse_adamw(tensors[chunk.tensor], chunk.begin, chunk.end);
+    });
+}

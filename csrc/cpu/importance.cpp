@@ -1,0 +1,73 @@
+// The EMA of squared gradients and its range in one pass, and the sums that PIECE needs. Contract:
+// epi_kernels.ops.importance_ and gradient_sums_.
+#include "convert.h"
+#include "kernels.h"
+
+namespace epi::EPI_LEVEL {
+namespace {
+
+// entries at a time: a 16-bit gradient is converted into a buffer of the first-level cache, counters stay int32
+constexpr int64_t PIECE = 2048;
+
+template <bool keep_finite>
+int32_t advance(float* __restrict importance, const float* __restrict grad, int64_t size, float beta,
+                float one_minus_beta) {
+    int32_t nonfinite = 0;
+    for (int64_t i = 0; i < size; ++i) {
+        importance[i] = advanced_importance(importance[i], grad[i], beta, one_minus_beta, keep_finite);
+        nonfinite += is_finite(grad[i] * grad[i]) ? 0 : 1;
+    }
+    return nonfinite;
+}
+
+// The bits of floats >= 0 order as the floats do, and integers have a minimum that vectorises.
+Range range_of(const float* importance, int64_t size, Range range) {
+    int32_t low = range.low;
+    int32_t high = range.high;
+    for (int64_t i = 0; i < size; ++i) {
+        const int32_t bits = static_cast<int32_t>(bits_of(usable(importance[i])));
+        const bool valid = bits < static_cast<int32_t>(INFINITE);
+        const int32_t upper = valid ? bits : -1;
+        low = bits < low ? bits : low;  // what is not finite is above the initial +inf, and changes nothing
+        high = upper > high ? upper : high;
+    }
+    return {low, high};
+}
+
+}  // namespace
+
+int64_t importance(const epi_importance_tensor& tensor, int64_t begin, int64_t end, bool keep_finite, Range* range) {
+    alignas(64) float buffer[PIECE];
+    int64_t nonfinite = 0;
+    Range found = *range;
+    for (int64_t i = begin; i < end; i += PIECE) {
+        const int64_t size = end - i < PIECE ? end - i : PIECE;
+        float* const piece = tensor.importance + i;
+        if (tensor.grad) {
+            const float* const grad =
+                as_float32(at(tensor.grad, tensor.grad_dtype, i), tensor.grad_dtype, size, buffer);
+            nonfinite += keep_finite ? advance<true>(piece, grad, size, tensor.beta, tensor.one_minus_beta)
+                                     : advance<false>(piece, grad, size, tensor.beta, tensor.one_minus_beta);
+        }
+        found = range_of(piece, size, found);
+    }
+    *range = found;
+    return nonfinite;
+}
+
+void gradient_sums(const epi_sums_tensor& tensor, int64_t begin, int64_t end) {
+    alignas(64) float buffer[PIECE];
+    for (int64_t i = begin; i < end; i += PIECE) {
+        const int64_t size = end - i < PIECE ? end - i : PIECE;
+        const float* __restrict grad =
+            as_float32(at(tensor.grad, tensor.grad_dtype, i), tensor.grad_dtype, size, buffer);
+        float* __restrict sum = tensor.sum + i;
+        float* __restrict square_sum = tensor.square_sum + i;
+        for (int64_t j = 0; j < size; ++j) {
+            sum[j] += grad[j];
+            square_sum[j] += grad[j] * grad[j];
+        }
+    }
+}
+
+}  // namespace epi::EPI_LEVEL

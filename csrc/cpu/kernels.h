@@ -1,0 +1,58 @@
+// The kernels of one chunk of one tensor. Their files are compiled once for each SIMD level, with EPI_LEVEL as the name
+// of a namespace, and include nothing with inline functions of external linkage: the linker keeps one copy of such a
+// function, and might keep one that an older machine cannot run.
+#pragma once
+
+#include <cstdint>
+
+#include "../epi_native.h"
+
+namespace epi {
+
+struct Range {
+    int32_t low;   // bits of the smallest importance; of +inf where there is none
+    int32_t high;  // bits of the largest; negative where there is none
+};
+
+struct LockCounts {
+    int64_t locked, newly_locked, released;
+};
+
+struct Kernels {
+    int64_t (*masked_adamw)(const epi_adamw_tensor&, int64_t begin, int64_t end, int32_t lock_in, bool advanced);
+    int64_t (*importance)(const epi_importance_tensor&, int64_t begin, int64_t end, bool keep_finite, Range*);
+    void (*gradient_sums)(const epi_sums_tensor&, int64_t begin, int64_t end);
+    void (*score_histogram)(const epi_score_tensor&, int64_t begin, int64_t end, int64_t prefix, int32_t shift,
+                            int32_t digit_bits, uint32_t* histogram);
+    LockCounts (*lock)(const epi_score_tensor&, int64_t begin, int64_t end, float threshold);
+    void (*sparse_adamw)(const epi_sparse_tensor&, int64_t begin, int64_t end);
+};
+
+#ifdef EPI_LEVEL
+namespace EPI_LEVEL {
+
+// the two counts are the entries whose squared gradient is not finite
+int64_t masked_adamw(const epi_adamw_tensor&, int64_t begin, int64_t end, int32_t lock_in, bool advanced);
+int64_t importance(const epi_importance_tensor&, int64_t begin, int64_t end, bool keep_finite, Range*);
+void gradient_sums(const epi_sums_tensor&, int64_t begin, int64_t end);
+void score_histogram(const epi_score_tensor&, int64_t begin, int64_t end, int64_t prefix, int32_t shift,
+                     int32_t digit_bits, uint32_t* histogram);
+LockCounts lock(const epi_score_tensor&, int64_t begin, int64_t end, float threshold);
+void sparse_adamw(const epi_sparse_tensor&, int64_t begin, int64_t end);
+
+}  // namespace EPI_LEVEL
+#endif
+
+namespace baseline {
+extern const Kernels kernels;
+}
+#if defined(__x86_64__)
+namespace v3 {
+extern const Kernels kernels;
+}
+namespace v4 {
+extern const Kernels kernels;
+}
+#endif
+
+}  // namespace epi

@@ -1,0 +1,9 @@
+// The table of the kernels of one SIMD level.
+#include "kernels.h"
+
+namespace epi {
+
+const Kernels EPI_LEVEL::kernels = {EPI_LEVEL::masked_adamw,    EPI_LEVEL::importance, EPI_LEVEL::gradient_sums,
+                                    EPI_LEVEL::score_histogram, EPI_LEVEL::lock,       EPI_LEVEL::sparse_adamw};
+
+}  // namespace epi

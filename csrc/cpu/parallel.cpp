@@ -1,0 +1,30 @@
+// Threads. The process has torch's OpenMP threads, awake between its own operations: they are found by name at run
+// time, so that no second runtime is ever linked.
+#include "parallel.h"
+
+#include <dlfcn.h>
+
+#include <system_error>
+#include <thread>
+
+namespace epi {
+
+void call_on_threads(int32_t threads, void (*work)(void*), void* data) {
+    if (threads <= 1) return work(data);
+
+    // libgomp's entry for a parallel region, stable since GOMP_4.0: (function, argument, threads, flags)
+    using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+    static const auto parallel = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    if (parallel) return parallel(work, data, static_cast<unsigned>(threads), 0);
+
+    std::vector<std::thread> others;
+    try {
+        for (int32_t i = 1; i < threads; ++i) others.emplace_back(work, data);
+    } catch (const std::system_error&) {
+        // no more threads to be had: those that run take all chunks
+    }
+    work(data);
+    for (std::thread& other : others) other.join();
+}
+
+}  // namespace epi

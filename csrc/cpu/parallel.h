@@ -1,0 +1,72 @@
+// Chunks of many tensors, taken by a few threads: two thousand small tensors and one large one are equally well shared.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <vector>
+
+namespace epi {
+
+// entries of a chunk: long enough that the streams of a sweep run far ahead, short enough to share out evenly
+constexpr int64_t CHUNK = int64_t{1} << 16;
+
+// below this many entries a second thread costs more than it brings
+constexpr int64_t SMALL = int64_t{1} << 16;
+
+struct Chunk {
+    int64_t tensor, begin, end;
+};
+
+class Chunks {
+  public:
+    template <typename Tensor>
+    Chunks(const Tensor* tensors, int64_t count) : sizes_(count), first_(count + 1, 0) {
+        for (int64_t i = 0; i < count; ++i) {
+            sizes_[i] = tensors[i].size;
+            entries_ += sizes_[i];
+            first_[i + 1] = first_[i] + (sizes_[i] + CHUNK - 1) / CHUNK;
+        }
+    }
+
+    // Give the next chunk that no thread has; false when there is none.
+    bool take(Chunk* chunk) {
+        const int64_t number = next_.fetch_add(1, std::memory_order_relaxed);
+        if (number >= first_.back()) return false;
+        const int64_t tensor = std::upper_bound(first_.begin(), first_.end(), number) - first_.begin() - 1;
+        const int64_t begin = (number - first_[tensor]) * CHUNK;
+        *chunk = {tensor, begin, std::min(begin + CHUNK, sizes_[tensor])};
+        return true;
+    }
+
+    // The number of threads that are worth waking, at most `threads`.
+    int32_t useful_threads(int32_t threads) const {
+        if (entries_ < SMALL) return 1;
+        return static_cast<int32_t>(std::min<int64_t>(std::max(threads, 1), first_.back()));
+    }
+
+  private:
+    std::vector<int64_t> sizes_;
+    std::vector<int64_t> first_;  // number of the first chunk of each tensor, and of all chunks
+    std::atomic<int64_t> next_{0};
+    int64_t entries_ = 0;
+};
+
+// Call work(data) on `threads` threads at once, this one included, and wait for all.
+void call_on_threads(int32_t threads, void (*work)(void*), void* data);
+
+// Run worker(chunks) on threads; it takes chunks until there are none.
+template <typename Worker>
+void run(Chunks& chunks, int32_t threads, Worker worker) {
+    struct Call {
+        Chunks& chunks;
+        Worker& worker;
+    } call = {chunks, worker};
+    const auto work = [](void* data) {
+        auto* call = static_cast<Call*>(data);
+        call->worker(call->chunks);
+    };
+    call_on_threads(chunks.useful_threads(threads), work, &call);
+}
+
+}  // namespace epi

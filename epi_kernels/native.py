@@ -1,0 +1,169 @@
+"""The library of the native backend: found and loaded once, with ctypes. Its interface is csrc/epi_native.h.
+
+The structs below repeat that header's, field by field. One array of them describes the tensors of a call.
+"""
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ABI_VERSION = 1
+
+# what parameters and gradients may be -> enum epi_dtype
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_SCALARS = ("scalars", np.float32, (11,))  # contract.Scalars
+
+ADAMW_TENSOR = np.dtype(
+    [
+        ("size", np.int64),
+        ("param", np.uintp),
+        ("grad", np.uintp),
+        ("exp_avg", np.uintp),
+        ("exp_avg_sq", np.uintp),
+        ("max_exp_avg_sq", np.uintp),
+        ("lock", np.uintp),
+        ("nonfinite", np.int64),
+        ("param_dtype", np.int32),
+        ("grad_dtype", np.int32),
+        _SCALARS,
+    ],
+    align=True,
+)
+
+IMPORTANCE_TENSOR = np.dtype(
+    [
+        ("size", np.int64),
+        ("importance", np.uintp),
+        ("grad", np.uintp),
+        ("nonfinite", np.int64),
+        ("grad_dtype", np.int32),
+        ("layer", np.int32),
+        ("betas", np.float32, (2,)),
+    ],
+    align=True,
+)
+
+SUMS_TENSOR = np.dtype(
+    [
+        ("size", np.int64),
+        ("sum", np.uintp),
+        ("square_sum", np.uintp),
+        ("grad", np.uintp),
+        ("grad_dtype", np.int32),
+    ],
+    align=True,
+)
+
+SCORE_TENSOR = np.dtype(
+    [
+        ("size", np.int64),
+        ("importance", np.uintp),
+        ("counts", np.int64, (3,)),
+        ("range", np.float32, (2,)),
+        ("normalized", np.int32),
+        ("budget", np.int32),
+    ],
+    align=True,
+)
+
+SPARSE_TENSOR = np.dtype(
+    [
+        ("size", np.int64),
+        ("param", np.uintp),
+        ("grad", np.uintp),
+        ("param_offsets", np.uintp),
+        ("grad_offsets", np.uintp),
+        ("exp_avg", np.uintp),
+        ("exp_avg_sq", np.uintp),
+        ("param_dtype", np.int32),
+        ("grad_dtype", np.int32),
+        ("wide_offsets", np.int32),
+        _SCALARS,
+    ],
+    align=True,
+)
+
+_POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+
+# function -> its arguments behind (tensors, count) and before the number of threads
+_FUNCTIONS = {
+    "epi_masked_adamw": (_INT32, _INT32),
+    "epi_importance": (_POINTER, _INT64, _INT32),
+    "epi_gradient_sums": (),
+    "epi_score_histogram": (_POINTER, _INT32, _INT32, _POINTER),
+    "epi_lock": (_POINTER,),
+    "epi_sparse_adamw": (),
+}
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | str:
+    """Return the library, or why there is none."""
+    paths = sorted(Path(__file__).parent.glob("_native*.so"))
+    if not paths:
+        return "it was not built; install the package again where there is a C++ compiler"
+    try:
+        library = ctypes.CDLL(str(paths[0]))
+    except OSError as error:
+        return f"{paths[0].name} does not load on this platform ({error}); install the package again here"
+    if library.epi_abi_version() != ABI_VERSION:
+        return f"{paths[0].name} is of another version of the package; install it again"
+    for name, arguments in _FUNCTIONS.items():
+        function = getattr(library, name)
+        function.argtypes = (_POINTER, _INT64, *arguments, _INT32)
+        function.restype = None
+    return library
+
+
+def obstacle() -> str:
+    """Return why the library cannot be used here and what to do about it; empty if it can."""
+    loaded = _load()
+    return loaded if isinstance(loaded, str) else ""
+
+
+def simd_level() -> int:
+    """Return the instruction set in use: 1 is the baseline, 3 is x86-64-v3 (AVX2), 4 is x86-64-v4 (AVX-512)."""
+    return int(_library().epi_simd_level())
+
+
+def limit_simd_level(level: int) -> int:
+    """Use the best instruction set up to `level`, and return it. Results are the same on each."""
+    return int(_library().epi_limit_simd_level(level))
+
+
+def call(function: str, table: "np.ndarray[Any, Any]", *arguments: int) -> None:
+    """Run a function of the library on a table of tensors, with as many threads as torch uses; the GIL is released."""
+    getattr(_library(), function)(table.ctypes.data, len(table), *arguments, torch.get_num_threads())
+
+
+def table_of(struct: "np.dtype[Any]", **columns: Sequence[Tensor | None]) -> "np.ndarray[Any, Any]":
+    """Return a table with the pointers of tensors, a row for each position, and zero elsewhere.
+
+    Args:
+        struct: one of the structs above.
+        columns: field -> flat tensors. The first gives the sizes. A None in a list, or an empty list, is NULL. Where
+            the struct has a field ``<name>_dtype`` it is filled too.
+    """
+    first = next(iter(columns.values()))
+    table = np.zeros(len(first), struct)
+    table["size"] = [0 if tensor is None else tensor.numel() for tensor in first]
+    for name, tensors in columns.items():
+        if tensors:
+            table[name] = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+            if f"{name}_dtype" in struct.fields:  # type: ignore[operator]
+                table[f"{name}_dtype"] = [0 if tensor is None else DTYPES[tensor.dtype] for tensor in tensors]
+    return table
+
+
+def _library() -> ctypes.CDLL:
+    loaded = _load()
+    if isinstance(loaded, str):
+        raise RuntimeError(f"the native backend cannot run: {loaded}")
+    return loaded

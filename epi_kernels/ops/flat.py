@@ -1,0 +1,57 @@
+"""Tensors of any strides as flat memory, for kernels that know of none."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Lists = Sequence[Sequence[Tensor | None]]
+
+
+class Flat:
+    """Lists of tensors whose entries lie side by side, in an order that is the same for all at one position.
+
+    In place where the tensors of a position are dense with equal strides, whatever the order; else those that are not
+    contiguous are replaced by contiguous copies, and `write_back` copies the written ones back into their place.
+
+    Example:
+        >>> columns = torch.zeros(2, 3)[:, ::2]
+        >>> flat = Flat(written=[[columns]], read=[[torch.ones(2, 2)]])
+        >>> _ = flat.written[0][0].add_(flat.read[0][0])
+        >>> flat.write_back()
+        >>> columns
+        tensor([[1., 1.],
+                [1., 1.]])
+    """
+
+    def __init__(self, *, written: Lists, read: Lists = ()) -> None:
+        self.written = [list(tensors) for tensors in written]
+        self.read = [list(tensors) for tensors in read]
+        self._copies: list[tuple[Tensor, Tensor]] = []
+        lists = [tensors for tensors in (*self.written, *self.read) if tensors]
+        for i in range(len(lists[0]) if lists else 0):
+            if not _same_order([tensors[i] for tensors in lists]):
+                for tensors in lists:
+                    tensors[i] = self._contiguous(tensors[i], any(tensors is other for other in self.written))
+
+    def write_back(self) -> None:
+        """Copy what was written to copies into the tensors they stand for."""
+        for tensor, copy in self._copies:
+            tensor.copy_(copy)
+
+    def _contiguous(self, tensor: Tensor | None, written: bool) -> Tensor | None:
+        if tensor is None or tensor.is_contiguous():
+            return tensor
+        copy = tensor.contiguous()
+        if written:
+            self._copies.append((tensor, copy))
+        return copy
+
+
+def _same_order(tensors: list[Tensor | None]) -> bool:
+    present = [tensor for tensor in tensors if tensor is not None]
+    if all(tensor.is_contiguous() for tensor in present):
+        return True
+    strides = {tensor.stride() for tensor in present}
+    # empty_like keeps the strides of a dense tensor, and of no other
+    return len(strides) == 1 and torch.empty_like(present[0], device="meta").stride() in strides

@@ -1,0 +1,39 @@
+"""Importance in C++ on the CPU; kernels: csrc/cpu/importance.cpp."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from epi_kernels import native
+from epi_kernels.ops.flat import Flat
+
+
+def importance_(
+    importances: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    nonfinite: Tensor,
+    betas: Tensor,
+    layers: Sequence[int],
+    layer_count: int,
+    keep_finite: bool,
+) -> Tensor:
+    """Advance where there is a gradient, return the ranges; contract: `epi_kernels.ops.importance_`."""
+    flat = Flat(written=[importances], read=[grads])
+    table = native.table_of(native.IMPORTANCE_TENSOR, importance=flat.written[0], grad=flat.read[0])
+    table["betas"] = betas.float().numpy()
+    table["layer"] = np.asarray(layers, np.int32)
+    ranges = torch.empty(layer_count, 2)
+    native.call("epi_importance", table, ranges.data_ptr(), layer_count, keep_finite)
+    nonfinite += torch.from_numpy(table["nonfinite"].copy())
+    flat.write_back()
+    return ranges
+
+
+def gradient_sums_(sums: Sequence[Tensor], square_sums: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    """Add g and g^2 in place; contract: `epi_kernels.ops.gradient_sums_`."""
+    flat = Flat(written=[sums, square_sums], read=[grads])
+    table = native.table_of(native.SUMS_TENSOR, sum=flat.written[0], square_sum=flat.written[1], grad=flat.read[0])
+    native.call("epi_gradient_sums", table)
+    flat.write_back()

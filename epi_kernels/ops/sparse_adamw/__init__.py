@@ -1,0 +1,1 @@
+"""Sparse AdamW: gather, step and scatter over selected entries alone."""
