@@ -221,7 +221,7 @@ class EPIAdamW(LockedAdamW):
         return "importance" if group["importance"] == "ema" else "exp_avg_sq"
 
     def _new_lock(self, param: Tensor) -> Tensor:
-        return new_state(param, torch.float32)
+        return new_state(param, "importance")
 
     def _before_update(self, members: Sequence[Member]) -> Set[Tensor]:
         """Refresh the masks where mask_interval says so; the clock is the largest step of any parameter."""

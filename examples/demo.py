@@ -1,0 +1,205 @@
+"""Learn four tasks one after the other, with AdamW and with EPI, and measure what is forgotten.
+
+Every method starts from the same pre-trained weights and sees the same batches. Prints the accuracy on every task
+after every task, and draws two pictures. `python examples/demo.py --help` lists the options.
+"""
+
+import argparse
+import hashlib
+import math
+import statistics
+import sys
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from model import ByteTransformer
+from tasks import CONTEXT, IGNORED, Task, docstrings, make_tasks
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from epi_kernels import EPIAdamW, plots
+from epi_kernels.metrics import forgetting_ratio, mask_jaccard
+
+BATCH = 12  # windows of CONTEXT bytes
+PRETRAIN_RATE = 4e-3
+LEARNING_RATE = 5e-4
+IMPORTANCE_BETA = 0.95  # remembers 20 steps; the paper's 0.99 goes with masks that last 500 steps
+EXAMINED = 160  # held-out windows of each task
+LIMITS = """It shows how EPIAdamW is used and how its masks move with the task. It does not show what EPI is worth for a
+language model: this is one small model ({parameters:,} parameters) and one seed (try --seed 1), at a learning rate far
+above the paper's, where a point or two between the methods is noise."""
+
+
+@dataclass
+class Result:
+    """What one method did."""
+
+    accuracy: list[list[float]]  # row t: on every task, after learning t of them, in percent
+    overlap: dict[int, float] = field(default_factory=dict)  # step of a refresh -> Jaccard with the first mask
+    protected: float = 0.0  # share of all entries in the last mask
+
+    def learned(self) -> list[float]:
+        """Return the accuracy on each task right after learning it, in percent: the plasticity."""
+        return [self.accuracy[task + 1][task] for task in range(len(self.accuracy) - 1)]
+
+    def forgetting(self) -> list[float]:
+        """Return the forgetting ratio of each task but the last, in percent; NaN where nothing was learned."""
+        pairs = zip(self.learned()[:-1], self.accuracy[-1], strict=False)
+        return [forgetting_ratio(initial, after) if initial > 0 else math.nan for initial, after in pairs]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the demo with these command-line arguments."""
+    options = parse(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    # more threads than one cost more than they bring at this size; the methods run side by side instead
+    torch.set_num_threads(1)
+    weights = pretrained(options)
+    tasks = make_tasks()
+    methods = {"AdamW": None} | {f"EPI, p = {100 * ratio:.3g}%": ratio for ratio in options.isolation_ratio}
+    with (
+        tqdm(total=len(methods) * len(tasks) * options.steps, desc="four tasks, every method", unit="step") as progress,
+        ThreadPoolExecutor(len(methods)) as pool,
+    ):
+        learning = [pool.submit(learn, ratio, weights, tasks, options, progress.update) for ratio in methods.values()]
+        results = dict(zip(methods, [future.result() for future in learning], strict=True))
+    report(results, tasks, sum(value.numel() for value in weights.values()))
+    draw(results, tasks, options)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--steps", type=int, default=120, help="optimizer steps for each task [%(default)s]")
+    add("--pretrain-steps", type=int, default=300, help="steps that make the starting weights [%(default)s]")
+    add("--isolation-ratio", type=float, nargs="+", default=[0.01, 0.1], help="EPI's p, a run for each [0.01 0.1]")
+    add("--mask-interval", type=int, default=24, help="optimizer steps that a mask lasts, EPI's H [%(default)s]")
+    add("--seed", type=int, default=0, help="of the weights and the batches [%(default)s]")
+    add("--out", type=Path, default=Path("out"), help="folder of the pictures and the starting weights [%(default)s]")
+    return parser.parse_args(arguments)
+
+
+def pretrained(options: argparse.Namespace) -> Mapping[str, Tensor]:
+    """Return weights that know some English; made once, and kept under a name that changes with what made them."""
+    sources = b"".join(Path(__file__).with_name(name).read_bytes() for name in ("demo.py", "model.py", "tasks.py"))
+    recipe = repr((options.pretrain_steps, options.seed, sys.version, torch.__version__, sources))
+    file = options.out / f"pretrained-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.pt"
+    if file.exists():
+        return torch.load(file, weights_only=True)
+    torch.manual_seed(options.seed)
+    model, text = ByteTransformer(CONTEXT), Task("docstrings", docstrings(), torch.empty(0, dtype=torch.uint8))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PRETRAIN_RATE, betas=(0.9, 0.95))
+    batches = torch.Generator().manual_seed(options.seed)
+    for step in tqdm(range(options.pretrain_steps), desc="pre-training, once", unit="step"):
+        for group in optimizer.param_groups:  # warm-up, then down to a twentieth
+            group["lr"] = PRETRAIN_RATE * min(1.0, (step + 1) / 30) * (1 - 0.95 * step / options.pretrain_steps)
+        train(model, optimizer, *text.batch(BATCH, batches))
+    # written whole or not at all: an interrupted run leaves no broken weights behind
+    torch.save(model.state_dict(), file.with_suffix(".part"))
+    file.with_suffix(".part").replace(file)
+    return model.state_dict()
+
+
+def learn(
+    isolation_ratio: float | None,
+    weights: Mapping[str, Tensor],
+    tasks: list[Task],
+    options: argparse.Namespace,
+    progress: Callable[[], object],
+) -> Result:
+    """Learn the tasks in order: with torch's AdamW, or with EPI where an isolation ratio is given."""
+    model = ByteTransformer(CONTEXT)
+    model.load_state_dict(weights)
+    if isolation_ratio is None:
+        optimizer = torch.optim.AdamW(model.named_parameters(), lr=LEARNING_RATE)
+    else:
+        optimizer = EPIAdamW(
+            model.named_parameters(),
+            lr=LEARNING_RATE,
+            isolation_ratio=isolation_ratio,
+            importance_beta=IMPORTANCE_BETA,
+            mask_interval=options.mask_interval,
+            layers="block",
+        )
+    result, first, step = Result([examine(model, tasks)]), {}, 0
+    for number, task in enumerate(tasks):
+        batches = torch.Generator().manual_seed(len(tasks) * options.seed + number)
+        for _ in range(options.steps):
+            step += 1
+            train(model, optimizer, *task.batch(BATCH, batches))
+            if isinstance(optimizer, EPIAdamW) and step % options.mask_interval == 0:
+                mask = {name: optimizer.isolation_mask(parameter) for name, parameter in model.named_parameters()}
+                first = first or mask
+                result.overlap[step] = mask_jaccard(first, mask)
+            progress()
+        result.accuracy.append(examine(model, tasks))
+    if result.overlap:
+        refresh = optimizer.telemetry()[-1]
+        result.protected = refresh["protected"] / refresh["eligible"]
+    return result
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, targets: Tensor) -> None:
+    """Make one optimizer step."""
+    loss = functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@torch.no_grad()
+def examine(model: nn.Module, tasks: list[Task]) -> list[float]:
+    """Return the accuracy on the held-out part of each task, in percent."""
+    windows = [task.examination(EXAMINED) for task in tasks]
+    pairs = zip(tasks, windows, strict=True)
+    return [100 * task.accuracy(model(inputs), targets) for task, (inputs, targets) in pairs]
+
+
+def report(results: Mapping[str, Result], tasks: list[Task], parameters: int) -> None:
+    """Print what each method learned and forgot."""
+    rows = ["before", *(f"after {task.name}" for task in tasks)]
+
+    def line(title: str, values: list[float]) -> None:
+        print(f"  {title:24}" + "".join(f"{value:>16.1f}" for value in values))
+
+    print("\nHeld-out accuracy in percent: of the next byte; of whole answers in the last task")
+    for method, result in results.items():
+        print(f"\n{method}\n  {'':24}" + "".join(f"{task.name:>16}" for task in tasks))
+        for title, accuracy in zip(rows, result.accuracy, strict=True):
+            line(title, accuracy)
+        line("forgetting ratio, %", result.forgetting())
+        print(f"  average forgetting ratio {average(result.forgetting()):.1f}%, ", end="")
+        print(f"average accuracy right after learning {average(result.learned()):.1f}%")
+        if result.overlap:
+            print(f"  {len(result.overlap)} refreshes; {result.protected:.2%} of the entries protected in the last")
+    print("\nForgetting ratio: share of the accuracy right after learning that is lost at the end (Eq. 14).")
+    print(LIMITS.format(parameters=parameters))
+
+
+def draw(results: Mapping[str, Result], tasks: list[Task], options: argparse.Namespace) -> None:
+    """Write the two pictures."""
+    ratios = {method: [*result.forgetting(), average(result.forgetting())] for method, result in results.items()}
+    labels = [*(task.name for task in tasks[:-1]), "average"]
+    title = "Share of what was learned that is lost after all four tasks"
+    plots.forgetting(ratios, labels, title).savefig(options.out / "forgetting.png")
+    overlaps = {method: result.overlap for method, result in results.items() if result.overlap}
+    starts = {task.name: number * options.steps for number, task in enumerate(tasks)}
+    title = "How much of the first mask is still protected"
+    plots.mask_overlap(overlaps, starts, title).savefig(options.out / "mask_overlap.png")
+    print(f"\nPictures: {options.out / 'forgetting.png'}, {options.out / 'mask_overlap.png'}")
+
+
+def average(values: list[float]) -> float:
+    """Return the mean of the values that are defined; NaN where none is."""
+    defined = [value for value in values if not math.isnan(value)]
+    return statistics.fmean(defined) if defined else math.nan
+
+
+if __name__ == "__main__":
+    main()
