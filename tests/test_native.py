@@ -138,8 +138,8 @@ def test_step_of_every_size_and_kind(lock_in: str, amsgrad: bool, advanced: bool
 def test_step_of_every_pair_of_dtypes(
     lock_in: str, param_dtype: torch.dtype, grad_dtype: torch.dtype, level: int
 ) -> None:
-    params = [torch.randn(size).to(param_dtype) for size in SIZES]
-    grads = [gradient((size,), grad_dtype) for size in SIZES]
+    params = [torch.randn(size).to(param_dtype) for size in SIZES[:-1]]
+    grads = [gradient((size,), grad_dtype) for size in SIZES[:-1]]
     assert_steps_agree(step_lists(params, grads, lock_in, False), lock_in)
 
 
