@@ -27,7 +27,7 @@ if platform.machine() in ("x86_64", "AMD64"):
 KERNELS = ["masked_adamw", "importance", "threshold", "sparse_adamw", "level"]
 SHARED = ["entries", "parallel"]
 
-NATIVE = Extension("epi_kernels._native", [f"csrc/cpu/{name}.cpp" for name in (*KERNELS, *SHARED)])
+NATIVE = Extension("epi_kernels._native", [f"csrc/cpu/{name}.cpp" for name in (*KERNELS, *SHARED)], optional=True)
 
 
 class BuildNative(build_ext):
@@ -40,10 +40,13 @@ class BuildNative(build_ext):
     def build_extension(self, extension: Extension) -> None:
         """Compile every file for its levels, at once, and link them; say in one line if that cannot be done."""
         target = Path(self.get_ext_fullpath(extension.name))
+        target.unlink(missing_ok=True)  # of an earlier build
         try:
             self._build(target)
         except (OSError, subprocess.CalledProcessError) as error:
-            print(f"epi_kernels: no native CPU backend ({error}); the package works without it, slower on a CPU")
+            failed = isinstance(error, subprocess.CalledProcessError)
+            reason = f"{error.cmd[0]} failed, see above" if failed else error
+            print(f"epi_kernels: no native CPU backend ({reason}); the package works without it, slower on a CPU")
 
     def _build(self, target: Path) -> None:
         compiler = _compiler()

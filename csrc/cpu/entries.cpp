@@ -61,6 +61,9 @@ using namespace epi;
 
 int32_t epi_abi_version(void) { return EPI_ABI_VERSION; }
 
+const int64_t epi_struct_sizes[5] = {sizeof(epi_adamw_tensor), sizeof(epi_importance_tensor), sizeof(epi_sums_tensor),
+                                     sizeof(epi_score_tensor), sizeof(epi_sparse_tensor)};
+
 int32_t epi_simd_level(void) { return level().number; }
 
 int32_t epi_limit_simd_level(int32_t limit) {

@@ -5,10 +5,11 @@
 namespace epi::EPI_LEVEL {
 namespace {
 
-// entries between prefetches; two lines or more, so that the sum over a block is paid rarely
-constexpr int64_t BLOCK = 64;
+// Five streams are more than the hardware follows well. Asking 128 to 512 entries ahead is equally good, and takes 8%
+// off the step without importance and 7% off the one with it (one core of a Xeon with AVX-512, memory-bound).
+constexpr int64_t AHEAD = 384;
 constexpr int64_t LINE = 16;
-constexpr int64_t AHEAD = 512;
+constexpr int64_t BLOCK = 2 * LINE;  // entries between prefetches
 
 // entries of a 16-bit tensor that are float32 at a time; both buffers stay in the first-level cache
 constexpr int64_t BUFFER = 1024;
