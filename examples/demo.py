@@ -75,10 +75,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--steps", type=int, default=120, help="optimizer steps for each task [%(default)s]")
+    add("--steps", type=int, default=100, help="optimizer steps for each task [%(default)s]")
     add("--pretrain-steps", type=int, default=300, help="steps that make the starting weights [%(default)s]")
     add("--isolation-ratio", type=float, nargs="+", default=[0.01, 0.1], help="EPI's p, a run for each [0.01 0.1]")
-    add("--mask-interval", type=int, default=24, help="optimizer steps that a mask lasts, EPI's H [%(default)s]")
+    add("--mask-interval", type=int, default=25, help="optimizer steps that a mask lasts, EPI's H [%(default)s]")
     add("--seed", type=int, default=0, help="of the weights and the batches [%(default)s]")
     add("--out", type=Path, default=Path("out"), help="folder of the pictures and the starting weights [%(default)s]")
     return parser.parse_args(arguments)

@@ -1,10 +1,15 @@
 """Which backend runs: the fastest that can, or the one that was named, which runs or raises; never a quiet fallback."""
 
+import re
+import subprocess
+import sys
+
 import pytest
 import torch
+from conftest import AVAILABLE
 from torch.nn import Parameter
 
-from epi_kernels import EPIAdamW, dispatch, native
+from epi_kernels import EPIAdamW, __version__, dispatch, native
 
 needs_native = pytest.mark.skipif(bool(native.obstacle()), reason=native.obstacle() or "it is built")
 
@@ -75,3 +80,12 @@ def test_unknown_backend() -> None:
 def test_a_backend_that_is_not_there_is_never_replaced_in_silence() -> None:
     with pytest.raises(NotImplementedError, match="backend='triton' has no masked_adamw_"):
         EPIAdamW([Parameter(torch.ones(1))], backend="triton", layers="tensor")
+
+
+def test_the_command_line_says_what_runs_here() -> None:
+    run = subprocess.run([sys.executable, "-m", "epi_kernels"], check=True, capture_output=True, text=True)
+    lines = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in run.stdout.splitlines())
+    assert lines["epi_kernels"] == __version__
+    assert lines["cpu, float32"] == dispatch.explain(torch.device("cpu"), "auto")
+    assert lines["cpu, float64"] == "reference"
+    assert lines["native library"].startswith("loaded" if "native" in AVAILABLE else "none: ")

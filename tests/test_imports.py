@@ -37,6 +37,7 @@ TIERS = [
     ("epi_kernels.optim.", 6),
     ("epi_kernels.optim", 7),
     ("epi_kernels", 8),
+    ("epi_kernels.__main__", 9),
 ]
 
 

@@ -1,0 +1,32 @@
+"""``python -m epi_kernels``: what runs on this machine, and why."""
+
+import platform
+
+import torch
+
+from epi_kernels import __version__, dispatch, native
+
+_SIMD = {1: "the compiler's baseline", 3: "AVX2 and FMA (x86-64-v3)", 4: "AVX-512 (x86-64-v4)"}
+
+
+def main() -> None:
+    """Print versions, the machine, and the backend of each operation."""
+    obstacle = native.obstacle()
+    rows = [
+        ("epi_kernels", __version__),
+        ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
+        ("python", f"{platform.python_version()} on {platform.platform(terse=True)} {platform.machine()}"),
+        ("native library", f"none: {obstacle}" if obstacle else f"loaded, {_SIMD[native.simd_level()]}"),
+        ("GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"),
+    ]
+    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            backends = dispatch.explain(torch.device(device), "auto", dtype)
+            rows.append((f"{device}, {str(dtype).removeprefix('torch.')}", backends))
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")
+
+
+if __name__ == "__main__":
+    main()
