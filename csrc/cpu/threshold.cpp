@@ -1,5 +1,8 @@
 // Histograms of the bits of the scores, and the lock that a threshold decides. Contract:
 // epi_kernels.ops.score_histogram and lock_.
+//
+// A score grows with S: a difference and a quotient that round once do not change order. So "the score is at least x"
+// is "S is at least some S of this tensor", and all but the first pass compare the bits of S and divide nothing.
 #include "../adamw.h"
 #include "kernels.h"
 
@@ -8,6 +11,10 @@ namespace {
 
 // scores at a time, in the first-level cache: computing them vectorises, counting them does not
 constexpr int64_t PIECE = 1024;
+
+float score_of(const epi_score_tensor& tensor, float importance) {
+    return tensor.normalized ? score(importance, tensor.low, tensor.high) : raw_score(importance);
+}
 
 void scores_of(const epi_score_tensor& tensor, int64_t begin, int64_t size, float* __restrict scores) {
     const float* __restrict importance = tensor.importance + begin;
@@ -19,33 +26,73 @@ void scores_of(const epi_score_tensor& tensor, int64_t begin, int64_t size, floa
         for (int64_t i = 0; i < size; ++i) scores[i] = raw_score(importance[i]);
 }
 
+// The bits of the smallest finite S whose score is at least `bound`, which is above 0; INFINITE if there is none.
+uint32_t first_reaching(const epi_score_tensor& tensor, float bound) {
+    uint32_t first = 0;
+    uint32_t end = INFINITE;
+    while (first < end) {
+        const uint32_t middle = first + (end - first) / 2;
+        if (score_of(tensor, float_of(middle)) >= bound)
+            end = middle;
+        else
+            first = middle + 1;
+    }
+    return first;
+}
+
+// Count the digits of the scores whose S lies in [first, first + width), by its bits.
+void count(const epi_score_tensor& tensor, int64_t begin, int64_t end, uint32_t first, uint32_t width, int32_t shift,
+           uint32_t mask, uint32_t* histogram) {
+    for (int64_t i = begin; i < end; ++i)
+        if ((bits_of(tensor.importance[i]) & ~SIGN) - first < width)
+            ++histogram[(bits_of(score_of(tensor, tensor.importance[i])) >> shift) & mask];
+}
+
 }  // namespace
 
 void score_histogram(const epi_score_tensor& tensor, int64_t begin, int64_t end, int64_t prefix, int32_t shift,
                      int32_t digit_bits, uint32_t* histogram) {
-    alignas(64) float scores[PIECE];
-    const int32_t mask = (1 << digit_bits) - 1;
-    for (int64_t i = begin; i < end; i += PIECE) {
-        const int64_t size = end - i < PIECE ? end - i : PIECE;
-        scores_of(tensor, i, size, scores);
-        for (int64_t j = 0; j < size; ++j) {
-            const int32_t digits = static_cast<int32_t>(bits_of(scores[j])) >> shift;
-            if ((digits >> digit_bits) == prefix) ++histogram[digits & mask];
+    const uint32_t mask = (1u << digit_bits) - 1;
+    if (prefix == 0) {  // all scores at the highest digit; below it, those that are 0 or next to it
+        alignas(64) float scores[PIECE];
+        for (int64_t i = begin; i < end; i += PIECE) {
+            const int64_t size = end - i < PIECE ? end - i : PIECE;
+            scores_of(tensor, i, size, scores);
+            for (int64_t j = 0; j < size; ++j) {
+                const uint32_t digits = bits_of(scores[j]) >> shift;
+                if (digits <= mask) ++histogram[digits];
+            }
         }
+        return;
     }
+    const int32_t prefix_shift = shift + digit_bits;
+    const uint32_t first = first_reaching(tensor, float_of(static_cast<uint32_t>(prefix) << prefix_shift));
+    const uint32_t last = first_reaching(tensor, float_of(static_cast<uint32_t>(prefix + 1) << prefix_shift));
+    const uint32_t width = last - first;
+    const float* __restrict importance = tensor.importance;
+    // most groups hold none, which is seen without a branch for each entry
+    constexpr int64_t GROUP = 64;
+    int64_t i = begin;
+    for (; i + GROUP <= end; i += GROUP) {
+        uint32_t found = 0;
+        for (int64_t j = i; j < i + GROUP; ++j) found |= (bits_of(importance[j]) & ~SIGN) - first < width;
+        if (found) count(tensor, i, i + GROUP, first, width, shift, mask, histogram);
+    }
+    count(tensor, i, end, first, width, shift, mask, histogram);
 }
 
 LockCounts lock(const epi_score_tensor& tensor, int64_t begin, int64_t end, float threshold) {
-    alignas(64) float scores[PIECE];
+    constexpr float SMALLEST = 1.4e-45f;  // a score of 0 is never locked
+    const uint32_t first = first_reaching(tensor, threshold > SMALLEST ? threshold : SMALLEST);
     LockCounts counts = {0, 0, 0};
     for (int64_t i = begin; i < end; i += PIECE) {
         const int64_t size = end - i < PIECE ? end - i : PIECE;
-        scores_of(tensor, i, size, scores);
         float* __restrict importance = tensor.importance + i;
         int32_t locked = 0, newly_locked = 0, released = 0;
         for (int64_t j = 0; j < size; ++j) {
+            const uint32_t bits = bits_of(importance[j]) & ~SIGN;
             const bool before = is_locked(importance[j]);
-            const bool after = (scores[j] >= threshold) & (scores[j] > 0.0f);
+            const bool after = (bits >= first) & (bits < INFINITE);
             importance[j] = with_lock(importance[j], after);
             locked += after;
             newly_locked += after & !before;
