@@ -5,9 +5,9 @@
 namespace epi::EPI_LEVEL {
 namespace {
 
-// entries at a time. The next piece's lines are asked for before this piece is computed: the memory's latency is what a
-// gather waits for
-constexpr int64_t PIECE = 256;
+// entries at a time: two of them fit the first-level cache at a line for each parameter and gradient. The next piece's
+// lines are asked for before this piece is computed: the memory's latency is what a gather waits for
+constexpr int64_t PIECE = 64;
 
 template <typename Offset>
 void prefetch(const void* memory, int32_t dtype, const Offset* offsets, int64_t size) {
