@@ -7,7 +7,7 @@ namespace {
 
 // entries at a time: two of them fit the first-level cache at a line for each parameter and gradient. The next piece's
 // lines are asked for before this piece is computed: the memory's latency is what a gather waits for
-constexpr int64_t PIECE = 64;
+constexpr int64_t PIECE = 128;
 
 template <typename Offset>
 void prefetch(const void* memory, int32_t dtype, const Offset* offsets, int64_t size) {
