@@ -101,6 +101,9 @@ EPI_EXPORT int32_t epi_abi_version(void);
 /* The sizes of the structs above, in their order from epi_adamw_tensor on: what a binding compares its own with. */
 EPI_EXPORT extern const int64_t epi_struct_sizes[5];
 
+/* The compiler that built the library, and its version. */
+EPI_EXPORT const char* epi_compiler(void);
+
 /* The instruction set in use: 1 is the compiler's baseline, 3 x86-64-v3 (AVX2, FMA), 4 x86-64-v4 (AVX-512). */
 EPI_EXPORT int32_t epi_simd_level(void);
 

@@ -9,6 +9,11 @@ from epi_kernels import __version__, dispatch, native
 _SIMD = {1: "the compiler's baseline", 3: "AVX2 and FMA (x86-64-v3)", 4: "AVX-512 (x86-64-v4)"}
 
 
+def loaded() -> str:
+    """Return what the native library is built with and uses."""
+    return f"loaded, built by {native.compiler()}, uses {_SIMD[native.simd_level()]}"
+
+
 def main() -> None:
     """Print versions, the machine, and the backend of each operation."""
     obstacle = native.obstacle()
@@ -16,7 +21,7 @@ def main() -> None:
         ("epi_kernels", __version__),
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
         ("python", f"{platform.python_version()} on {platform.platform(terse=True)} {platform.machine()}"),
-        ("native library", f"none: {obstacle}" if obstacle else f"loaded, {_SIMD[native.simd_level()]}"),
+        ("native library", f"none: {obstacle}" if obstacle else loaded()),
         ("GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"),
     ]
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:

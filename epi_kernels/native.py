@@ -115,6 +115,7 @@ def _load() -> ctypes.CDLL | str:
         return f"{paths[0].name} does not load on this platform ({error}); install the package again here"
     if library.epi_abi_version() != ABI_VERSION:
         return f"{paths[0].name} is of another version of the package; install it again"
+    library.epi_compiler.restype = ctypes.c_char_p
     for name, arguments in _FUNCTIONS.items():
         function = getattr(library, name)
         function.argtypes = (_POINTER, _INT64, *arguments, _INT32)
@@ -126,6 +127,11 @@ def obstacle() -> str:
     """Return why the library cannot be used here and what to do about it; empty if it can."""
     loaded = _load()
     return loaded if isinstance(loaded, str) else ""
+
+
+def compiler() -> str:
+    """Return the compiler that built the library, and its version."""
+    return str(_library().epi_compiler().decode())
 
 
 def simd_level() -> int:

@@ -64,6 +64,14 @@ int32_t epi_abi_version(void) { return EPI_ABI_VERSION; }
 const int64_t epi_struct_sizes[5] = {sizeof(epi_adamw_tensor), sizeof(epi_importance_tensor), sizeof(epi_sums_tensor),
                                      sizeof(epi_score_tensor), sizeof(epi_sparse_tensor)};
 
+const char* epi_compiler(void) {
+#if defined(__clang__)
+    return "clang " __clang_version__;
+#else
+    return "gcc " __VERSION__;
+#endif
+}
+
 int32_t epi_simd_level(void) { return level().number; }
 
 int32_t epi_limit_simd_level(int32_t limit) {
