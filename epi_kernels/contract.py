@@ -12,6 +12,9 @@ from torch import Tensor
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+# of tensors in an operation: a static lock is one byte
+_DTYPES = frozenset({*FLOATING, torch.int8})
+
 # A score is a non-negative float32, so its bits, read as an integer, order as its value does. The 31 bits below the
 # sign are cut into digits, highest first; the first one alone has 16 bins for each factor of two (see `threshold`).
 KEY_DIGITS = (12, 10, 9)
@@ -100,18 +103,19 @@ def check_lists(**lists: Sequence[Tensor | None]) -> None:
     for name, tensors in others:
         if tensors and len(tensors) != len(owners):
             raise ValueError(f"{name} has {len(tensors)} tensors but {first} has {len(owners)}; pass one for each")
+    # every step of an optimizer comes through here: a shape is read once for each tensor
+    kinds = [None if owner is None else (owner.shape, owner.device) for owner in owners]
     for name, tensors in lists.items():
-        for i, (tensor, owner) in enumerate(zip(tensors, owners, strict=False)):
-            if tensor is None or owner is None:
+        for i, (tensor, kind) in enumerate(zip(tensors, kinds, strict=False)):
+            if tensor is None or kind is None:
                 continue
-            if tensor.dtype not in (*FLOATING, torch.int8):
+            if tensor.dtype not in _DTYPES:
                 raise TypeError(f"{name}[{i}] is {tensor.dtype}; the operations take {', '.join(map(str, FLOATING))}")
-            if tensor.shape != owner.shape:
-                raise ValueError(
-                    f"{name}[{i}] has shape {tuple(tensor.shape)} but {first}[{i}] has {tuple(owner.shape)}"
-                )
-            if tensor.device != owner.device:
-                raise ValueError(f"{name}[{i}] is on {tensor.device} but {first}[{i}] is on {owner.device}")
+            if (tensor.shape, tensor.device) != kind:
+                shape, device = kind
+                if tensor.shape != shape:
+                    raise ValueError(f"{name}[{i}] has shape {tuple(tensor.shape)} but {first}[{i}] has {tuple(shape)}")
+                raise ValueError(f"{name}[{i}] is on {tensor.device} but {first}[{i}] is on {device}")
 
 
 def check_indices(params: Sequence[Tensor], indices: Sequence[Tensor], **states: Sequence[Tensor]) -> None:

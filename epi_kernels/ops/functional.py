@@ -97,21 +97,7 @@ def masked_adamw_(
         )
 
 
-@masked_adamw_.register_fake
-def _(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
-    locks: Sequence[Tensor],
-    nonfinite: Tensor,
-    scalars: Tensor,
-    lock_in: str,
-    advanced: bool,
-    backend: str,
-) -> None:
-    return None
+masked_adamw_.register_fake(lambda *_: None)
 
 
 @torch.library.custom_op("epi_kernels::importance_", mutates_args=("importances", "nonfinite"))
@@ -195,9 +181,7 @@ def gradient_sums_(
         choose("gradient_sums_", sums[0].device.type, backend, _dtypes(grads), states).run(sums, square_sums, grads)
 
 
-@gradient_sums_.register_fake
-def _(sums: Sequence[Tensor], square_sums: Sequence[Tensor], grads: Sequence[Tensor], backend: str) -> None:
-    return None
+gradient_sums_.register_fake(lambda *_: None)
 
 
 @torch.library.custom_op("epi_kernels::score_histogram", mutates_args=())
@@ -338,17 +322,7 @@ def sparse_adamw_(
         )
 
 
-@sparse_adamw_.register_fake
-def _(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    indices: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    scalars: Tensor,
-    backend: str,
-) -> None:
-    return None
+sparse_adamw_.register_fake(lambda *_: None)
 
 
 def _check_scalars(scalars: Tensor, params: Sequence[Tensor]) -> None:
