@@ -90,9 +90,9 @@ def sparse_step(params: list[Parameter]) -> Callable[[], object]:
     indices = [torch.randperm(p.numel())[:count].sort().values for p in params]
     state = [[torch.zeros(count) for _ in params] for _ in range(2)]
     group = {"lr": LR, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "maximize": False}
-    scalars = torch.tensor([Scalars.of(group, 1.0)] * len(params), dtype=torch.float64)
+    scalars = torch.tensor([Scalars.of(group, 1.0)], dtype=torch.float64)
     data, grads = [p.detach() for p in params], [p.grad for p in params]
-    return lambda: ops.sparse_adamw_(data, grads, indices, *state, scalars, "auto")
+    return lambda: ops.sparse_adamw_(data, grads, indices, *state, scalars, [0] * len(params), "auto")
 
 
 def row(name: str, timings: dict[str, Timing], entries: int, clock: str) -> dict[str, Any]:

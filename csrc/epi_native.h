@@ -12,7 +12,7 @@
 
 #include <stdint.h>
 
-#define EPI_ABI_VERSION 1
+#define EPI_ABI_VERSION 2
 #define EPI_EXPORT __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -48,6 +48,7 @@ typedef struct {
     int64_t nonfinite; /* result: entries whose squared gradient is NaN or infinite */
     int32_t param_dtype;
     int32_t grad_dtype;
+    int32_t lock_in; /* enum epi_lock_in */
     epi_scalars scalars;
 } epi_adamw_tensor;
 
@@ -111,8 +112,7 @@ EPI_EXPORT int32_t epi_simd_level(void);
 EPI_EXPORT int32_t epi_limit_simd_level(int32_t level);
 
 /* One AdamW step. `advanced`: this step's squared gradient is in the signed tensor already. */
-EPI_EXPORT void epi_masked_adamw(epi_adamw_tensor* tensors, int64_t count, int32_t lock_in, int32_t advanced,
-                                 int32_t threads);
+EPI_EXPORT void epi_masked_adamw(epi_adamw_tensor* tensors, int64_t count, int32_t advanced, int32_t threads);
 
 /* Advance the importance; ranges: [layer_count][2], written, (inf, -inf) for a layer without entries. */
 EPI_EXPORT void epi_importance(epi_importance_tensor* tensors, int64_t count, float* ranges, int64_t layer_count,

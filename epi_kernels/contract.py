@@ -148,3 +148,29 @@ def check_indices(params: Sequence[Tensor], indices: Sequence[Tensor], **states:
             shapes = [tuple(tensor.shape) for tensor in tensors]
             raise ValueError(f"{name} has the shapes {shapes}; pass one value for each of the indices")
     check_lists(**states)
+
+
+def check_one_dtype(**lists: Sequence[Tensor]) -> None:
+    """Check that the tensors of each list have one dtype: one launch serves one combination.
+
+    Raises:
+        TypeError: naming the list and two dtypes in it.
+    """
+    for name, tensors in lists.items():
+        dtypes = sorted({str(tensor.dtype) for tensor in tensors})
+        if len(dtypes) > 1:
+            raise TypeError(f"{name} are {' and '.join(dtypes)}; call the operation once for each dtype")
+
+
+def check_rows(scalars: Tensor, rows: Sequence[int], count: int) -> None:
+    """Check a table of `Scalars` and the row that each of `count` tensors uses of it.
+
+    Raises:
+        ValueError: the shape is not [n, 11], or a tensor has no row in it.
+    """
+    if scalars.dim() != 2 or scalars.shape[1] != len(Scalars._fields):
+        raise ValueError(f"scalars has shape {tuple(scalars.shape)}, not [n, {len(Scalars._fields)}]")
+    if len(rows) != count or not all(0 <= row < len(scalars) for row in rows):
+        raise ValueError(
+            f"rows is {list(rows)}; pass for each of {count} tensors one of {len(scalars)} rows of scalars"
+        )

@@ -1,13 +1,15 @@
 """Which backend runs an operation, and why: the only place where that is decided.
 
 A backend of an operation is a module ``epi_kernels/ops/<stem>/<backend>.py`` that has a function of the operation's
-name. Modules are imported when first chosen, so that a missing compiler or GPU costs nothing.
+name; for masked_adamw_ a class Sweep. Modules are imported when first chosen, so that a missing compiler or GPU costs
+nothing.
 """
 
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
+import os
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -24,11 +26,18 @@ STEMS = {
     "importance_": "importance",
     "gradient_sums_": "importance",
     "score_histogram": "threshold",
+    "select_digit_": "threshold",
     "lock_": "threshold",
     "sparse_adamw_": "sparse_adamw",
 }
 
 FLOAT32 = frozenset({torch.float32})
+
+# the oldest GPUs whose code is compiled and looked at in the tests: A100
+OLDEST_GPU = (8, 0)
+
+# interpreted, ten thousand times slower: whoever debugs kernels of his own must not get it by accident
+_ON_REQUEST = ("triton", "cpu")
 
 
 class Choice(NamedTuple):
@@ -36,7 +45,7 @@ class Choice(NamedTuple):
 
     backend: str
     reason: str
-    run: Callable[..., Any]
+    module: ModuleType
 
 
 @functools.cache
@@ -63,13 +72,13 @@ def choose(
     """
     check(requested)
     for backend in BACKENDS if requested == "auto" else (requested,):
-        if not _is_built(operation, backend):
+        if not _is_built(operation, backend) or (requested == "auto" and (backend, device_type) == _ON_REQUEST):
             continue
         obstacle = _obstacle(backend, device_type, values, states)
         if not obstacle:
             module = importlib.import_module(f"epi_kernels.ops.{STEMS[operation]}.{backend}")
             reason = "requested" if requested == backend else f"the fastest here for {device_type}"
-            return Choice(backend, reason, getattr(module, operation))
+            return Choice(backend, reason, module)
         if requested == backend:
             raise RuntimeError(
                 f"backend={backend!r} cannot run {operation} here: {obstacle}; or use backend='auto' or 'reference'"
@@ -108,15 +117,32 @@ def explain(device: torch.device, requested: str, dtype: torch.dtype = torch.flo
 
 def _obstacle(backend: str, device_type: str, values: frozenset[torch.dtype], states: frozenset[torch.dtype]) -> str:
     """Return why a backend cannot run on these tensors; empty if it can."""
-    if backend != "native":
+    if backend == "reference":
         return ""
-    if device_type != "cpu":
-        return f"it runs on the CPU and the tensors are on {device_type}"
     if not values <= native.DTYPES.keys():
         return f"it takes {_names(native.DTYPES)} and not {_names(values - native.DTYPES.keys())}"
     if not states <= FLOAT32:
         return f"its moments and importance are float32 and not {_names(states - FLOAT32)}"
+    if backend == "triton":
+        return _triton_obstacle(device_type)
+    if device_type != "cpu":
+        return f"it runs on the CPU and the tensors are on {device_type}"
     return native.obstacle()
+
+
+def _triton_obstacle(device_type: str) -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install triton"
+    if device_type == "cpu":
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        return "" if interpreted else "it runs on a GPU, and on the CPU only with TRITON_INTERPRET=1, for tests"
+    if device_type != "cuda":
+        return f"it runs on CUDA GPUs and the tensors are on {device_type}"
+    capability = torch.cuda.get_device_capability()
+    if capability < OLDEST_GPU:
+        found, needed = (".".join(map(str, version)) for version in (capability, OLDEST_GPU))
+        return f"it needs compute capability {needed} and this GPU has {found}"
+    return ""
 
 
 def _names(dtypes: Any) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 # what parameters and gradients may be -> enum epi_dtype
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -32,6 +32,7 @@ ADAMW_TENSOR = np.dtype(
         ("nonfinite", np.int64),
         ("param_dtype", np.int32),
         ("grad_dtype", np.int32),
+        ("lock_in", np.int32),
         _SCALARS,
     ],
     align=True,
@@ -94,7 +95,7 @@ _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
 # function -> its arguments behind (tensors, count) and before the number of threads
 _FUNCTIONS = {
-    "epi_masked_adamw": (_INT32, _INT32),
+    "epi_masked_adamw": (_INT32,),
     "epi_importance": (_POINTER, _INT64, _INT32),
     "epi_gradient_sums": (),
     "epi_score_histogram": (_POINTER, _INT32, _INT32, _POINTER),
@@ -162,10 +163,15 @@ def table_of(struct: "np.dtype[Any]", **columns: Sequence[Tensor | None]) -> "np
     table["size"] = [0 if tensor is None else tensor.numel() for tensor in first]
     for name, tensors in columns.items():
         if tensors:
-            table[name] = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+            table[name] = addresses(tensors)
             if f"{name}_dtype" in struct.fields:  # type: ignore[operator]
                 table[f"{name}_dtype"] = [0 if tensor is None else DTYPES[tensor.dtype] for tensor in tensors]
     return table
+
+
+def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    """Return the address of each tensor, 0 for None."""
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 def _library() -> ctypes.CDLL:

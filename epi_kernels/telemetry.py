@@ -29,7 +29,7 @@ class Record:
     ranges: Tensor  # [layers, 2]: minimum and maximum importance
     thresholds: Tensor  # [budgets]
     counts: Tensor  # [tensors, 3]: protected, newly locked, released
-    nonfinite: int
+    nonfinite: list[Tensor]  # copies on the CPU of all counters
 
     def as_dict(self) -> dict[str, Any]:
         """Return the record as `EPIAdamW.telemetry` documents it."""
@@ -45,7 +45,7 @@ class Record:
             "eligible": eligible,
             "budget": sum(budget.rank for budget in self.budgets),
             "protected": protected,
-            "nonfinite": self.nonfinite,
+            "nonfinite": sum(int(counts.sum()) for counts in self.nonfinite),
             "budgets": [
                 {
                     "scope": budget.scope,

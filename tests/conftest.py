@@ -1,5 +1,11 @@
-"""What every test gets: a fixed seed, and the float arithmetic that torch has by default; and the backends to try."""
+"""What every test gets: a fixed seed, the float arithmetic that torch has by default, and the backends to try.
 
+With TRITON_INTERPRET=1 only what tries backends is run, and the only backend is Triton's, interpreted.
+"""
+
+import os
+
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +22,28 @@ def available(backend: str) -> bool:
     return True
 
 
-AVAILABLE = [backend for backend in dispatch.BACKENDS if available(backend)]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+AVAILABLE = ["triton"] if INTERPRETED else [backend for backend in dispatch.BACKENDS if available(backend)]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if INTERPRETED:
+        chosen = [item for item in items if "backend" in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected([item for item in items if item not in set(chosen)])
+        items[:] = chosen
+
+
+if INTERPRETED:
+    from triton.runtime import interpreter
+
+    def fused(self: object, x: interpreter.TensorHandle, y: interpreter.TensorHandle, z: interpreter.TensorHandle):
+        """Multiply and add with one rounding, as hardware does; the interpreter's own rounds twice."""
+        # the product is exact in double. What its sum with z loses there is beyond float32, but for ties: 1 in 2^29
+        with np.errstate(all="ignore"):
+            exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
+            return interpreter.TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_fma = fused
 
 
 @pytest.fixture(autouse=True)

@@ -48,9 +48,13 @@ def arguments(
         "max_exp_avg_sqs": [],
         "locks": locks,
         "nonfinite": torch.zeros(len(params), dtype=torch.int64),
-        "scalars": torch.tensor([Scalars.of({**GROUP, **group}, step)] * len(params), dtype=torch.float64),
+        "scalars": torch.tensor([Scalars.of({**GROUP, **group}, step)], dtype=torch.float64),
+        "rows": [0] * len(params),
         "lock_in": lock_in,
+        "lockable": [lock_in != "none"] * len(params),
         "advanced": False,
+        "grad_factor": None,
+        "found_inf": None,
         "backend": backend,
     }
 
@@ -142,12 +146,22 @@ def test_arguments_that_do_not_belong_together() -> None:
     call = arguments("auto", [torch.ones(2)], [torch.ones(2)], [], "none")
     with pytest.raises(ValueError, match="Invalid lock_in: 'sign'"):
         ops.masked_adamw_(**{**call, "lock_in": "sign"})
-    with pytest.raises(ValueError, match="lock_in='static' with 0 locks for 1 params"):
-        ops.masked_adamw_(**{**call, "lock_in": "static"})
+    static = {**call, "lock_in": "static", "lockable": [True]}
+    with pytest.raises(ValueError, match=r"locks\[0\] is None with lock_in='static', lockable=True"):
+        ops.masked_adamw_(**static)
+    with pytest.raises(ValueError, match=r"locks\[0\] is a tensor with lock_in='static', lockable=False"):
+        ops.masked_adamw_(**{**static, "locks": [torch.zeros(2).char()], "lockable": [False]})
+    with pytest.raises(ValueError, match="lockable has 2 values for 1 params"):
+        ops.masked_adamw_(**{**static, "lockable": [True, True]})
     with pytest.raises(TypeError, match=r"locks\[0\] is torch.float32; with lock_in='static' pass int8"):
-        ops.masked_adamw_(**{**call, "lock_in": "static", "locks": [torch.zeros(2)]})
-    with pytest.raises(ValueError, match=r"scalars has shape \(2, 11\), not \(1, 11\)"):
-        ops.masked_adamw_(**{**call, "scalars": call["scalars"].repeat(2, 1)})
+        ops.masked_adamw_(**{**static, "locks": [torch.zeros(2)]})
+    with pytest.raises(ValueError, match=r"scalars has shape \(1, 10\), not \[n, 11\]"):
+        ops.masked_adamw_(**{**call, "scalars": call["scalars"][:, 1:]})
+    with pytest.raises(ValueError, match=r"rows is \[1\]; pass for each of 1 tensors one of 1 rows"):
+        ops.masked_adamw_(**{**call, "rows": [1]})
+    two = arguments("auto", [torch.ones(2), torch.ones(2).half()], [torch.ones(2)] * 2, [], "none")
+    with pytest.raises(TypeError, match="params are torch.float16 and torch.float32; call the operation once for each"):
+        ops.masked_adamw_(**two)
 
 
 @pytest.mark.parametrize("lock_in", ["none", "importance", "exp_avg_sq", "static"])

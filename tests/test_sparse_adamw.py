@@ -29,7 +29,8 @@ def arguments(backend: str, params: list[Tensor], grads: list[Tensor], indices: 
         "indices": indices,
         "exp_avgs": [torch.randn(len(i), dtype=d) for i, d in zip(indices, wide, strict=True)],
         "exp_avg_sqs": [torch.rand(len(i), dtype=d) for i, d in zip(indices, wide, strict=True)],
-        "scalars": torch.tensor([ROW] * len(params), dtype=torch.float64),
+        "scalars": torch.tensor([ROW], dtype=torch.float64),
+        "rows": [0] * len(params),
         "backend": backend,
     }
 
@@ -40,7 +41,10 @@ def dense(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, chos
     state = [torch.zeros(param.shape, dtype=wide).put_(chosen, s) for s in (exp_avg, exp_avg_sq)]
     param = param.clone()
     nonfinite, scalars = torch.zeros(1, dtype=torch.int64), torch.tensor([ROW], dtype=torch.float64)
-    ops.masked_adamw_([param], [grad], [state[0]], [state[1]], [], [], nonfinite, scalars, "none", False, "reference")
+    ops.masked_adamw_(
+        [param], [grad], [state[0]], [state[1]], [], [], nonfinite, scalars, [0], "none", [False], False, None, None,
+        "reference",
+    )  # fmt: skip
     return [t.take(chosen) for t in (param, *state)]
 
 
@@ -93,7 +97,8 @@ def test_arguments_that_do_not_belong_together() -> None:
         ({"indices": [torch.tensor([1, 4])]}, r"indices\[0\] goes from 1 to 4 but params\[0\] has 4 entries"),
         ({"indices": [torch.tensor([-1, 2])]}, r"indices\[0\] goes from -1 to 2"),
         ({"exp_avgs": [torch.zeros(3)]}, r"exp_avgs has the shapes \[\(3,\)\]"),
-        ({"scalars": call["scalars"].repeat(2, 1)}, r"scalars has shape \(2, 11\), not \(1, 11\)"),
+        ({"scalars": call["scalars"][:, 1:]}, r"scalars has shape \(1, 10\), not \[n, 11\]"),
+        ({"rows": [1]}, r"rows is \[1\]; pass for each of 1 tensors one of 1 rows"),
     ):
         with pytest.raises(ValueError, match=message):
             ops.sparse_adamw_(**{**call, **changes})

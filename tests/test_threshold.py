@@ -26,10 +26,10 @@ def threshold(
     """Return the threshold of raw scores."""
     budgets = budgets or [0] * len(tensors)
 
-    def histogram(prefixes: Tensor, shift: int, bins: int) -> Tensor:
-        return ops.score_histogram(tensors, [0] * len(tensors), None, budgets, prefixes, shift, bins, backend)
+    def histogram(selection: Tensor, shift: int, bins: int) -> Tensor:
+        return ops.score_histogram(tensors, [0] * len(tensors), None, budgets, selection, shift, bins, backend)
 
-    return ops.find_threshold(histogram, torch.tensor(ranks), exact=exact)
+    return ops.find_threshold(histogram, ranks, exact=exact, backend=backend)
 
 
 DISTRIBUTIONS: dict[str, Callable[[], Tensor]] = {
@@ -85,9 +85,9 @@ def test_tau_of_fewer_positive_scores_than_k_is_zero(backend: str) -> None:
 
 def test_histograms_of_parts_add_up_to_that_of_the_whole(backend: str) -> None:
     scores = torch.randn(5000).square()
-    arguments = ([0], None, [0], torch.zeros(1, dtype=torch.int64), 19, 4096, backend)
-    whole = ops.score_histogram([scores], *arguments)
-    parts = sum(ops.score_histogram([part], *arguments) for part in scores.split(777))
+    arguments = ([0], None, [0], torch.tensor([[0, 1]]), 19, 4096, backend)
+    whole = ops.score_histogram([scores], *arguments).sum(0)
+    parts = sum(ops.score_histogram([part], *arguments).sum(0) for part in scores.split(777))
     assert torch.equal(whole, parts)
     assert whole.sum() == 5000
 
@@ -134,8 +134,11 @@ def test_opcheck(backend: str) -> None:
     ranges = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
     torch.library.opcheck(
         torch.ops.epi_kernels.score_histogram.default,
-        (importances, [0, 1], ranges, [0, 0], torch.zeros(1, dtype=torch.int64), 19, 4096, backend),
+        (importances, [0, 1], ranges, [0, 0], torch.tensor([[0, 1]]), 19, 4096, backend),
     )
+    counts = torch.ones(2, 1, 4096, dtype=torch.int64)
+    counts[:, :, 2000:] = 0  # above them is the infinite
+    torch.library.opcheck(torch.ops.epi_kernels.select_digit_.default, (counts, torch.tensor([[0, 7]]), 19, backend))
     torch.library.opcheck(
         torch.ops.epi_kernels.lock_.default,
         (importances, [0, 1], ranges, [0, 0], torch.tensor([0.5]), backend),

@@ -79,13 +79,13 @@ int32_t epi_limit_simd_level(int32_t limit) {
     return level().number;
 }
 
-void epi_masked_adamw(epi_adamw_tensor* tensors, int64_t count, int32_t lock_in, int32_t advanced, int32_t threads) {
+void epi_masked_adamw(epi_adamw_tensor* tensors, int64_t count, int32_t advanced, int32_t threads) {
     const Kernels& kernels = *level().kernels;
     Chunks all(tensors, count);
     run(all, threads, [&](Chunks& chunks) {
         for (Chunk chunk; chunks.take(&chunk);) {
             epi_adamw_tensor& tensor = tensors[chunk.tensor];
-            add(tensor.nonfinite, kernels.masked_adamw(tensor, chunk.begin, chunk.end, lock_in, advanced != 0));
+            add(tensor.nonfinite, kernels.masked_adamw(tensor, chunk.begin, chunk.end, advanced != 0));
         }
     });
 }

@@ -125,7 +125,8 @@ Mode mode_of(int32_t lock_in, bool advanced) {
 
 }  // namespace
 
-int64_t masked_adamw(const epi_adamw_tensor& tensor, int64_t begin, int64_t end, int32_t lock_in, bool advanced) {
+int64_t masked_adamw(const epi_adamw_tensor& tensor, int64_t begin, int64_t end, bool advanced) {
+    const int32_t lock_in = tensor.lock_in;
     const Mode mode = mode_of(lock_in, advanced);
     const bool wide = tensor.param_dtype == EPI_FLOAT32 && tensor.grad_dtype == EPI_FLOAT32;
     const int64_t piece = wide ? end - begin : BUFFER;

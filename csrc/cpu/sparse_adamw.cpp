@@ -58,7 +58,7 @@ void step(const epi_sparse_tensor& tensor, int64_t begin, int64_t end) {
         dense.exp_avg_sq = tensor.exp_avg_sq + i;
         dense.param_dtype = dense.grad_dtype = EPI_FLOAT32;
         dense.scalars = tensor.scalars;
-        masked_adamw(dense, 0, size, EPI_LOCK_NONE, false);
+        masked_adamw(dense, 0, size, false);  // zero: EPI_LOCK_NONE
         scatter(params, tensor.param, tensor.param_dtype, param_offsets + i, size);
     }
 }

@@ -5,21 +5,25 @@
 """
 
 from epi_kernels.ops.functional import (
+    Sweep,
     find_threshold,
     gradient_sums_,
     importance_,
     lock_,
     masked_adamw_,
     score_histogram,
+    select_digit_,
     sparse_adamw_,
 )
 
 __all__ = [
+    "Sweep",
     "find_threshold",
     "gradient_sums_",
     "importance_",
     "lock_",
     "masked_adamw_",
     "score_histogram",
+    "select_digit_",
     "sparse_adamw_",
 ]

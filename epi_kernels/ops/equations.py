@@ -97,3 +97,16 @@ def score(importance: Tensor, layer_range: Tensor | None) -> Tensor:
         value = (value - low) / (high - low)
         valid = valid & (high > low)
     return torch.where(valid, value, 0.0)
+
+
+def selected(counts: Tensor, selection: Tensor, shift: int) -> tuple[Tensor, Tensor]:
+    """Return (selection with one digit more, thresholds); arguments as of `epi_kernels.ops.select_digit_`."""
+    bins = counts.shape[2]
+    prefixes, remaining = selection.unbind(1)
+    wide = counts.long() & 0xFFFFFFFF if counts.dtype == torch.int32 else counts
+    reached = wide.sum(0).flip(1).cumsum(1)  # scores in the bin and above, from the highest bin
+    skipped = (reached < remaining[:, None]).sum(1).clamp(max=bins - 1)
+    above = torch.where(skipped > 0, reached.gather(1, (skipped - 1).clamp(min=0)[:, None])[:, 0], 0)
+    found = prefixes * bins + (bins - 1 - skipped)
+    thresholds = torch.where(remaining > 0, (found << shift).to(torch.int32).view(torch.float32), torch.inf)
+    return torch.stack([found, remaining - above], 1), thresholds

@@ -28,11 +28,26 @@ class Flat:
         self.written = [list(tensors) for tensors in written]
         self.read = [list(tensors) for tensors in read]
         self._copies: list[tuple[Tensor, Tensor]] = []
+        self._strided: list[int] = []  # positions that are not in place
         lists = [tensors for tensors in (*self.written, *self.read) if tensors]
         for i in range(len(lists[0]) if lists else 0):
             if not _same_order([tensors[i] for tensors in lists]):
+                self._strided.append(i)
                 for tensors in lists:
                     tensors[i] = self._contiguous(tensors[i], any(tensors is other for other in self.written))
+
+    def load(self, read: Lists) -> list[list[Tensor | None]]:
+        """Return other tensors to read, flat as those of the constructor, whose strides they must have.
+
+        Copies of the written ones are taken anew.
+        """
+        for tensor, copy in self._copies:
+            copy.copy_(tensor)
+        self.read = [list(tensors) for tensors in read]
+        for i in self._strided:
+            for tensors in self.read:
+                tensors[i] = self._contiguous(tensors[i], written=False)
+        return self.read
 
     def write_back(self) -> None:
         """Copy what was written to copies into the tensors they stand for."""
@@ -55,3 +70,15 @@ def _same_order(tensors: list[Tensor | None]) -> bool:
     strides = {tensor.stride() for tensor in present}
     # empty_like keeps the strides of a dense tensor, and of no other
     return len(strides) == 1 and torch.empty_like(present[0], device="meta").stride() in strides
+
+
+def offsets_of(tensor: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return where the entries at row-major positions of `tensor` lie, in entries from its first; contiguous."""
+    if tensor.is_contiguous():
+        return indices.to(dtype).contiguous()
+    rest = indices.long()
+    offsets = torch.zeros_like(rest)
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        offsets += rest % size * stride
+        rest = rest // size
+    return offsets.to(dtype)

@@ -7,14 +7,82 @@ A *signed importance* carries the protection mask in its sign bit: see `epi_kern
 """
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from epi_kernels.contract import KEY_DIGITS, Scalars, check_indices, check_lists
+from epi_kernels.contract import KEY_DIGITS, Scalars, check_indices, check_lists, check_one_dtype, check_rows
 from epi_kernels.dispatch import choose
+from epi_kernels.ops.table import on_device
 
 LOCK_IN = ("none", "importance", "exp_avg_sq", "static")
+
+
+class Sweep:
+    """`masked_adamw_` bound to its tensors, for an optimizer that steps the same ones again and again.
+
+    What does not change from step to step, the checks and the table that a backend makes of the tensors, is done once.
+
+    Args:
+        params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, locks, lock_in, lockable, backend: see `masked_adamw_`.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError, RuntimeError: as `masked_adamw_`.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor],
+        exp_avg_sqs: Sequence[Tensor],
+        max_exp_avg_sqs: Sequence[Tensor | None],
+        locks: Sequence[Tensor | None],
+        lock_in: str,
+        lockable: Sequence[bool],
+        backend: str,
+    ) -> None:
+        check_lists(
+            params=params,
+            grads=grads,
+            exp_avgs=exp_avgs,
+            exp_avg_sqs=exp_avg_sqs,
+            max_exp_avg_sqs=max_exp_avg_sqs,
+            locks=locks,
+        )
+        check_one_dtype(params=params, grads=grads)
+        _check_locks(locks, lock_in, lockable, len(params))
+        absent = [None] * len(params)
+        lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs or absent, locks or absent)
+        self._written = [tensor for tensors in (lists[0], *lists[2:]) for tensor in tensors if tensor is not None]
+        self._sweep = None
+        if params:
+            states = _dtypes(exp_avgs, exp_avg_sqs, max_exp_avg_sqs, [] if lock_in == "static" else locks)
+            chosen = choose("masked_adamw_", params[0].device.type, backend, _dtypes(params, grads), states)
+            self._sweep = chosen.module.Sweep(*lists, lock_in, lockable)
+
+    def step_(
+        self,
+        grads: Sequence[Tensor],
+        nonfinite: Tensor,
+        scalars: Tensor,
+        rows: Sequence[int],
+        *,
+        advanced: bool,
+        grad_factor: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """Take one step of all the tensors.
+
+        Args:
+            grads: in place of those of the constructor, whose shapes, strides, dtypes and devices they have: not
+                checked again.
+            nonfinite, scalars, rows, advanced, grad_factor, found_inf: see `masked_adamw_`.
+        """
+        if self._sweep is not None:
+            self._sweep.step_(grads, nonfinite, scalars, rows, advanced, grad_factor, found_inf)
+            torch.autograd.graph.increment_version(self._written)
 
 
 @torch.library.custom_op(
@@ -26,18 +94,23 @@ def masked_adamw_(
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
-    locks: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor | None],
+    locks: Sequence[Tensor | None],
     nonfinite: Tensor,
     scalars: Tensor,
+    rows: Sequence[int],
     lock_in: str,
+    lockable: Sequence[bool],
     advanced: bool,
+    grad_factor: Tensor | None,
+    found_inf: Tensor | None,
     backend: str,
 ) -> None:
     """Take one AdamW step in place; entries that are locked keep their bits, their moments advance all the same.
 
     ::
 
+        g <- factor g
         S <- beta S + (1 - beta) g^2                                     EPI (arXiv 2604.14010) Eq. 5
         m <- m + (1 - beta1)(g - m)                                      AdamW (arXiv 1711.05101) Alg. 2
         v <- beta2 v + (1 - beta2) g^2
@@ -45,114 +118,79 @@ def masked_adamw_(
         theta <- (1 - lr lambda) theta - step_size m / (sqrt(v) / correction + eps)      elsewhere
 
     Args:
-        params: theta, floating point; written.
-        grads: same shapes, any floating dtype; read.
+        params: theta, floating point, of one dtype; written.
+        grads: same shapes, any one floating dtype; read.
         exp_avgs: m; written.
         exp_avg_sqs: v; written. Signed (see `epi_kernels.lock`) with ``lock_in="exp_avg_sq"``.
-        max_exp_avg_sqs: largest v so far, for AMSGrad; written. Empty: no AMSGrad.
-        locks: with ``lock_in="importance"`` the signed S, written; with ``"static"`` int8, read; else empty.
+        max_exp_avg_sqs: largest v so far, for AMSGrad; written. None, or an empty list: no AMSGrad.
+        locks: of the lockable tensors, with ``lock_in="importance"`` the signed S, written; with ``"static"`` int8,
+            read; else None, or an empty list.
         nonfinite: int64 [tensors]; the number of entries whose g^2 was NaN or infinite is added. Such an entry of S
             stays as it was.
-        scalars: float64 [tensors, 11] on the CPU, a row of `epi_kernels.contract.Scalars` for each tensor.
+        scalars: float64 [n, 11] on the CPU, rows of `epi_kernels.contract.Scalars`.
+        rows: which of them each tensor uses.
         lock_in: where the lock bit is: "none", "importance", "exp_avg_sq" or "static".
+        lockable: the tensors for which that holds; the others have no lock.
         advanced: True when this step's g^2 is in the signed tensor already (a refresh came first).
+        grad_factor: float32, one value on the tensors' device, by which every gradient is multiplied first: 1 / scale
+            of automatic mixed precision, a clip factor, or their product.
+        found_inf: float32, one value on the tensors' device. Where it is not 0 nothing changes at all.
         backend: "auto" or the name of one.
 
     Raises:
         ValueError: lists do not belong together, `lock_in` is unknown, or the backend is.
-        TypeError: a lock with ``lock_in="static"`` is not int8.
+        TypeError: params or grads have several dtypes; a lock with ``lock_in="static"`` is not int8.
         NotImplementedError: the backend is not part of this version.
         RuntimeError: the backend cannot run on these tensors.
     """
-    check_lists(
-        params=params,
-        grads=grads,
-        exp_avgs=exp_avgs,
-        exp_avg_sqs=exp_avg_sqs,
-        max_exp_avg_sqs=max_exp_avg_sqs,
-        locks=locks,
-    )
-    if lock_in not in LOCK_IN:
-        raise ValueError(f"Invalid lock_in: {lock_in!r}; choose one of {LOCK_IN}")
-    if bool(locks) != (lock_in in ("importance", "static")) and params:
-        raise ValueError(f"lock_in={lock_in!r} with {len(locks)} locks for {len(params)} params")
-    static = locks if lock_in == "static" else []
-    for i, fixed in enumerate(static):
-        if fixed.dtype != torch.int8:
-            raise TypeError(f"locks[{i}] is {fixed.dtype}; with lock_in='static' pass int8")
-    _check_scalars(scalars, params)
-    if params:
-        states = _dtypes(exp_avgs, exp_avg_sqs, max_exp_avg_sqs, [] if static else locks)
-        choose("masked_adamw_", params[0].device.type, backend, _dtypes(params, grads), states).run(
-            params,
-            grads,
-            exp_avgs,
-            exp_avg_sqs,
-            max_exp_avg_sqs,
-            locks,
-            nonfinite,
-            scalars,
-            lock_in,
-            advanced,
-        )
+    sweep = Sweep(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, locks, lock_in, lockable, backend)
+    check_rows(scalars, rows, len(params))
+    sweep.step_(grads, nonfinite, scalars, rows, advanced=advanced, grad_factor=grad_factor, found_inf=found_inf)
 
 
 masked_adamw_.register_fake(lambda *_: None)
 
 
-@torch.library.custom_op("epi_kernels::importance_", mutates_args=("importances", "nonfinite"))
+@torch.library.custom_op("epi_kernels::importance_", mutates_args=("importances", "ranges", "nonfinite"))
 def importance_(
     importances: Sequence[Tensor],
     grads: Sequence[Tensor | None],
+    ranges: Tensor,
     nonfinite: Tensor,
     betas: Tensor,
     layers: Sequence[int],
-    layer_count: int,
     keep_finite: bool,
     backend: str,
-) -> Tensor:
-    """Advance the importance where there is a gradient, and return every layer's range from the same pass.
+) -> None:
+    """Advance the importance where there is a gradient, and extend every layer's range in the same pass.
 
     ::
 
-        S <- beta S + (1 - beta) g^2,     mu_l = min S,  nu_l = max S        EPI (arXiv 2604.14010) Eq. 5 and 7
+        S <- beta S + (1 - beta) g^2,     mu_l <- min(mu_l, S),  nu_l <- max(nu_l, S)        EPI (arXiv 2604.14010) Eq. 5 and 7
 
     Args:
         importances: signed S; magnitudes written, locks kept.
         grads: the gradient of each, or None, which leaves that S as it is; the range takes part in both cases.
+        ranges: float32 [layers, 2], (mu, nu) of each layer, contiguous; written. Start from (inf, -inf), or from (0, 0)
+            where a layer has entries elsewhere whose S is 0. Subnormal S counts as 0, and S that is not finite takes no
+            part.
         nonfinite: int64 [tensors]; the number of entries whose g^2 was NaN or infinite is added.
         betas: float64 [tensors, 2] on the CPU: beta and 1 - beta of each tensor.
-        layers: the layer of each tensor, 0 <= layer < layer_count.
-        layer_count: the number of layers.
+        layers: the layer of each tensor: a row of `ranges`.
         keep_finite: True leaves S as it was where g^2 is not finite; False lets it in, for S = exp_avg_sq.
         backend: "auto" or the name of one.
-
-    Returns:
-        float32 [layer_count, 2], (mu, nu) of each layer; (inf, -inf) for a layer without entries. Subnormal S counts
-        as 0, and S that is not finite takes no part.
 
     Raises:
         ValueError: lists do not belong together, or the backend is unknown.
         RuntimeError: the backend cannot run on these tensors.
     """
     check_lists(importances=importances, grads=grads)
-    return choose("importance_", nonfinite.device.type, backend, _dtypes(grads), _dtypes(importances)).run(
-        importances, grads, nonfinite, betas, layers, layer_count, keep_finite
+    choose("importance_", ranges.device.type, backend, _dtypes(grads), _dtypes(importances)).module.importance_(
+        importances, grads, ranges, nonfinite, betas, layers, keep_finite
     )
 
 
-@importance_.register_fake
-def _(
-    importances: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-    nonfinite: Tensor,
-    betas: Tensor,
-    layers: Sequence[int],
-    layer_count: int,
-    keep_finite: bool,
-    backend: str,
-) -> Tensor:
-    return torch.empty(layer_count, 2, device=nonfinite.device)
+importance_.register_fake(lambda *_: None)
 
 
 @torch.library.custom_op("epi_kernels::gradient_sums_", mutates_args=("sums", "square_sums"))
@@ -178,7 +216,8 @@ def gradient_sums_(
     check_lists(sums=sums, square_sums=square_sums, grads=grads)
     if sums:
         states = _dtypes(sums, square_sums)
-        choose("gradient_sums_", sums[0].device.type, backend, _dtypes(grads), states).run(sums, square_sums, grads)
+        chosen = choose("gradient_sums_", sums[0].device.type, backend, _dtypes(grads), states)
+        chosen.module.gradient_sums_(sums, square_sums, grads)
 
 
 gradient_sums_.register_fake(lambda *_: None)
@@ -190,7 +229,7 @@ def score_histogram(
     layers: Sequence[int],
     ranges: Tensor | None,
     budgets: Sequence[int],
-    prefixes: Tensor,
+    selection: Tensor,
     shift: int,
     bins: int,
     backend: str,
@@ -198,25 +237,27 @@ def score_histogram(
     """Count the scores of each budget by one digit of their bits.
 
     The score (EPI Eq. 8, ``(S - mu) / (nu - mu)``) is a float32 >= 0; its key is its bits as an integer, which order as
-    the scores do. An entry counts where the digits above (``key >> shift`` divided by `bins`) are its budget's prefix.
+    the scores do. An entry counts where the digits above (``key >> shift`` divided by `bins`) are its budget's, as far
+    as `select_digit_` has found them.
 
     Args:
         importances: signed S; read.
         layers: the layer of each tensor: a row of `ranges`.
         ranges: float32 [layers, 2], (mu, nu); None ranks the raw S.
         budgets: the budget of each tensor: a row of the result.
-        prefixes: int64 [budgets], the digits found so far.
+        selection: int64 [budgets, 2], contiguous: the digits found so far, and the rank among the scores that have
+            them; see `select_digit_`.
         shift: the number of bits below the digit.
         bins: the number of values of the digit, a power of two.
         backend: "auto" or the name of one.
 
     Returns:
-        int64 [budgets, bins]. The same integers on every backend; sums over shards are exact.
+        int64 or int32 [parts, budgets, bins]; the histogram is the sum over the parts, as many as a backend likes. The
+        same integers on every backend, so that sums over shards are exact. int32 holds counts up to 2^32 - 1.
     """
     check_lists(importances=importances)
-    return choose("score_histogram", prefixes.device.type, backend, states=_dtypes(importances)).run(
-        importances, layers, ranges, budgets, prefixes, shift, bins
-    )
+    chosen = choose("score_histogram", selection.device.type, backend, states=_dtypes(importances))
+    return cast(Tensor, chosen.module.score_histogram(importances, layers, ranges, budgets, selection, shift, bins))
 
 
 @score_histogram.register_fake
@@ -225,12 +266,37 @@ def _(
     layers: Sequence[int],
     ranges: Tensor | None,
     budgets: Sequence[int],
-    prefixes: Tensor,
+    selection: Tensor,
     shift: int,
     bins: int,
     backend: str,
 ) -> Tensor:
-    return torch.empty(prefixes.shape[0], bins, dtype=torch.int64, device=prefixes.device)
+    parts = torch.library.get_ctx().new_dynamic_size()
+    return torch.empty(parts, selection.shape[0], bins, dtype=torch.int64, device=selection.device)
+
+
+@torch.library.custom_op("epi_kernels::select_digit_", mutates_args=("selection",))
+def select_digit_(counts: Tensor, selection: Tensor, shift: int, backend: str) -> Tensor:
+    """Find, for every budget, the digit of the score that has its rank: one step of `find_threshold`.
+
+    Args:
+        counts: as `score_histogram` returns it, over all the scores there are.
+        selection: int64 [budgets, 2], contiguous; written. (digits found so far, rank k among the scores that have
+            them, 1 is the largest); then the same with one digit more. k = 0: nothing is to be selected.
+        shift: the number of bits below the digit.
+        backend: "auto" or the name of one.
+
+    Returns:
+        float32 [budgets], the smallest score that has the digits found. 0 where there are fewer than k scores;
+        infinity where k is 0.
+    """
+    chosen = choose("select_digit_", selection.device.type, backend)
+    return cast(Tensor, chosen.module.select_digit_(counts, selection, shift))
+
+
+@select_digit_.register_fake
+def _(counts: Tensor, selection: Tensor, shift: int, backend: str) -> Tensor:
+    return torch.empty(selection.shape[0], device=selection.device)
 
 
 @torch.library.custom_op("epi_kernels::lock_", mutates_args=("importances",))
@@ -256,9 +322,8 @@ def lock_(
         int64 [tensors, 3]: entries locked now, of these not locked before, and released.
     """
     check_lists(importances=importances)
-    return choose("lock_", thresholds.device.type, backend, states=_dtypes(importances)).run(
-        importances, layers, ranges, budgets, thresholds
-    )
+    chosen = choose("lock_", thresholds.device.type, backend, states=_dtypes(importances))
+    return cast(Tensor, chosen.module.lock_(importances, layers, ranges, budgets, thresholds))
 
 
 @lock_.register_fake
@@ -281,6 +346,7 @@ def sparse_adamw_(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     scalars: Tensor,
+    rows: Sequence[int],
     backend: str,
 ) -> None:
     """Take one AdamW step of selected entries in place; the others are not touched, and cost nothing.
@@ -288,18 +354,19 @@ def sparse_adamw_(
     The equations are those of `masked_adamw_` without a lock. State and time are in proportion to the entries selected.
 
     Args:
-        params: theta, floating point; written at the selected entries alone.
-        grads: same shapes, any floating dtype; read.
+        params: theta, floating point, of one dtype; written at the selected entries alone.
+        grads: same shapes, any one floating dtype; read.
         indices: 1-D, int64 or int32, for each parameter: the positions of its selected entries in row-major order of
             its shape, whatever its strides; strictly increasing. Order and distinctness are the caller's business.
         exp_avgs: m, 1-D, one value for each index; written.
         exp_avg_sqs: v, likewise.
-        scalars: float64 [tensors, 11] on the CPU, a row of `epi_kernels.contract.Scalars` for each tensor.
+        scalars: float64 [n, 11] on the CPU, rows of `epi_kernels.contract.Scalars`.
+        rows: which of them each tensor uses.
         backend: "auto" or the name of one.
 
     Raises:
         ValueError: lists do not belong together, or the backend is unknown. On the CPU also: an index is out of range.
-        TypeError: indices are not integers.
+        TypeError: indices are not integers; params or grads have several dtypes.
         NotImplementedError: the backend is not part of this version.
         RuntimeError: the backend cannot run on these tensors.
 
@@ -307,68 +374,80 @@ def sparse_adamw_(
         >>> theta, scalars = torch.ones(2, 2), Scalars(1.0, 1.0, 0.9, 0.1, 0.99, 0.01, 1.0, 0.1, 0.0, 0.0, 1.0)
         >>> state = [torch.zeros(1)], [torch.zeros(1)]
         >>> grads, indices = [torch.ones(2, 2)], [torch.tensor([2])]
-        >>> sparse_adamw_([theta], grads, indices, *state, torch.tensor([scalars], dtype=torch.float64), "auto")
+        >>> sparse_adamw_([theta], grads, indices, *state, torch.tensor([scalars], dtype=torch.float64), [0], "auto")
         >>> theta
         tensor([[1.0000, 1.0000],
                 [0.9000, 1.0000]])
     """
     check_lists(params=params, grads=grads)
+    check_one_dtype(params=params, grads=grads)
     check_indices(params, indices, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
-    _check_scalars(scalars, params)
+    check_rows(scalars, rows, len(params))
     if params:
         states = _dtypes(exp_avgs, exp_avg_sqs)
-        choose("sparse_adamw_", params[0].device.type, backend, _dtypes(params, grads), states).run(
-            params, grads, indices, exp_avgs, exp_avg_sqs, scalars
-        )
+        chosen = choose("sparse_adamw_", params[0].device.type, backend, _dtypes(params, grads), states)
+        chosen.module.sparse_adamw_(params, grads, indices, exp_avgs, exp_avg_sqs, scalars, rows)
 
 
 sparse_adamw_.register_fake(lambda *_: None)
 
 
-def _check_scalars(scalars: Tensor, params: Sequence[Tensor]) -> None:
-    if scalars.shape != (len(params), len(Scalars._fields)):
-        raise ValueError(f"scalars has shape {tuple(scalars.shape)}, not {(len(params), len(Scalars._fields))}")
+def _check_locks(locks: Sequence[Tensor | None], lock_in: str, lockable: Sequence[bool], count: int) -> None:
+    if lock_in not in LOCK_IN:
+        raise ValueError(f"Invalid lock_in: {lock_in!r}; choose one of {LOCK_IN}")
+    if len(lockable) != count:
+        raise ValueError(f"lockable has {len(lockable)} values for {count} params; pass one for each")
+    for i, can in enumerate(lockable):
+        fixed = locks[i] if locks else None
+        if (fixed is not None) != (can and lock_in in ("importance", "static")):
+            raise ValueError(f"locks[{i}] is {'None' if fixed is None else 'a tensor'} with {lock_in=}, lockable={can}")
+        if fixed is not None and lock_in == "static" and fixed.dtype != torch.int8:
+            raise TypeError(f"locks[{i}] is {fixed.dtype}; with lock_in='static' pass int8")
 
 
 def _dtypes(*lists: Sequence[Tensor | None]) -> frozenset[torch.dtype]:
     return frozenset(tensor.dtype for tensors in lists for tensor in tensors if tensor is not None)
 
 
-def find_threshold(histogram: Callable[[Tensor, int, int], Tensor], ranks: Tensor, *, exact: bool) -> Tensor:
+def find_threshold(
+    histogram: Callable[[Tensor, int, int], Tensor],
+    ranks: Sequence[int],
+    *,
+    exact: bool,
+    device: torch.device | str = "cpu",
+    backend: str = "auto",
+) -> Tensor:
     """Return the `ranks`-th largest score of each budget, from histograms of the scores' bits alone.
 
-    Radix selection from the highest digit down: no sort and no copy of the scores. Exact needs three passes over the
-    scores, one for each digit; ``exact=False`` stops after the first, whose bins are 16 to a factor of two, and
-    returns the lower edge of the bin: ``tau_exact / (1 + 1/16) < tau <= tau_exact``, so that at least `ranks` entries
-    reach it, at most those of one bin more.
+    Radix selection from the highest digit down: no sort, no copy of the scores, and no waiting for an accelerator.
+    Exact needs three passes over the scores, one for each digit; ``exact=False`` stops after the first, whose bins are
+    16 to a factor of two, and returns the lower edge of the bin: ``tau_exact / (1 + 1/16) < tau <= tau_exact``, so that
+    at least `ranks` entries reach it, at most those of one bin more.
 
     Args:
-        histogram: (prefixes, shift, bins) -> int64 [budgets, bins], as `score_histogram` of all the scores there are.
-            The only place that sees data: a caller sums shards or devices in it.
-        ranks: int64 [budgets], k of each budget, 1 is the largest. 0: nothing is to be selected.
+        histogram: (selection, shift, bins) -> int [parts, budgets, bins], as `score_histogram` of all the scores there
+            are. The only place that sees data: a caller adds shards or devices in it, as parts or by their sum.
+        ranks: k of each budget, 1 is the largest. 0: nothing is to be selected.
         exact: refine to the last bit.
+        device: of the histograms.
+        backend: "auto" or the name of one.
 
     Returns:
         float32 [budgets]. 0 where there are fewer than k scores; infinity where k is 0.
 
     Example:
         >>> scores = torch.tensor([0.5, 0.25, 1.0])
-        >>> def histogram(prefixes, shift, bins):
+        >>> def histogram(selection, shift, bins):
         ...     key = scores.view(torch.int32) >> shift
-        ...     return torch.bincount(key[key // bins == prefixes] % bins, minlength=bins)[None]
-        >>> find_threshold(histogram, torch.tensor([2]), exact=True)
+        ...     return torch.bincount(key[key // bins == selection[0, 0]] % bins, minlength=bins)[None, None]
+        >>> find_threshold(histogram, [2], exact=True)
         tensor([0.5000])
     """
-    prefixes = torch.zeros_like(ranks)
-    remaining = ranks
+    selection = on_device(
+        torch.tensor([[0, rank] for rank in ranks], dtype=torch.int64).view(-1, 2), torch.device(device)
+    )
     shift = sum(KEY_DIGITS)
     for bits in KEY_DIGITS if exact else KEY_DIGITS[:1]:
         shift -= bits
-        counts = histogram(prefixes, shift, 1 << bits)
-        reached = counts.flip(1).cumsum(1)
-        skipped = (reached < remaining[:, None]).sum(1).clamp(max=(1 << bits) - 1)
-        above = torch.where(skipped > 0, reached.gather(1, (skipped - 1).clamp(min=0)[:, None])[:, 0], 0)
-        remaining = remaining - above
-        prefixes = (prefixes << bits) + ((1 << bits) - 1 - skipped)
-    thresholds = (prefixes << shift).to(torch.int32).view(torch.float32)
-    return torch.where(ranks > 0, thresholds, torch.inf)
+        thresholds = select_digit_(histogram(selection, shift, 1 << bits), selection, shift, backend)
+    return thresholds

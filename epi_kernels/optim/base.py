@@ -5,9 +5,8 @@ anything changes, creates the state, counts the clocks and calls one operation f
 dtypes. Subclasses say where the locks are.
 """
 
-import warnings
 from collections import defaultdict
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,20 +15,23 @@ from torch import Tensor
 
 from epi_kernels import dispatch
 from epi_kernels.contract import FLOATING, Scalars, arithmetic_dtype, check_lists
-from epi_kernels.ops import masked_adamw_
+from epi_kernels.ops import Sweep
+from epi_kernels.optim.nonfinite import NonfiniteCounts
 
 # where the lock bit is -> the state that holds it, for locks that have one of their own
 LOCK_STATE = {"importance": "importance", "static": "frozen"}
 
+_NOTHING: dict[str, Tensor] = {}
+
 
 @dataclass(slots=True)
-class Member:
-    """A parameter that takes part in a step."""
+class _Bundle:
+    """The tensors of one launch."""
 
-    param: Tensor
-    grad: Tensor
-    group: dict[str, Any]
-    step: float = 0.0  # the parameter's clock, this step included
+    params: list[Tensor]
+    groups: list[int]  # of each, its position in param_groups
+    sweep: Sweep
+    counter: Tensor
 
 
 class LockedAdamW(torch.optim.AdamW):
@@ -61,8 +63,8 @@ class LockedAdamW(torch.optim.AdamW):
         require_default(capturable=(capturable, False), differentiable=(differentiable, False))
         self._backend = backend
         self._settings = settings
-        self._pending: dict[tuple[int, ...], tuple[list[Tensor], Tensor]] = {}
-        self._nonfinite: defaultdict[Tensor, int] = defaultdict(int)
+        self._nonfinite = NonfiniteCounts()
+        self._forget()
         super().__init__(
             params,
             lr,
@@ -89,9 +91,16 @@ class LockedAdamW(torch.optim.AdamW):
         """Return the tensor that carries the lock of `param` where it has a state of its own (LOCK_STATE)."""
         raise NotImplementedError
 
-    def _before_update(self, members: Sequence[Member]) -> Set[Tensor]:
-        """Do what comes before the update of a step; return the parameters whose importance it advanced."""
-        return frozenset()
+    def _lock_settings(self, group: dict[str, Any]) -> tuple[object, ...]:
+        """Return the settings of a group on which `_lock_in` depends."""
+        return ()
+
+    def _before_update(self, clock: int) -> bool:
+        """Do what comes before the update of a step, all clocks counted and `clock` the largest.
+
+        Return whether it has advanced the importance of the parameters that can be locked and require a gradient.
+        """
+        return False
 
     # The step --------------------------------------------------------------------------------------------------------
 
@@ -113,37 +122,90 @@ class LockedAdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
 
-        members = self._members()
-        if not members:
+        seen = self._look()
+        if seen != self._seen:
+            self._prepare()
+            self._seen = self._look()
+        if not self._bundles:
             return loss
-        for member in members:
-            self._ensure_state(member)
-        torch._foreach_add_([self.state[member.param]["step"] for member in members], 1)
-        for member in members:
-            member.step = self.state[member.param]["step"].item()
-        advanced = self._before_update(members)
-        for bundle in self._bundles(members, advanced):
-            self._update(bundle, advanced)
-        if all(member.param.device.type == "cpu" for member in members):
-            self._report_nonfinite()
+        torch._foreach_add_(self._clocks, 1)
+        clocks = torch.stack(self._clocks).tolist()
+        advanced = self._before_update(int(max(clocks)))
+        first = 0
+        for bundle in self._bundles:
+            keys = list(zip(bundle.groups, clocks[first:], strict=False))
+            first += len(keys)
+            row_of = {key: row for row, key in enumerate(dict.fromkeys(keys))}
+            bundle.sweep.step_(
+                [param.grad for param in bundle.params],
+                bundle.counter,
+                torch.tensor([Scalars.of(self.param_groups[i], clock) for i, clock in row_of], dtype=torch.float64),
+                list(map(row_of.__getitem__, keys)),
+                advanced=advanced and bundle.params[0].requires_grad,
+            )
+        self._nonfinite.warn(self._name)
         return loss
 
-    def _members(self) -> list[Member]:
-        """Return the parameters that have a gradient, each once, after checking them."""
-        members: dict[Tensor, Member] = {}
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
-                if param.grad.is_sparse:
-                    raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
-                members.setdefault(param, Member(param, param.grad, group))
-        check_lists(params=list(members), grads=[member.grad for member in members.values()])
-        return list(members.values())
+    def _look(self) -> list[object]:
+        """Return what decides whether the bundles of the last step still hold: settings, addresses and layouts.
 
-    def _ensure_state(self, member: Member) -> None:
-        """Create what `member` lacks of torch's state and of ours."""
-        param, group = member.param, member.group
+        This is all that a step does for each tensor; the rest of it was prepared.
+
+        Raises:
+            RuntimeError: a gradient is sparse.
+        """
+        seen: list[object] = []
+        state = self.state
+        for group in self.param_groups:
+            seen.append((group["amsgrad"], *self._lock_settings(group)))
+            for param in group["params"]:
+                grad = param.grad
+                if grad is None:
+                    seen.append(None)
+                    continue
+                if grad.is_sparse:
+                    raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
+                seen.append(
+                    (
+                        param.data_ptr(),
+                        param.shape,
+                        param.stride(),
+                        param.requires_grad,
+                        grad.shape,
+                        grad.stride(),
+                        grad.dtype,
+                        *[value.data_ptr() for value in state.get(param, _NOTHING).values()],
+                    )
+                )
+        return seen
+
+    def _forget(self) -> None:
+        """Let the next step prepare anew."""
+        self._seen: list[object] | None = None
+        self._bundles: list[_Bundle] = []
+        self._clocks: list[Tensor] = []  # of all bundles, one after the other
+
+    def _prepare(self) -> None:
+        """Check the parameters that have a gradient, create what state they lack, and bundle them into launches."""
+        self._forget()
+        members: dict[Tensor, int] = {}
+        for i, group in enumerate(self.param_groups):
+            for param in group["params"]:
+                if param.grad is not None:
+                    members.setdefault(param, i)
+        check_lists(params=list(members), grads=[param.grad for param in members])
+        bundles: defaultdict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
+        for param, i in members.items():
+            self._ensure_state(param, self.param_groups[i])
+            # what a refresh advances and what it does not cannot be in one launch
+            key = (param.device, param.dtype, param.grad.dtype, param.requires_grad)  # type: ignore[union-attr]
+            bundles[key].append(param)
+        for params in bundles.values():
+            self._bundles.append(self._bundle(params, [members[param] for param in params]))
+            self._clocks += [self.state[param]["step"] for param in params]
+
+    def _ensure_state(self, param: Tensor, group: dict[str, Any]) -> None:
+        """Create what `param` lacks of torch's state and of ours."""
         state = self.state[param]
         if "step" not in state:
             wide = torch.get_default_dtype() == torch.float64
@@ -156,76 +218,30 @@ class LockedAdamW(torch.optim.AdamW):
         if lock_state is not None and lock_state not in state:
             state[lock_state] = self._new_lock(param)
 
-    def _bundles(self, members: Sequence[Member], advanced: Set[Tensor]) -> list[list[Member]]:
-        """Split the members into lists that one call of an operation can serve."""
-        bundles: defaultdict[tuple[Any, ...], list[Member]] = defaultdict(list)
-        for member in members:
-            key = (
-                member.param.device,
-                member.param.dtype,
-                member.grad.dtype,
-                member.group["amsgrad"],
-                self._lock_in(member.param, member.group),
-                member.param in advanced,
-            )
-            bundles[key].append(member)
-        return list(bundles.values())
-
-    def _update(self, bundle: list[Member], advanced: Set[Tensor]) -> None:
-        """Step the tensors of one bundle."""
-        params = [member.param for member in bundle]
+    def _bundle(self, params: list[Tensor], groups: list[int]) -> _Bundle:
+        """Return the bundle of parameters of one device and pair of dtypes."""
         states = [self.state[param] for param in params]
-        lock_in = self._lock_in(bundle[0].param, bundle[0].group)
-        lock_state = LOCK_STATE.get(lock_in)
-        masked_adamw_(
+        kinds = [self._lock_in(param, self.param_groups[i]) for param, i in zip(params, groups, strict=True)]
+        # an optimizer locks in one way, or not at all
+        lock_in = next((kind for kind in kinds if kind != "none"), "none")
+        sweep = Sweep(
             params,
-            [member.grad for member in bundle],
+            [param.grad for param in params],  # type: ignore[misc]
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
-            [state["max_exp_avg_sq"] for state in states] if bundle[0].group["amsgrad"] else [],
-            [state[lock_state] for state in states] if lock_state else [],
-            self._counter(params),
-            torch.tensor(self._scalars(bundle), dtype=torch.float64),
+            [
+                state["max_exp_avg_sq"] if self.param_groups[i]["amsgrad"] else None
+                for state, i in zip(states, groups, strict=True)
+            ],
+            [
+                state[LOCK_STATE[kind]] if kind in LOCK_STATE else None
+                for state, kind in zip(states, kinds, strict=True)
+            ],
             lock_in,
-            params[0] in advanced,
+            [kind != "none" for kind in kinds],
             self._backend,
         )
-
-    def _scalars(self, bundle: list[Member]) -> list[Scalars]:
-        """Return the scalars of each tensor; computed once for all that share a group and a clock."""
-        known: dict[tuple[int, float], Scalars] = {}
-        rows = []
-        for member in bundle:
-            key = (id(member.group), member.step)
-            if key not in known:
-                known[key] = Scalars.of(member.group, member.step)
-            rows.append(known[key])
-        return rows
-
-    # Gradients that are not finite -----------------------------------------------------------------------------------
-
-    def _counter(self, params: list[Tensor]) -> Tensor:
-        """Return the int64 counters, one for each of `params`, into which operations add; kept until reported."""
-        key = tuple(map(id, params))
-        if key not in self._pending:
-            self._pending[key] = (params, torch.zeros(len(params), dtype=torch.int64, device=params[0].device))
-        return self._pending[key][1]
-
-    def _report_nonfinite(self) -> None:
-        """Add up the pending counters and warn once for each parameter. Reading them waits for an accelerator."""
-        for params, counter in self._pending.values():
-            if counter.any():
-                for param, count in zip(params, counter.tolist(), strict=True):
-                    if count and param not in self._nonfinite:
-                        warnings.warn(
-                            f"{self._name(param)}: {count} squared gradients were NaN or infinite; these entries keep "
-                            "their importance. Said once for each parameter, counted in telemetry().",
-                            RuntimeWarning,
-                            stacklevel=2,
-                        )
-                    if count:
-                        self._nonfinite[param] += count
-                counter.zero_()
+        return _Bundle(params, groups, sweep, self._nonfinite.counter(params))
 
     # Names, groups, state --------------------------------------------------------------------------------------------
 
@@ -299,12 +315,17 @@ class LockedAdamW(torch.optim.AdamW):
                 if key in _STATE_DTYPES:
                     dtype = _STATE_DTYPES[key] or arithmetic_dtype(param.dtype)
                     self.state[param][key] = value.to(device=param.device, dtype=dtype)
-        self._pending.clear()
+        self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep: torch's part and our own attributes."""
         own = {key: value for key, value in self.__dict__.items() if key in self._KEPT}
-        return {**super().__getstate__(), **own, "_pending": {}}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what `__getstate__` gave."""
+        super().__setstate__(state)
+        self._forget()
 
     # the attributes of ours that pickle and deepcopy keep
     _KEPT: tuple[str, ...] = ("_backend", "_settings", "_nonfinite", "_step_supports_amp_scaling")

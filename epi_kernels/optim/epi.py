@@ -1,6 +1,6 @@
 """EPIAdamW: AdamW with evolving parameter isolation (EPI, arXiv 2604.14010, Alg. 1)."""
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from epi_kernels import contract, dispatch, lock
 from epi_kernels.layers import Grouping, LayersArgument, check_saved
-from epi_kernels.optim.base import LockedAdamW, Member, new_state, require_default
+from epi_kernels.optim.base import LockedAdamW, new_state, require_default
 from epi_kernels.optim.refresh import Candidate, refresh_
 from epi_kernels.telemetry import Budget, Record
 
@@ -199,7 +199,10 @@ class EPIAdamW(LockedAdamW):
         - ``layers``: for each, ``layer``, ``eligible``, ``protected``, ``locked`` (newly), ``released``, and the range
           of its importance, ``minimum`` and ``maximum``.
         """
-        self._report_nonfinite()
+        for device in {record.counts.device for record in self._records}:
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
+        self._nonfinite.warn(self._name)
         return [record.as_dict() for record in self._records]
 
     def __repr__(self) -> str:
@@ -223,38 +226,40 @@ class EPIAdamW(LockedAdamW):
     def _new_lock(self, param: Tensor) -> Tensor:
         return new_state(param, "importance")
 
-    def _before_update(self, members: Sequence[Member]) -> Set[Tensor]:
+    def _lock_settings(self, group: dict[str, Any]) -> tuple[object, ...]:
+        return (group["isolation_ratio"] == 0, group["importance"])
+
+    def _before_update(self, clock: int) -> bool:
         """Refresh the masks where mask_interval says so; the clock is the largest step of any parameter."""
         before = self._clock
         if before is None:
-            stepped = {member.param: member.step - 1 for member in members}
-            before = int(max(stepped.get(p, float(s.get("step", 0.0))) for p, s in self.state.items()))
-        self._clock = max(before, int(max(member.step for member in members)))
+            stepped = {id(step) for step in self._clocks}
+            before = int(max(float(s["step"]) - (id(s["step"]) in stepped) for s in self.state.values() if "step" in s))
+        self._clock = max(before, clock)
         interval = self.param_groups[0]["mask_interval"]
         # a clock that stands still was refreshed, if due, when it reached this value
         if interval is None or self._clock == before or self._clock % interval:
-            return frozenset()
-        return self._refresh({member.param: member.grad for member in members})
+            return False
+        self._refresh({param: param.grad for bundle in self._bundles for param in bundle.params})
+        return True
 
-    def _refresh(self, grads: dict[Tensor, Tensor]) -> Set[Tensor]:
-        """Advance the importance where there is a gradient, choose the protected entries; return who was advanced."""
+    def _refresh(self, grads: dict[Tensor, Tensor | None]) -> None:
+        """Advance the importance where there is a gradient, and choose the protected entries."""
         plan = self._plan(grads)
         if not plan.candidates:
-            return frozenset()
+            return
         shared = self.param_groups[0]
         found = refresh_(
             plan.candidates,
             plan.untouched,
             layer_count=len(plan.layers),
             ranks=[budget.rank for budget in plan.budgets],
+            counters=lambda where: self._nonfinite.counter([plan.params[i] for i in where]),
             normalize=shared["normalize"] == "layer",
             exact=shared["threshold"] == "exact",
             keep_finite=shared["importance"] == "ema",
             backend=self._backend,
         )
-        counter = self._counter(plan.params)
-        counter.add_(found.nonfinite.to(counter.device))
-        self._report_nonfinite()
         self._records.append(
             Record(
                 step=self._clock or 0,
@@ -266,12 +271,11 @@ class EPIAdamW(LockedAdamW):
                 ranges=found.ranges,
                 thresholds=found.thresholds,
                 counts=found.counts,
-                nonfinite=sum(self._nonfinite.values()),
+                nonfinite=self._nonfinite.snapshot(self._name),
             )
         )
-        return grads.keys() & plan.params
 
-    def _plan(self, grads: dict[Tensor, Tensor]) -> _Plan:
+    def _plan(self, grads: dict[Tensor, Tensor | None]) -> _Plan:
         """Return who competes for protection, in which layer and for which budget."""
         layers = self._grouping.of(self.param_groups)
         index = {name: i for i, name in enumerate(dict.fromkeys(layers.values()))}

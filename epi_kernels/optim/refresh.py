@@ -3,14 +3,16 @@
 It is a function of tensors and numbers alone, for any optimizer and any number of devices in one process.
 """
 
+import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from epi_kernels import ops
+from epi_kernels.ops.table import on_device
 
 
 class Candidate(NamedTuple):
@@ -30,7 +32,6 @@ class Refreshed(NamedTuple):
     ranges: Tensor  # float32 [layers, 2]: (mu, nu); (inf, -inf) for a layer without entries
     thresholds: Tensor  # float32 [budgets]: tau
     counts: Tensor  # int64 [candidates, 3]: locked now, newly locked, released
-    nonfinite: Tensor  # int64 [candidates]: squared gradients that were NaN or infinite
 
 
 def refresh_(
@@ -38,6 +39,7 @@ def refresh_(
     untouched: Sequence[int],
     layer_count: int,
     ranks: Sequence[int],
+    counters: Callable[[Sequence[int]], Tensor],
     *,
     normalize: bool,
     exact: bool,
@@ -51,67 +53,77 @@ def refresh_(
         untouched: the layers that hold entries without a state, whose importance is therefore 0.
         layer_count: layers are 0 .. layer_count - 1.
         ranks: k of each budget.
+        counters: positions of candidates -> int64 counters on their device, to which the numbers of squared gradients
+            that are NaN or infinite are added.
         normalize: rank (S - mu) / (nu - mu) of each layer; False ranks the raw S.
         exact: the exact k-th largest score; False: see `epi_kernels.ops.find_threshold`.
         keep_finite: see `epi_kernels.ops.importance_`.
         backend: "auto" or the name of one.
     """
-    home = candidates[0].importance.device
     by_device: defaultdict[torch.device, list[int]] = defaultdict(list)
     for i, candidate in enumerate(candidates):
         by_device[candidate.importance.device].append(i)
-    parts = [_Part([candidates[i] for i in indices], backend) for indices in by_device.values()]
-    # position of each candidate in the concatenation of the parts
-    order = torch.tensor([i for indices in by_device.values() for i in indices], device=home).argsort()
+    parts = [_Part([candidates[i] for i in where], counters(where), backend) for where in by_device.values()]
+    home = parts[0].device
 
-    per_part = torch.stack([part.advance(layer_count, keep_finite).to(home) for part in parts])
-    ranges = torch.stack([per_part[:, :, 0].amin(0), per_part[:, :, 1].amax(0)], 1)
-    for layer in set(untouched):
-        ranges[layer, 0] = 0.0
-        ranges[layer, 1].clamp_(min=0.0)
+    start = torch.tensor([[math.inf, -math.inf]]).repeat(layer_count, 1)
+    start[list(set(untouched))] = 0.0
+    for part in parts:
+        part.advance(start, keep_finite)
+    ranges = parts[0].ranges
+    if len(parts) > 1:
+        every = torch.stack([part.ranges.to(home) for part in parts])
+        ranges = torch.stack([every[:, :, 0].amin(0), every[:, :, 1].amax(0)], 1)
     score_ranges = ranges if normalize else None
 
-    def histogram(prefixes: Tensor, shift: int, bins: int) -> Tensor:
-        return torch.stack([part.histogram(score_ranges, prefixes, shift, bins).to(home) for part in parts]).sum(0)
+    def histogram(selection: Tensor, shift: int, bins: int) -> Tensor:
+        counts = [part.histogram(score_ranges, selection, shift, bins).to(home) for part in parts]
+        return counts[0] if len(counts) == 1 else torch.cat(counts)
 
-    thresholds = ops.find_threshold(histogram, torch.tensor(ranks, device=home), exact=exact)
-    counts = torch.cat([part.lock(score_ranges, thresholds).to(home) for part in parts])[order]
-    nonfinite = torch.cat([part.nonfinite.to(home) for part in parts])[order]
-    return Refreshed(ranges, thresholds, counts, nonfinite)
+    thresholds = ops.find_threshold(histogram, ranks, exact=exact, device=home, backend=backend)
+    counts = [part.lock(score_ranges, thresholds).to(home) for part in parts]
+    if len(counts) == 1:
+        return Refreshed(ranges, thresholds, counts[0])
+    # position of each candidate in the concatenation of the parts
+    order = torch.tensor([i for where in by_device.values() for i in where], device=home).argsort()
+    return Refreshed(ranges, thresholds, torch.cat(counts)[order])
 
 
 class _Part:
     """The candidates on one device, as the lists that the operations take."""
 
-    def __init__(self, candidates: Sequence[Candidate], backend: str) -> None:
+    ranges: Tensor  # of these candidates alone
+
+    def __init__(self, candidates: Sequence[Candidate], counter: Tensor, backend: str) -> None:
         self.importances = [candidate.importance for candidate in candidates]
         self.grads = [candidate.grad for candidate in candidates]
         self.betas = torch.tensor([(c.beta, c.one_minus_beta) for c in candidates], dtype=torch.float64)
         self.layers = [candidate.layer for candidate in candidates]
         self.budgets = [candidate.budget for candidate in candidates]
         self.device = self.importances[0].device
-        self.nonfinite = torch.zeros(len(candidates), dtype=torch.int64, device=self.device)
+        self.counter = counter
         self.backend = backend
 
-    def advance(self, layer_count: int, keep_finite: bool) -> Tensor:
-        return ops.importance_(
+    def advance(self, start: Tensor, keep_finite: bool) -> None:
+        self.ranges = on_device(start, self.device)
+        ops.importance_(
             self.importances,
             self.grads,
-            self.nonfinite,
+            self.ranges,
+            self.counter,
             self.betas,
             self.layers,
-            layer_count,
             keep_finite,
             self.backend,
         )
 
-    def histogram(self, ranges: Tensor | None, prefixes: Tensor, shift: int, bins: int) -> Tensor:
+    def histogram(self, ranges: Tensor | None, selection: Tensor, shift: int, bins: int) -> Tensor:
         return ops.score_histogram(
             self.importances,
             self.layers,
             self._here(ranges),
             self.budgets,
-            prefixes.to(self.device),
+            selection.to(self.device),
             shift,
             bins,
             self.backend,

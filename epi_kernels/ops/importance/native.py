@@ -13,22 +13,23 @@ from epi_kernels.ops.flat import Flat
 def importance_(
     importances: Sequence[Tensor],
     grads: Sequence[Tensor | None],
+    ranges: Tensor,
     nonfinite: Tensor,
     betas: Tensor,
     layers: Sequence[int],
-    layer_count: int,
     keep_finite: bool,
-) -> Tensor:
-    """Advance where there is a gradient, return the ranges; contract: `epi_kernels.ops.importance_`."""
+) -> None:
+    """Advance where there is a gradient, extend the ranges; contract: `epi_kernels.ops.importance_`."""
     flat = Flat(written=[importances], read=[grads])
     table = native.table_of(native.IMPORTANCE_TENSOR, importance=flat.written[0], grad=flat.read[0])
     table["betas"] = betas.float().numpy()
     table["layer"] = np.asarray(layers, np.int32)
-    ranges = torch.empty(layer_count, 2)
-    native.call("epi_importance", table, ranges.data_ptr(), layer_count, keep_finite)
+    found = torch.empty(len(ranges), 2)
+    native.call("epi_importance", table, found.data_ptr(), len(ranges), keep_finite)
+    ranges[:, 0].clamp_(max=found[:, 0])
+    ranges[:, 1].clamp_(min=found[:, 1])
     nonfinite += torch.from_numpy(table["nonfinite"].copy())
     flat.write_back()
-    return ranges
 
 
 def gradient_sums_(sums: Sequence[Tensor], square_sums: Sequence[Tensor], grads: Sequence[Tensor]) -> None:

@@ -12,14 +12,13 @@ from epi_kernels.ops.equations import advanced_importance, usable
 def importance_(
     importances: Sequence[Tensor],
     grads: Sequence[Tensor | None],
+    ranges: Tensor,
     nonfinite: Tensor,
     betas: Tensor,
     layers: Sequence[int],
-    layer_count: int,
     keep_finite: bool,
-) -> Tensor:
-    """Advance where there is a gradient, return the ranges; contract: `epi_kernels.ops.importance_`."""
-    ranges = torch.tensor([[math.inf, -math.inf]], device=nonfinite.device).repeat(layer_count, 1)
+) -> None:
+    """Advance where there is a gradient, extend the ranges; contract: `epi_kernels.ops.importance_`."""
     for i, (importance, grad, layer) in enumerate(zip(importances, grads, layers, strict=True)):
         if grad is not None:
             beta, one_minus_beta = betas[i].tolist()
@@ -32,7 +31,6 @@ def importance_(
             high = torch.where(valid, value, -math.inf).amax()
             ranges[layer, 0] = torch.minimum(ranges[layer, 0], low)
             ranges[layer, 1] = torch.maximum(ranges[layer, 1], high)
-    return ranges
 
 
 def gradient_sums_(sums: Sequence[Tensor], square_sums: Sequence[Tensor], grads: Sequence[Tensor]) -> None:

@@ -11,30 +11,52 @@ from epi_kernels.ops.flat import Flat
 _LOCK_IN = {"none": 0, "importance": 1, "exp_avg_sq": 2, "static": 3}  # enum epi_lock_in
 
 
-def masked_adamw_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
-    locks: Sequence[Tensor],
-    nonfinite: Tensor,
-    scalars: Tensor,
-    lock_in: str,
-    advanced: bool,
-) -> None:
-    """Step every tensor of the lists in place; contract: `epi_kernels.ops.masked_adamw_`."""
-    flat = Flat(written=[params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, locks], read=[grads])
-    table = native.table_of(
-        native.ADAMW_TENSOR,
-        param=flat.written[0],
-        grad=flat.read[0],
-        exp_avg=flat.written[1],
-        exp_avg_sq=flat.written[2],
-        max_exp_avg_sq=flat.written[3],
-        lock=flat.written[4],
-    )
-    table["scalars"] = scalars.float().numpy()
-    native.call("epi_masked_adamw", table, _LOCK_IN[lock_in], advanced)
-    nonfinite += torch.from_numpy(table["nonfinite"].copy())
-    flat.write_back()
+class Sweep:
+    """The step of a fixed list of tensors; contract: `epi_kernels.ops.Sweep`."""
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor],
+        exp_avg_sqs: Sequence[Tensor],
+        max_exp_avg_sqs: Sequence[Tensor | None],
+        locks: Sequence[Tensor | None],
+        lock_in: str,
+        lockable: Sequence[bool],
+    ) -> None:
+        self._flat = Flat(written=[params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, locks], read=[grads])
+        self._table = native.table_of(
+            native.ADAMW_TENSOR,
+            param=self._flat.written[0],
+            grad=self._flat.read[0],
+            exp_avg=self._flat.written[1],
+            exp_avg_sq=self._flat.written[2],
+            max_exp_avg_sq=self._flat.written[3],
+            lock=self._flat.written[4],
+        )
+        self._table["lock_in"] = [_LOCK_IN[lock_in] if can else 0 for can in lockable]
+
+    def step_(
+        self,
+        grads: Sequence[Tensor],
+        nonfinite: Tensor,
+        scalars: Tensor,
+        rows: Sequence[int],
+        advanced: bool,
+        grad_factor: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """Take the step."""
+        if found_inf is not None and found_inf.item():
+            return
+        (grads,) = self._flat.load([grads])
+        self._table["grad"] = native.addresses(grads)
+        values = scalars.float().numpy()
+        if grad_factor is not None:
+            values[:, 0] *= grad_factor.item()  # the sign of the gradient, which multiplies it wherever it is used
+        self._table["scalars"] = values[rows]
+        self._table["nonfinite"] = 0
+        native.call("epi_masked_adamw", self._table, advanced)
+        nonfinite += torch.from_numpy(self._table["nonfinite"].copy())
+        self._flat.write_back()

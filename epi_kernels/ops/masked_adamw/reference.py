@@ -10,50 +10,85 @@ from epi_kernels.contract import Scalars, arithmetic_dtype
 from epi_kernels.ops.equations import advanced_importance, first_moment, moved, second_moment
 
 
-def masked_adamw_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
-    locks: Sequence[Tensor],
-    nonfinite: Tensor,
-    scalars: Tensor,
+class Sweep:
+    """The step of a fixed list of tensors; contract: `epi_kernels.ops.Sweep`."""
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor],
+        exp_avg_sqs: Sequence[Tensor],
+        max_exp_avg_sqs: Sequence[Tensor | None],
+        locks: Sequence[Tensor | None],
+        lock_in: str,
+        lockable: Sequence[bool],
+    ) -> None:
+        kinds = [lock_in if can else "none" for can in lockable]
+        self._tensors = list(zip(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, locks, kinds, strict=True))
+
+    def step_(
+        self,
+        grads: Sequence[Tensor],
+        nonfinite: Tensor,
+        scalars: Tensor,
+        rows: Sequence[int],
+        advanced: bool,
+        grad_factor: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """Take the step."""
+        if found_inf is not None and found_inf.item():
+            return
+        numbers = [Scalars(*row) for row in scalars.tolist()]
+        for i, (grad, row) in enumerate(zip(grads, rows, strict=True)):
+            if grad_factor is not None:
+                grad = grad.to(arithmetic_dtype(grad.dtype)) * grad_factor
+            nonfinite[i] += _step(*self._tensors[i], grad, numbers[row], advanced)
+
+
+def _step(
+    param: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None,
+    lock_: Tensor | None,
     lock_in: str,
+    raw_grad: Tensor,
+    s: Scalars,
     advanced: bool,
-) -> None:
-    """Step every tensor of the lists in place; contract: `epi_kernels.ops.masked_adamw_`."""
-    for i, param in enumerate(params):
-        s = Scalars(*scalars[i].tolist())
-        dtype = arithmetic_dtype(param.dtype)
-        grad = grads[i].to(dtype) * s.sign
-        exp_avg, exp_avg_sq = exp_avgs[i], exp_avg_sqs[i]
+) -> Tensor | int:
+    """Step one tensor in place; return how many of its squared gradients are not finite, where they are looked at."""
+    dtype = arithmetic_dtype(param.dtype)
+    grad = raw_grad.to(dtype) * s.sign
+    bad: Tensor | int = 0
 
-        m = first_moment(exp_avg.to(dtype), grad, s.one_minus_beta1)
-        exp_avg.copy_(m)
+    m = first_moment(exp_avg.to(dtype), grad, s.one_minus_beta1)
+    exp_avg.copy_(m)
 
-        if lock_in != "exp_avg_sq":
-            # the magnitude: a tensor that was exempted from isolation since its last step still carries lock bits here
-            v = lock.magnitude(exp_avg_sq).to(dtype)
-            exp_avg_sq.copy_(second_moment(v, grad, s.beta2, s.one_minus_beta2))
-        if lock_in == "importance" and not advanced:
-            beta, one_minus_beta = s.importance_beta, s.one_minus_importance_beta
-            after, bad = advanced_importance(locks[i], grads[i], beta, one_minus_beta, keep_finite=True)
-            locks[i].copy_(after)
-            nonfinite[i] += bad
-        elif lock_in == "exp_avg_sq" and not advanced:
-            after, bad = advanced_importance(exp_avg_sq, grads[i], s.beta2, s.one_minus_beta2, keep_finite=False)
-            exp_avg_sq.copy_(after)
-            nonfinite[i] += bad
-
+    if lock_in != "exp_avg_sq":
+        # the magnitude: a tensor that was exempted from isolation since its last step still carries lock bits here
         v = lock.magnitude(exp_avg_sq).to(dtype)
-        if max_exp_avg_sqs:
-            v = torch.maximum(max_exp_avg_sqs[i].to(dtype), v)
-            max_exp_avg_sqs[i].copy_(v)
+        exp_avg_sq.copy_(second_moment(v, grad, s.beta2, s.one_minus_beta2))
+    if lock_in == "importance" and not advanced:
+        assert lock_ is not None
+        beta, one_minus_beta = s.importance_beta, s.one_minus_importance_beta
+        after, bad = advanced_importance(lock_, raw_grad, beta, one_minus_beta, keep_finite=True)
+        lock_.copy_(after)
+    elif lock_in == "exp_avg_sq" and not advanced:
+        after, bad = advanced_importance(exp_avg_sq, raw_grad, s.beta2, s.one_minus_beta2, keep_finite=False)
+        exp_avg_sq.copy_(after)
 
-        theta = moved(param.to(dtype), m, v, s.decay, s.step_size, s.bias_correction2_sqrt, s.eps).to(param.dtype)
-        if lock_in != "none":
-            # a selection, never a product with 0: 0 * inf is NaN, and a locked entry keeps its bits
-            locked = lock.is_locked(exp_avg_sq if lock_in == "exp_avg_sq" else locks[i])
-            theta = torch.where(locked, param, theta)
-        param.copy_(theta)
+    v = lock.magnitude(exp_avg_sq).to(dtype)
+    if max_exp_avg_sq is not None:
+        v = torch.maximum(max_exp_avg_sq.to(dtype), v)
+        max_exp_avg_sq.copy_(v)
+
+    theta = moved(param.to(dtype), m, v, s.decay, s.step_size, s.bias_correction2_sqrt, s.eps).to(param.dtype)
+    if lock_in != "none":
+        signed = exp_avg_sq if lock_in == "exp_avg_sq" else lock_
+        assert signed is not None
+        # a selection, never a product with 0: 0 * inf is NaN, and a locked entry keeps its bits
+        theta = torch.where(lock.is_locked(signed), param, theta)
+    param.copy_(theta)
+    return bad

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from epi_kernels import native
-from epi_kernels.ops.flat import Flat
+from epi_kernels.ops.flat import Flat, offsets_of
 
 
 def sparse_adamw_(
@@ -16,6 +16,7 @@ def sparse_adamw_(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     scalars: Tensor,
+    rows: Sequence[int],
 ) -> None:
     """Step the selected entries in place; contract: `epi_kernels.ops.sparse_adamw_`."""
     flat = Flat(written=[exp_avgs, exp_avg_sqs])
@@ -23,10 +24,11 @@ def sparse_adamw_(
     wide = any(chosen.dtype == torch.int64 for chosen in indices) or not all(
         tensor.is_contiguous() for tensor in (*params, *grads)
     )
+    dtype = torch.int64 if wide else torch.int32
     # kept until the call is over: the table holds their addresses alone
-    param_offsets = [_offsets(param, chosen, wide) for param, chosen in zip(params, indices, strict=True)]
+    param_offsets = [offsets_of(param, chosen, dtype) for param, chosen in zip(params, indices, strict=True)]
     grad_offsets = [
-        known if grad.stride() == param.stride() else _offsets(grad, chosen, wide)
+        known if grad.stride() == param.stride() else offsets_of(grad, chosen, dtype)
         for param, grad, chosen, known in zip(params, grads, indices, param_offsets, strict=True)
     ]
     table = native.table_of(
@@ -39,18 +41,6 @@ def sparse_adamw_(
         grad_offsets=grad_offsets,
     )
     table["wide_offsets"] = wide
-    table["scalars"] = scalars.float().numpy()
+    table["scalars"] = scalars.float().numpy()[rows]
     native.call("epi_sparse_adamw", table)
     flat.write_back()
-
-
-def _offsets(tensor: Tensor, indices: Tensor, wide: bool) -> Tensor:
-    """Return where the entries at row-major positions of `tensor` lie, in entries from its first."""
-    if tensor.is_contiguous():
-        return indices.to(torch.int64 if wide else torch.int32).contiguous()
-    rest = indices.long()
-    offsets = torch.zeros_like(rest)
-    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
-        offsets += rest % size * stride
-        rest = rest // size
-    return offsets

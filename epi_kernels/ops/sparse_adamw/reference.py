@@ -15,10 +15,11 @@ def sparse_adamw_(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     scalars: Tensor,
+    rows: Sequence[int],
 ) -> None:
     """Step the selected entries in place; contract: `epi_kernels.ops.sparse_adamw_`."""
     for i, param in enumerate(params):
-        s = Scalars(*scalars[i].tolist())
+        s = Scalars(*scalars[rows[i]].tolist())
         dtype = arithmetic_dtype(param.dtype)
         chosen = indices[i].long()
         grad = grads[i].take(chosen).to(dtype) * s.sign

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from epi_kernels import native
+from epi_kernels.ops.equations import selected
 from epi_kernels.ops.flat import Flat
 
 
@@ -16,18 +17,26 @@ def score_histogram(
     layers: Sequence[int],
     ranges: Tensor | None,
     budgets: Sequence[int],
-    prefixes: Tensor,
+    selection: Tensor,
     shift: int,
     bins: int,
 ) -> Tensor:
     """Count the scores of each budget by one digit of their bits; contract: `epi_kernels.ops.score_histogram`."""
     flat = Flat(written=[], read=[importances])
     table = _table(flat.read[0], layers, ranges, budgets)
-    counts = torch.zeros(prefixes.numel(), bins, dtype=torch.int64)
-    prefixes = prefixes.contiguous()
+    counts = torch.zeros(1, len(selection), bins, dtype=torch.int64)
+    prefixes = selection[:, 0].contiguous()
     digit_bits = bins.bit_length() - 1
     native.call("epi_score_histogram", table, prefixes.data_ptr(), shift, digit_bits, counts.data_ptr())
     return counts
+
+
+def select_digit_(counts: Tensor, selection: Tensor, shift: int) -> Tensor:
+    """Find the digit that holds each rank; contract: `epi_kernels.ops.select_digit_`."""
+    # in torch: a few thousand numbers, once in a refresh
+    found, thresholds = selected(counts, selection, shift)
+    selection.copy_(found)
+    return thresholds
 
 
 def lock_(

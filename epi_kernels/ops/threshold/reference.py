@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from epi_kernels import lock
-from epi_kernels.ops.equations import score
+from epi_kernels.ops.equations import score, selected
 
 # entries scored at a time: the working memory is some MB whatever the size of the model
 PIECE = 1 << 20
@@ -17,19 +17,26 @@ def score_histogram(
     layers: Sequence[int],
     ranges: Tensor | None,
     budgets: Sequence[int],
-    prefixes: Tensor,
+    selection: Tensor,
     shift: int,
     bins: int,
 ) -> Tensor:
     """Count the scores of each budget by one digit of their bits; contract: `epi_kernels.ops.score_histogram`."""
-    counts = torch.zeros(prefixes.numel(), bins, dtype=torch.int64, device=prefixes.device)
+    counts = torch.zeros(1, len(selection), bins, dtype=torch.int64, device=selection.device)
     for importance, layer, budget in zip(importances, layers, budgets, strict=True):
         layer_range = None if ranges is None else ranges[layer]
         for piece in _pieces(importance):
             key = score(piece, layer_range).view(torch.int32) >> shift
-            digit = key[(key // bins) == prefixes[budget]] % bins
-            counts[budget] += torch.bincount(digit, minlength=bins)
+            digit = key[(key // bins) == selection[budget, 0]] % bins
+            counts[0, budget] += torch.bincount(digit, minlength=bins)
     return counts
+
+
+def select_digit_(counts: Tensor, selection: Tensor, shift: int) -> Tensor:
+    """Find the digit that holds each rank; contract: `epi_kernels.ops.select_digit_`."""
+    found, thresholds = selected(counts, selection, shift)
+    selection.copy_(found)
+    return thresholds
 
 
 def lock_(

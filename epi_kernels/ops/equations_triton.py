@@ -1,0 +1,102 @@
+"""The per-element mathematics in Triton: names, equations and roundings of equations.py, in float32.
+
+Compile with `enable_fp_fusion=False`: every product and sum rounds on its own unless `fma` says otherwise, or masks would
+differ between backends. Signs and NaN are tested on bits, as csrc/adamw.h does.
+"""
+
+import triton
+import triton.language as tl
+
+_SIGN = tl.constexpr(-(1 << 31))
+_MAGNITUDE = tl.constexpr(0x7FFFFFFF)
+_SMALLEST_NORMAL = tl.constexpr(0x00800000)
+INFINITE = tl.constexpr(0x7F800000)  # the bits of +inf; above them are the NaNs
+MINUS_INFINITE = tl.constexpr(-0x00800000)  # the bits of -inf, as int32
+
+# the lock: the sign bit of a signed importance
+
+
+@triton.jit
+def bits_of(value):
+    return value.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def float_of(bits):
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def is_locked(signed):
+    return bits_of(signed) < 0
+
+
+@triton.jit
+def magnitude(signed):
+    # not abs, which may give a NaN any sign
+    return float_of(bits_of(signed) & _MAGNITUDE)
+
+
+@triton.jit
+def with_lock(importance, locked):
+    return float_of((bits_of(importance) & _MAGNITUDE) | tl.where(locked, _SIGN, 0))
+
+
+@triton.jit
+def is_finite(value):
+    return (bits_of(value) & INFINITE) != INFINITE
+
+
+# importance
+
+
+@triton.jit
+def importance_average(importance, grad, beta, one_minus_beta):
+    return importance * beta + grad * one_minus_beta * grad
+
+
+@triton.jit
+def advanced_importance(signed, grad, beta, one_minus_beta, KEEP_FINITE: tl.constexpr):
+    before = magnitude(signed)
+    after = importance_average(before, grad, beta, one_minus_beta)
+    if KEEP_FINITE:
+        after = tl.where(is_finite(grad * grad), after, before)
+    return with_lock(after, is_locked(signed))
+
+
+@triton.jit
+def usable_bits(signed):
+    bits = bits_of(signed) & _MAGNITUDE
+    return tl.where(bits < _SMALLEST_NORMAL, 0, bits)
+
+
+@triton.jit
+def score(signed, low, high, NORMALIZED: tl.constexpr):
+    bits = usable_bits(signed)
+    valid = bits < INFINITE
+    value = float_of(bits)
+    if NORMALIZED:
+        valid = valid & (high > low)
+        value = tl.div_rn(value - low, tl.broadcast_to(high - low, value.shape))
+    return tl.where(valid, value, 0.0)
+
+
+# AdamW
+
+
+@triton.jit
+def first_moment(exp_avg, grad, one_minus_beta1):
+    near = one_minus_beta1 < 0.5
+    weight = tl.where(near, one_minus_beta1, one_minus_beta1 - 1.0)
+    return tl.fma(weight, grad - exp_avg, tl.where(near, exp_avg, grad))
+
+
+@triton.jit
+def second_moment(exp_avg_sq, grad, beta2, one_minus_beta2):
+    return tl.fma(grad * one_minus_beta2, grad, exp_avg_sq * beta2)
+
+
+@triton.jit
+def moved(param, exp_avg, exp_avg_sq, decay, step_size, correction, eps):
+    root = tl.div_rn(tl.sqrt_rn(exp_avg_sq), tl.broadcast_to(correction, exp_avg_sq.shape))
+    return param * decay - tl.div_rn(exp_avg * step_size, root + eps)

@@ -1,0 +1,155 @@
+"""Importance in Triton: the EMA of squared gradients with each layer's range, and the sums that PIECE needs."""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from epi_kernels.ops import tiles
+from epi_kernels.ops.equations_triton import (
+    INFINITE,
+    MINUS_INFINITE,
+    advanced_importance,
+    is_finite,
+    usable_bits,
+)
+from epi_kernels.ops.flat import Flat
+from epi_kernels.ops.table import Table, on_device
+from epi_kernels.ops.tiles import located, pointer, read, read_as_float32, write
+
+# the words of a row
+FIELDS = ("size", "importance", "grad", "grad_dtype", "layer", "aligned")
+SUMS_FIELDS = ("size", "sum", "square_sum", "grad", "grad_dtype", "aligned")
+_WIDTH = tl.constexpr(len(FIELDS))
+_SUMS_WIDTH = tl.constexpr(len(SUMS_FIELDS))
+
+
+@triton.jit
+def importance_kernel(
+    rows, pieces, betas, ranges, nonfinite, KEEP_FINITE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr
+):
+    """Advance one piece of one tensor and merge its range into its layer's.
+
+    rows: int64 [tensors, FIELDS]. betas: float32 [tensors, 2]. ranges: the bits of float32 [layers, 2] as int32, which
+    order as the values do, from (inf, -inf). nonfinite: int64 [tensors].
+    """
+    tensor, start = located(pieces, BLOCK * TILES)
+    row = rows + tensor * _WIDTH
+    left = tl.minimum(tl.load(row) - start, BLOCK * TILES).to(tl.int32)
+    beta, one_minus_beta = tl.load(betas + 2 * tensor), tl.load(betas + 2 * tensor + 1)
+    bad = tl.zeros([BLOCK], tl.int32)
+    low = tl.full([BLOCK], INFINITE, tl.int32)
+    high = tl.full([BLOCK], MINUS_INFINITE, tl.int32)
+    if (left == BLOCK * TILES) & (tl.load(row + 5) != 0):
+        for tile in range(TILES):
+            bad, low, high = _advance_tile(
+                row, beta, one_minus_beta, start, tile * BLOCK, left, bad, low, high, KEEP_FINITE, BLOCK, True
+            )
+    else:
+        for tile in range(tl.cdiv(left, BLOCK)):
+            bad, low, high = _advance_tile(
+                row, beta, one_minus_beta, start, tile * BLOCK, left, bad, low, high, KEEP_FINITE, BLOCK, False
+            )
+    layer = ranges + 2 * tl.load(row + 4)
+    tl.atomic_min(layer, tl.min(low), sem="relaxed")
+    tl.atomic_max(layer + 1, tl.max(high), sem="relaxed")
+    count = tl.sum(bad)
+    if count > 0:
+        tl.atomic_add(nonfinite + tensor, count.to(tl.int64), sem="relaxed")
+
+
+@triton.jit
+def _advance_tile(
+    row, beta, one_minus_beta, start, first, left, bad, low, high,
+    KEEP_FINITE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Advance the tile at entry `first` of the piece; return the counts and bounds with it, entry by entry."""
+    at = first + tl.arange(0, BLOCK)
+    importance_at = pointer(row + 1, start, tl.float32)
+    importance = read(importance_at, at, left, FULL)
+    if tl.load(row + 2) != 0:
+        grad = read_as_float32(row + 2, tl.load(row + 3), start, at, left, FULL)
+        importance = advanced_importance(importance, grad, beta, one_minus_beta, KEEP_FINITE)
+        bad += tl.where(is_finite(grad * grad), 0, 1)
+        write(importance_at, at, importance, left, FULL)
+    bits = usable_bits(importance)
+    valid = bits < INFINITE
+    if not FULL:
+        valid = valid & (at < left)
+    return (
+        bad,
+        tl.minimum(low, tl.where(valid, bits, INFINITE)),
+        tl.maximum(high, tl.where(valid, bits, MINUS_INFINITE)),
+    )
+
+
+@triton.jit
+def gradient_sums_kernel(rows, pieces, BLOCK: tl.constexpr, TILES: tl.constexpr):
+    """Add g and g^2 of one piece of one tensor. rows: int64 [tensors, SUMS_FIELDS]."""
+    tensor, start = located(pieces, BLOCK * TILES)
+    row = rows + tensor * _SUMS_WIDTH
+    left = tl.minimum(tl.load(row) - start, BLOCK * TILES).to(tl.int32)
+    if (left == BLOCK * TILES) & (tl.load(row + 5) != 0):
+        for tile in range(TILES):
+            _add_tile(row, start, tile * BLOCK, left, BLOCK, True)
+    else:
+        for tile in range(tl.cdiv(left, BLOCK)):
+            _add_tile(row, start, tile * BLOCK, left, BLOCK, False)
+
+
+@triton.jit
+def _add_tile(row, start, first, left, BLOCK: tl.constexpr, FULL: tl.constexpr):
+    at = first + tl.arange(0, BLOCK)
+    sum_at = pointer(row + 1, start, tl.float32)
+    square_sum_at = pointer(row + 2, start, tl.float32)
+    grad = read_as_float32(row + 3, tl.load(row + 4), start, at, left, FULL)
+    write(sum_at, at, read(sum_at, at, left, FULL) + grad, left, FULL)
+    write(square_sum_at, at, read(square_sum_at, at, left, FULL) + grad * grad, left, FULL)
+
+
+def importance_(
+    importances: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    ranges: Tensor,
+    nonfinite: Tensor,
+    betas: Tensor,
+    layers: Sequence[int],
+    keep_finite: bool,
+) -> None:
+    """Advance where there is a gradient, extend the ranges; contract: `epi_kernels.ops.importance_`."""
+    flat = Flat(written=[importances], read=[grads])
+    table = Table(FIELDS, [importance.numel() for importance in importances], tiles.PIECE, ranges.device)
+    table.point("importance", flat.written[0])
+    table.point("grad", flat.read[0])
+    table.set("grad_dtype", tiles.dtype_codes(grads))
+    table.set("layer", layers)
+    if table.pieces.numel():
+        importance_kernel[(table.pieces.numel(),)](
+            table.rows(),
+            table.pieces,
+            on_device(betas.float(), ranges.device),
+            ranges.view(torch.int32),
+            nonfinite,
+            keep_finite,
+            tiles.BLOCK,
+            tiles.TILES,
+            **tiles.OPTIONS,
+        )
+    flat.write_back()
+
+
+def gradient_sums_(sums: Sequence[Tensor], square_sums: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    """Add g and g^2 in place; contract: `epi_kernels.ops.gradient_sums_`."""
+    flat = Flat(written=[sums, square_sums], read=[grads])
+    table = Table(SUMS_FIELDS, [grad.numel() for grad in grads], tiles.PIECE, grads[0].device)
+    table.point("sum", flat.written[0])
+    table.point("square_sum", flat.written[1])
+    table.point("grad", flat.read[0])
+    table.set("grad_dtype", tiles.dtype_codes(grads))
+    if table.pieces.numel():
+        gradient_sums_kernel[(table.pieces.numel(),)](
+            table.rows(), table.pieces, tiles.BLOCK, tiles.TILES, **tiles.OPTIONS
+        )
+    flat.write_back()

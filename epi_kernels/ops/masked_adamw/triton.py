@@ -1,0 +1,219 @@
+"""One AdamW step in which locked entries do not move, in Triton: one launch for all tensors of a pair of dtypes."""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from epi_kernels.ops import tiles
+from epi_kernels.ops.equations_triton import (
+    advanced_importance,
+    first_moment,
+    is_finite,
+    is_locked,
+    magnitude,
+    moved,
+    second_moment,
+)
+from epi_kernels.ops.flat import Flat
+from epi_kernels.ops.table import Table, on_device
+from epi_kernels.ops.tiles import located, pointer, read, write
+
+# the words of a row
+FIELDS = ("size", "param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "lock", "scalars", "aligned")
+_WIDTH = tl.constexpr(len(FIELDS))
+_WRITTEN = ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "lock")
+
+NONE, IMPORTANCE, EXP_AVG_SQ, STATIC = (tl.constexpr(i) for i in range(4))
+_LOCK_IN = {"none": 0, "importance": 1, "exp_avg_sq": 2, "static": 3}
+
+
+@triton.jit
+def masked_adamw_kernel(
+    rows,
+    pieces,
+    scalars,
+    nonfinite,
+    grad_factor,
+    found_inf,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    LOCK_IN: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    ADVANCED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Step one piece of one tensor.
+
+    rows: int64 [tensors, FIELDS]. `lock` 0: this tensor cannot be locked; with EXP_AVG_SQ any other number says it can.
+    scalars: float32 [.., 11], contract.Scalars. nonfinite: int64 [tensors]. grad_factor, found_inf: float32, or None.
+    """
+    tensor, start = located(pieces, BLOCK * TILES)
+    row = rows + tensor * _WIDTH
+    left = tl.minimum(tl.load(row) - start, BLOCK * TILES).to(tl.int32)
+    full = (left == BLOCK * TILES) & (tl.load(row + 8) != 0)
+    if found_inf is not None:
+        left = tl.where(tl.load(found_inf) == 0, left, 0)
+    tiles = tl.cdiv(left, BLOCK)
+    bad = tl.zeros([BLOCK], tl.int32)
+    if full:
+        for tile in range(tiles):
+            bad += _step_tile(
+                row, scalars, grad_factor, start, tile * BLOCK, left,
+                PARAM, GRAD, LOCK_IN, AMSGRAD, ADVANCED, BLOCK, True,
+            )  # fmt: skip
+    else:
+        for tile in range(tiles):
+            bad += _step_tile(
+                row, scalars, grad_factor, start, tile * BLOCK, left,
+                PARAM, GRAD, LOCK_IN, AMSGRAD, ADVANCED, BLOCK, False,
+            )  # fmt: skip
+    if (LOCK_IN == IMPORTANCE or LOCK_IN == EXP_AVG_SQ) and not ADVANCED:
+        count = tl.sum(bad)
+        if count > 0:
+            tl.atomic_add(nonfinite + tensor, count.to(tl.int64), sem="relaxed")
+
+
+@triton.jit
+def _step_tile(
+    row,
+    scalars,
+    grad_factor,
+    start,
+    first,
+    left,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    LOCK_IN: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    ADVANCED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """Step the tile at entry `first` of the piece; return where the squared gradient is not finite, int32 0 or 1."""
+    s = scalars + tl.load(row + 7) * 11
+    at = first + tl.arange(0, BLOCK)
+    param_at = pointer(row + 1, start, PARAM)
+    exp_avg_at = pointer(row + 3, start, tl.float32)
+    exp_avg_sq_at = pointer(row + 4, start, tl.float32)
+    lockable = tl.load(row + 6) != 0
+
+    param = read(param_at, at, left, FULL)
+    grad = read(pointer(row + 2, start, GRAD), at, left, FULL).to(tl.float32)
+    m = read(exp_avg_at, at, left, FULL)
+    v = read(exp_avg_sq_at, at, left, FULL)
+
+    factor = tl.load(s)
+    if grad_factor is not None:
+        factor *= tl.load(grad_factor)
+    grad *= factor
+    bad = tl.zeros([BLOCK], tl.int32)
+
+    m = first_moment(m, grad, tl.load(s + 3))
+    write(exp_avg_at, at, m, left, FULL)
+
+    beta2, one_minus_beta2 = tl.load(s + 4), tl.load(s + 5)
+    plain = second_moment(magnitude(v), grad, beta2, one_minus_beta2)
+    locked = tl.zeros([BLOCK], tl.int1)
+    if LOCK_IN == EXP_AVG_SQ:
+        if not ADVANCED:
+            bad += tl.where(lockable & (is_finite(grad * grad) == 0), 1, 0)
+            v = advanced_importance(v, grad, beta2, one_minus_beta2, False)
+        v = tl.where(lockable, v, plain)
+        locked = lockable & is_locked(v)
+    else:
+        v = plain
+    write(exp_avg_sq_at, at, v, left, FULL)
+
+    if LOCK_IN == IMPORTANCE:
+        if lockable:
+            importance_at = pointer(row + 6, start, tl.float32)
+            importance = read(importance_at, at, left, FULL)
+            locked = is_locked(importance)
+            if not ADVANCED:
+                bad += tl.where(is_finite(grad * grad), 0, 1)
+                importance = advanced_importance(importance, grad, tl.load(s + 9), tl.load(s + 10), True)
+                write(importance_at, at, importance, left, FULL)
+    if LOCK_IN == STATIC:
+        if lockable:
+            locked = read(pointer(row + 6, start, tl.int8), at, left, FULL) < 0
+
+    v = magnitude(v)
+    if AMSGRAD:
+        if tl.load(row + 5) != 0:
+            max_exp_avg_sq_at = pointer(row + 5, start, tl.float32)
+            largest = read(max_exp_avg_sq_at, at, left, FULL)
+            v = tl.maximum(largest, v, propagate_nan=tl.PropagateNan.ALL)
+            write(max_exp_avg_sq_at, at, v, left, FULL)
+
+    theta = moved(
+        param.to(tl.float32), m, v, tl.load(s + 1), tl.load(s + 6), tl.load(s + 7), tl.load(s + 8)
+    ).to(PARAM)  # fmt: skip
+    if LOCK_IN != NONE:
+        # a selection of bits, never a product with 0: 0 * inf is NaN
+        theta = tl.where(locked, param, theta)
+    write(param_at, at, theta, left, FULL)
+    return bad
+
+
+class Sweep:
+    """The step of a fixed list of tensors; contract: `epi_kernels.ops.Sweep`."""
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor],
+        exp_avg_sqs: Sequence[Tensor],
+        max_exp_avg_sqs: Sequence[Tensor | None],
+        locks: Sequence[Tensor | None],
+        lock_in: str,
+        lockable: Sequence[bool],
+    ) -> None:
+        self._flat = Flat(written=[params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, locks], read=[grads])
+        self._device = params[0].device
+        self._table = Table(FIELDS, [param.numel() for param in params], tiles.PIECE, self._device)
+        for field, tensors in zip(_WRITTEN, self._flat.written, strict=True):
+            self._table.point(field, tensors)
+        if lock_in == "exp_avg_sq":
+            self._table.set("lock", lockable)
+        self._constants = (
+            tiles.DTYPES[params[0].dtype],
+            tiles.DTYPES[grads[0].dtype],
+            _LOCK_IN[lock_in],
+            any(tensor is not None for tensor in max_exp_avg_sqs),
+        )
+
+    def step_(
+        self,
+        grads: Sequence[Tensor],
+        nonfinite: Tensor,
+        scalars: Tensor,
+        rows: Sequence[int],
+        advanced: bool,
+        grad_factor: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """Take the step."""
+        (grads,) = self._flat.load([grads])
+        self._table.point("grad", grads)
+        self._table.set("scalars", rows)
+        pieces = self._table.pieces
+        if pieces.numel():
+            masked_adamw_kernel[(pieces.numel(),)](
+                self._table.rows(),
+                pieces,
+                on_device(scalars.float(), self._device),
+                nonfinite,
+                grad_factor,
+                found_inf,
+                *self._constants,
+                advanced,
+                tiles.BLOCK,
+                tiles.TILES,
+                **tiles.OPTIONS,
+            )
+        self._flat.write_back()

@@ -1,0 +1,97 @@
+"""Lists of tensors as one table in the memory of a device, so that one launch serves them all.
+
+A row of 64-bit words describes a tensor: its size, addresses, and whatever a kernel wants to know about it. A launch
+has a program for each *piece*, a run of entries of one tensor; a second table says which. Both go up from pinned memory
+without waiting, and only when they differ from what is there already.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# a piece is tensor << PIECE_BITS | number of the piece in that tensor
+PIECE_BITS = 40
+
+# the alignment, in bytes, from which kernels read and write 128 bits at a time
+ALIGNMENT = 16
+
+
+class Table:
+    """The rows and pieces of a list of tensors on `device`.
+
+    Args:
+        fields: the names of the words of a row, in order. "size" is filled here, and so is "aligned": 1 where every
+            address of the row is a multiple of ALIGNMENT. `set` gives the others.
+        sizes: the number of entries of each tensor.
+        piece: entries of a piece, the last of a tensor excepted.
+        device: where the table is read.
+
+    Example:
+        >>> table = Table(("size", "layer"), sizes=[5, 0, 2], piece=4, device=torch.device("cpu"))
+        >>> table.set("layer", [1, 1, 2])
+        >>> table.rows().tolist(), [(int(p) >> 40, int(p) & 1) for p in table.pieces]
+        ([[5, 1], [0, 1], [2, 2]], [(0, 0), (0, 1), (2, 0)])
+    """
+
+    def __init__(self, fields: Sequence[str], sizes: Sequence[int], piece: int, device: torch.device) -> None:
+        self.pieces = _pieces(tuple(sizes), piece, device)
+        self._columns = {name: i for i, name in enumerate(fields)}
+        self._host = np.zeros((len(sizes), len(fields)), np.int64)
+        self._addresses: set[int] = set()  # columns
+        self._device = device
+        self._there: Tensor | None = None
+        self.set("size", sizes)
+
+    def set(self, field: str, words: Sequence[int]) -> None:
+        """Write one word of every row."""
+        column = self._host[:, self._columns[field]]
+        if not np.array_equal(column, words):
+            column[:] = words
+            self._there = None
+
+    def point(self, field: str, tensors: Sequence[Tensor | None]) -> None:
+        """Write the address of each tensor into its row, 0 for None. The tensors must outlive the launch."""
+        self._addresses.add(self._columns[field])
+        self.set(field, [0 if tensor is None else tensor.data_ptr() for tensor in tensors])
+
+    def rows(self) -> Tensor:
+        """Return the rows on the device, int64 [tensors, fields]; sent there if anything has changed since."""
+        if self._there is None:
+            if "aligned" in self._columns:
+                addresses = self._host[:, sorted(self._addresses)]
+                self._host[:, self._columns["aligned"]] = (addresses % ALIGNMENT == 0).all(1)
+            self._there = on_device(torch.from_numpy(self._host), self._device)
+        return self._there
+
+
+def on_device(values: Tensor, device: torch.device) -> Tensor:
+    """Return a copy on `device` of values on the CPU; an accelerator is not waited for."""
+    if device.type == "cpu":
+        return values.clone()
+    # the pinned memory is freed at once: its allocator keeps it until the copy is over
+    return values.pin_memory().to(device, non_blocking=True)
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return zeros on `device`, brought there by a copy: a refresh is counted in launches, and a fill is one."""
+    if device.type == "cpu":
+        return torch.zeros(shape, dtype=dtype)
+    return _pinned_zeros(shape, dtype).to(device, non_blocking=True)
+
+
+@functools.lru_cache(maxsize=16)
+def _pinned_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, pin_memory=True)
+
+
+@functools.lru_cache(maxsize=16)
+def _pieces(sizes: tuple[int, ...], piece: int, device: torch.device) -> Tensor:
+    """Return int64 [pieces], tensor << PIECE_BITS | number, for the pieces of every tensor in order."""
+    counts = -(-np.asarray(sizes, np.int64) // piece)
+    ends = counts.cumsum()
+    tensors = np.repeat(np.arange(len(sizes), dtype=np.int64), counts)
+    numbers = np.arange(len(tensors), dtype=np.int64) - np.repeat(ends - counts, counts)
+    return on_device(torch.from_numpy(tensors << PIECE_BITS | numbers), device)

@@ -1,0 +1,232 @@
+"""The threshold in Triton: histograms of score keys, the digit they decide, and the locks; no host in between."""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from epi_kernels.ops import tiles
+from epi_kernels.ops.equations_triton import bits_of, float_of, is_locked, score, with_lock
+from epi_kernels.ops.flat import Flat
+from epi_kernels.ops.table import Table, zeros
+from epi_kernels.ops.tiles import located, pointer, read, write
+
+# the words of a row
+FIELDS = ("size", "importance", "layer", "budget", "aligned")
+_WIDTH = tl.constexpr(len(FIELDS))
+
+# Histograms of each budget among which the programs are shared out: equal scores meet at one address, and an atomic
+# there is one at a time. The host adds nothing up, `select_kernel` does.
+COPIES = 32
+
+
+@triton.jit
+def score_histogram_kernel(
+    rows,
+    pieces,
+    ranges,
+    selection,
+    counts,
+    BUDGETS,
+    COPIES: tl.constexpr,
+    SHIFT: tl.constexpr,
+    DIGIT_BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Count the digits of one piece of one tensor.
+
+    rows: int64 [tensors, FIELDS]. ranges: float32 [layers, 2], or None. selection: int64 [budgets, 2]. counts: int32
+    [COPIES, budgets, 1 << DIGIT_BITS].
+    """
+    tensor, start = located(pieces, BLOCK * TILES)
+    row = rows + tensor * _WIDTH
+    left = tl.minimum(tl.load(row) - start, BLOCK * TILES).to(tl.int32)
+    budget = tl.load(row + 3)
+    prefix = tl.load(selection + 2 * budget).to(tl.int32)
+    histogram = counts + ((tl.program_id(0) % COPIES) * BUDGETS + budget) * (1 << DIGIT_BITS)
+    # most scores may be 0, and all of a constant layer are: counted apart, they do not queue for one address
+    zeros = tl.zeros([BLOCK], tl.int32)
+    if (left == BLOCK * TILES) & (tl.load(row + 4) != 0):
+        for tile in range(TILES):
+            zeros += _count_tile(
+                row, ranges, histogram, prefix, start, tile * BLOCK, left, SHIFT, DIGIT_BITS, BLOCK, True
+            )
+    else:
+        for tile in range(tl.cdiv(left, BLOCK)):
+            zeros += _count_tile(
+                row, ranges, histogram, prefix, start, tile * BLOCK, left, SHIFT, DIGIT_BITS, BLOCK, False
+            )
+    count = tl.sum(zeros)
+    if (prefix == 0) & (count > 0):
+        tl.atomic_add(histogram, count, sem="relaxed")
+
+
+@triton.jit
+def _scored_tile(row, ranges, start, first, left, BLOCK: tl.constexpr, FULL: tl.constexpr):
+    """Return (signed importance, score) of the tile at entry `first` of the piece."""
+    importance = read(pointer(row + 1, start, tl.float32), first + tl.arange(0, BLOCK), left, FULL)
+    if ranges is None:
+        value = score(importance, 0.0, 0.0, False)
+    else:
+        layer = ranges + 2 * tl.load(row + 2)
+        value = score(importance, tl.load(layer), tl.load(layer + 1), True)
+    return importance, value
+
+
+@triton.jit
+def _count_tile(
+    row, ranges, histogram, prefix, start, first, left,
+    SHIFT: tl.constexpr, DIGIT_BITS: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Count one tile; return where its score is 0, int32 0 or 1."""
+    importance, value = _scored_tile(row, ranges, start, first, left, BLOCK, FULL)
+    key = bits_of(value)
+    counted = ((key >> (SHIFT + DIGIT_BITS)) == prefix) & (key != 0)
+    zero = key == 0
+    if not FULL:
+        inside = first + tl.arange(0, BLOCK) < left
+        counted = counted & inside
+        zero = zero & inside
+    tl.atomic_add(histogram + ((key >> SHIFT) & ((1 << DIGIT_BITS) - 1)), 1, mask=counted, sem="relaxed")
+    return zero.to(tl.int32)
+
+
+@triton.jit
+def select_kernel(counts, selection, thresholds, BUDGETS, COPIES, SHIFT: tl.constexpr, BINS: tl.constexpr):
+    """Find the digit of one budget. counts: int [COPIES, budgets, BINS]; selection, thresholds: written."""
+    budget = tl.program_id(0)
+    bins = tl.arange(0, BINS)
+    count = tl.zeros([BINS], tl.int64)
+    for copy in range(COPIES):
+        # up to 2^32 - 1 entries in an int32
+        count += tl.load(counts + (copy.to(tl.int64) * BUDGETS + budget) * BINS + bins).to(tl.int64) & 0xFFFFFFFF
+    reached = tl.cumsum(count, 0, reverse=True)  # scores in this bin and above
+    prefix = tl.load(selection + 2 * budget)
+    remaining = tl.load(selection + 2 * budget + 1)
+    skipped = tl.minimum(tl.sum((reached < remaining).to(tl.int32)), BINS - 1)
+    above = tl.sum(tl.where(bins == BINS - skipped, reached, 0))
+    prefix = prefix * BINS + (BINS - 1 - skipped)
+    tl.store(selection + 2 * budget, prefix)
+    tl.store(selection + 2 * budget + 1, remaining - above)
+    threshold = float_of((prefix << SHIFT).to(tl.int32))
+    tl.store(thresholds + budget, tl.where(remaining > 0, threshold, float("inf")))
+
+
+@triton.jit
+def lock_kernel(rows, pieces, ranges, thresholds, counts, BLOCK: tl.constexpr, TILES: tl.constexpr):
+    """Lock one piece of one tensor.
+
+    rows: int64 [tensors, FIELDS]. ranges: float32 [layers, 2], or None. thresholds: float32 [budgets]. counts: int64
+    [tensors, 3], added to.
+    """
+    tensor, start = located(pieces, BLOCK * TILES)
+    row = rows + tensor * _WIDTH
+    left = tl.minimum(tl.load(row) - start, BLOCK * TILES).to(tl.int32)
+    threshold = tl.load(thresholds + tl.load(row + 3))
+    locked = tl.zeros([BLOCK], tl.int32)
+    newly = tl.zeros([BLOCK], tl.int32)
+    released = tl.zeros([BLOCK], tl.int32)
+    if (left == BLOCK * TILES) & (tl.load(row + 4) != 0):
+        for tile in range(TILES):
+            locked, newly, released = _lock_tile(
+                row, ranges, threshold, start, tile * BLOCK, left, locked, newly, released, BLOCK, True
+            )
+    else:
+        for tile in range(tl.cdiv(left, BLOCK)):
+            locked, newly, released = _lock_tile(
+                row, ranges, threshold, start, tile * BLOCK, left, locked, newly, released, BLOCK, False
+            )
+    tl.atomic_add(counts + 3 * tensor, tl.sum(locked).to(tl.int64), sem="relaxed")
+    tl.atomic_add(counts + 3 * tensor + 1, tl.sum(newly).to(tl.int64), sem="relaxed")
+    tl.atomic_add(counts + 3 * tensor + 2, tl.sum(released).to(tl.int64), sem="relaxed")
+
+
+@triton.jit
+def _lock_tile(
+    row, ranges, threshold, start, first, left, locked, newly, released, BLOCK: tl.constexpr, FULL: tl.constexpr
+):
+    """Lock one tile; return the counts with it, entry by entry."""
+    importance, value = _scored_tile(row, ranges, start, first, left, BLOCK, FULL)
+    before = is_locked(importance)
+    after = (value >= threshold) & (value > 0)
+    # beyond the end zeros are read: not locked before, and with a score of 0 not now
+    at = first + tl.arange(0, BLOCK)
+    write(pointer(row + 1, start, tl.float32), at, with_lock(importance, after), left, FULL)
+    if not FULL:
+        after = after & (at < left)
+    locked += after.to(tl.int32)
+    newly += (after & (before == 0)).to(tl.int32)
+    released += (before & (after == 0)).to(tl.int32)
+    return locked, newly, released
+
+
+def score_histogram(
+    importances: Sequence[Tensor],
+    layers: Sequence[int],
+    ranges: Tensor | None,
+    budgets: Sequence[int],
+    selection: Tensor,
+    shift: int,
+    bins: int,
+) -> Tensor:
+    """Count the scores of each budget by one digit of their bits; contract: `epi_kernels.ops.score_histogram`."""
+    flat = Flat(written=[], read=[importances])
+    counts = zeros((COPIES, len(selection), bins), torch.int32, selection.device)
+    table = _table(flat.read[0], layers, budgets, selection.device)
+    if table.pieces.numel():
+        score_histogram_kernel[(table.pieces.numel(),)](
+            table.rows(),
+            table.pieces,
+            ranges,
+            selection,
+            counts,
+            len(selection),
+            COPIES,
+            shift,
+            bins.bit_length() - 1,
+            tiles.BLOCK,
+            tiles.TILES,
+            **tiles.OPTIONS,
+        )
+    return counts
+
+
+def select_digit_(counts: Tensor, selection: Tensor, shift: int) -> Tensor:
+    """Find the digit that holds each rank; contract: `epi_kernels.ops.select_digit_`."""
+    copies, budgets, bins = counts.shape
+    thresholds = torch.empty(budgets, dtype=torch.float32, device=counts.device)
+    if budgets:
+        select_kernel[(budgets,)](counts, selection, thresholds, budgets, copies, shift, bins, **tiles.OPTIONS)
+    return thresholds
+
+
+def lock_(
+    importances: Sequence[Tensor],
+    layers: Sequence[int],
+    ranges: Tensor | None,
+    budgets: Sequence[int],
+    thresholds: Tensor,
+) -> Tensor:
+    """Lock every entry whose score reaches its budget's threshold; contract: `epi_kernels.ops.lock_`."""
+    flat = Flat(written=[importances])
+    counts = zeros((len(importances), 3), torch.int64, thresholds.device)
+    table = _table(flat.written[0], layers, budgets, thresholds.device)
+    if table.pieces.numel():
+        lock_kernel[(table.pieces.numel(),)](
+            table.rows(), table.pieces, ranges, thresholds, counts, tiles.BLOCK, tiles.TILES, **tiles.OPTIONS
+        )
+    flat.write_back()
+    return counts
+
+
+def _table(
+    importances: Sequence[Tensor | None], layers: Sequence[int], budgets: Sequence[int], device: torch.device
+) -> Table:
+    table = Table(FIELDS, [0 if tensor is None else tensor.numel() for tensor in importances], tiles.PIECE, device)
+    table.point("importance", importances)
+    table.set("layer", layers)
+    table.set("budget", budgets)
+    return table

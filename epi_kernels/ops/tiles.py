@@ -1,0 +1,88 @@
+"""How every Triton kernel finds its piece of a table and reads and writes it, tile by tile.
+
+A program takes one piece (`epi_kernels.ops.table`): TILES tiles of BLOCK entries, 4 for each thread. Four is what keeps
+all dtypes in one layout at the widest access: 128 bits of float32, 64 of bfloat16. With 8, layouts differ, and the
+compiler moves tiles between them through shared memory.
+
+A tile is full or ends with its tensor. Full ones of aligned tensors are read without a mask: a mask whose length is not
+known to divide by 4 makes every access scalar. A program decides that once, for all its tiles.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from epi_kernels.ops.table import ALIGNMENT, PIECE_BITS
+
+_INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+# interpreted, a program costs 20 ms whatever its size; TILES stays above 1 so that the loop is held too
+BLOCK, TILES = (4096, 2) if _INTERPRETED else (512, 8)
+PIECE = BLOCK * TILES
+
+# the launch options of every kernel: 4 warps are 4 entries of a block for each thread
+OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
+
+# of parameters and gradients
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+_PIECE_BITS = tl.constexpr(PIECE_BITS)
+_PIECE_MASK = tl.constexpr((1 << PIECE_BITS) - 1)
+_ALIGNMENT = tl.constexpr(ALIGNMENT)
+
+
+def dtype_codes(tensors: Sequence[Tensor | None]) -> list[int]:
+    """Return the code by which `read_as_float32` knows the dtype of each tensor; None has any."""
+    return [0 if tensor is None else list(DTYPES).index(tensor.dtype) for tensor in tensors]
+
+
+@triton.jit
+def located(pieces, PIECE: tl.constexpr):
+    """Return (tensor, first entry) of this program's piece, both int64."""
+    piece = tl.load(pieces + tl.program_id(0))
+    return piece >> _PIECE_BITS, (piece & _PIECE_MASK) * PIECE
+
+
+@triton.jit
+def pointer(word, start, DTYPE: tl.constexpr):
+    """Return the pointer to entry `start` of the tensor whose address is at `word`.
+
+    It promises an alignment that only a full tile of an aligned tensor may use: see `read`.
+    """
+    # the promise must be on the address itself: behind the addition it is not seen
+    return tl.multiple_of(tl.load(word).to(tl.pointer_type(DTYPE)), _ALIGNMENT) + start
+
+
+@triton.jit
+def read(at, offsets, left, FULL: tl.constexpr):
+    """Return the entries at `offsets`; beyond `left` zeros, and no memory is read."""
+    if FULL:
+        value = tl.load(at + offsets)
+    else:
+        value = tl.load(at + offsets, mask=offsets < left, other=0)
+    return value
+
+
+@triton.jit
+def write(at, offsets, value, left, FULL: tl.constexpr):
+    """Write the entries at `offsets` that are below `left`."""
+    if FULL:
+        tl.store(at + offsets, value)
+    else:
+        tl.store(at + offsets, value, mask=offsets < left)
+
+
+@triton.jit
+def read_as_float32(word, code, start, offsets, left, FULL: tl.constexpr):
+    """Return entries of a tensor whose dtype is known at run time alone (`dtype_codes`), as float32."""
+    if code == 0:
+        value = read(pointer(word, start, tl.float32), offsets, left, FULL)
+    elif code == 1:
+        value = read(pointer(word, start, tl.bfloat16), offsets, left, FULL).to(tl.float32)
+    else:
+        value = read(pointer(word, start, tl.float16), offsets, left, FULL).to(tl.float32)
+    return value

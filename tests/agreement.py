@@ -1,0 +1,121 @@
+"""What the comparisons of backends share: tensors of a step, special values, and equality of bits."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epi_kernels import lock, ops
+from epi_kernels.contract import Scalars
+
+HALVES = (torch.float32, torch.bfloat16, torch.float16)
+GROUP = {
+    "lr": 0.01,
+    "betas": (0.9, 0.999),
+    "eps": 1e-8,
+    "weight_decay": 0.1,
+    "maximize": False,
+    "importance_beta": 0.99,
+}
+
+# a vector and its neighbours, a block of the kernels and its neighbours, a chunk and one entry more
+SIZES = (0, 1, 3, 7, 8, 9, 15, 16, 17, 63, 64, 65, 1023, 1025, 2049, 65_537)
+
+SPECIAL = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-45, -1e-40, 3e38, -1e20, 1e-20, 65504.0, 1.0])
+
+Lists = dict[str, list[Tensor]]
+
+
+def differing(left: Tensor, right: Tensor) -> int:
+    """Return how many entries differ in a bit; two NaNs do not."""
+    bytes_of = [t.contiguous().view(-1, 1).view(torch.uint8).view(-1, t.element_size()) for t in (left, right)]
+    return int(((bytes_of[0] != bytes_of[1]).any(1) & ~(left.isnan() & right.isnan()).reshape(-1)).sum())
+
+
+def assert_same(left: Lists, right: Lists) -> None:
+    for name in left:
+        for i, (ours, theirs) in enumerate(zip(left[name], right[name], strict=True)):
+            assert ours is theirs is None or not differing(ours, theirs), (
+                f"{name}[{i}]: {differing(ours, theirs)} of {ours.numel()}"
+            )
+
+
+def clones(lists: Lists) -> Lists:
+    """Return copies with the same strides, in memory that held NaN before."""
+    return {
+        name: [
+            None if t is None else torch.full_like(t, math.nan if t.is_floating_point() else 77).copy_(t)
+            for t in tensors
+        ]
+        for name, tensors in lists.items()
+    }
+
+
+def step_lists(params: list[Tensor], grads: list[Tensor], lock_in: str, amsgrad: bool) -> Lists:
+    """Return the tensors of a step in the middle of a run; three in ten entries locked."""
+
+    def like(values: Any) -> list[Tensor]:
+        return [torch.empty_like(p, dtype=torch.float32).copy_(values(p)) for p in params]
+
+    locked = [torch.rand(p.shape) < 0.3 for p in params]
+    lists = {
+        "params": params,
+        "grads": grads,
+        "exp_avgs": like(lambda p: torch.randn(p.shape) * 0.1),
+        "exp_avg_sqs": like(lambda p: torch.rand(p.shape) * 0.1),
+        "max_exp_avg_sqs": like(lambda p: torch.rand(p.shape) * 0.1) if amsgrad else [],
+        "locks": [],
+    }
+    if lock_in == "importance":
+        lists["locks"] = [
+            lock.with_lock(s, where) for s, where in zip(like(lambda p: torch.rand(p.shape)), locked, strict=True)
+        ]
+    elif lock_in == "static":
+        lists["locks"] = [lock.static_lock(where) for where in locked]
+    elif lock_in == "exp_avg_sq":
+        lists["exp_avg_sqs"] = [lock.with_lock(v, where) for v, where in zip(lists["exp_avg_sqs"], locked, strict=True)]
+    return lists
+
+
+def gradient(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return gradients over ten decades; in the 16-bit dtypes some overflow when squared, some vanish."""
+    return (torch.randn(shape) * 10 ** torch.empty(shape).uniform_(-7, 3)).to(dtype)
+
+
+def signed(shape: tuple[int, ...]) -> Tensor:
+    """Return an importance over forty decades, subnormals, zeros and values that are not finite included."""
+    values = 10 ** torch.empty(shape).uniform_(-42, 3)
+    values = torch.where(torch.rand(shape) < 0.1, SPECIAL[torch.randint(0, len(SPECIAL), shape)].abs(), values)
+    return lock.with_lock(values, torch.rand(shape) < 0.3)
+
+
+def step_arguments(lists: Lists, lock_in: str, *, step: int = 3, **group: Any) -> dict[str, Any]:
+    """Return the arguments of `ops.masked_adamw_` without a backend: one group, its clock at `step`."""
+    count = len(lists["params"])
+    return {
+        **lists,
+        "nonfinite": torch.zeros(count, dtype=torch.int64),
+        "scalars": torch.tensor([Scalars.of({**GROUP, **group}, step)], dtype=torch.float64),
+        "rows": [0] * count,
+        "lock_in": lock_in,
+        "lockable": [lock_in != "none"] * count,
+        "advanced": False,
+        "grad_factor": None,
+        "found_inf": None,
+    }
+
+
+def step(lists: Lists, backend: str, lock_in: str, changes: dict[str, Any] | None = None, **group: Any) -> Lists:
+    """Return the tensors after one step, the counts with them; `changes` replace arguments."""
+    lists = clones(lists)
+    call = {**step_arguments(lists, lock_in, **group), **(changes or {})}
+    call["nonfinite"] = torch.zeros_like(call["nonfinite"])
+    ops.masked_adamw_(**call, backend=backend)
+    return {**lists, "nonfinite": [call["nonfinite"]]}
+
+
+def assert_steps_agree(
+    backend: str, lists: Lists, lock_in: str, changes: dict[str, Any] | None = None, **group: Any
+) -> None:
+    assert_same(step(lists, backend, lock_in, changes, **group), step(lists, "reference", lock_in, changes, **group))
