@@ -5,7 +5,8 @@ With TRITON_INTERPRET=1 only what tries backends is run, and the only backend is
 
 import os
 
-import numpy as np
+import hypothesis
+import interpreter
 import pytest
 import torch
 
@@ -29,21 +30,14 @@ AVAILABLE = ["triton"] if INTERPRETED else [backend for backend in dispatch.BACK
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if INTERPRETED:
         chosen = [item for item in items if "backend" in getattr(item, "fixturenames", ())]
-        config.hook.pytest_deselected([item for item in items if item not in set(chosen)])
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
         items[:] = chosen
 
 
 if INTERPRETED:
-    from triton.runtime import interpreter
-
-    def fused(self: object, x: interpreter.TensorHandle, y: interpreter.TensorHandle, z: interpreter.TensorHandle):
-        """Multiply and add with one rounding, as hardware does; the interpreter's own rounds twice."""
-        # the product is exact in double. What its sum with z loses there is beyond float32, but for ties: 1 in 2^29
-        with np.errstate(all="ignore"):
-            exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
-            return interpreter.TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
-
-    interpreter.InterpreterBuilder.create_fma = fused
+    interpreter.round_as_hardware()
+    hypothesis.settings.register_profile("interpreted", deadline=None, max_examples=30)
+    hypothesis.settings.load_profile("interpreted")
 
 
 @pytest.fixture(autouse=True)

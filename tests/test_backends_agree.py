@@ -238,10 +238,9 @@ def test_histograms(backend: str, normalize: bool, shift: int, bins: int) -> Non
 
 
 @pytest.mark.parametrize("parts", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_the_digit_that_has_a_rank(backend: str, parts: int, dtype: torch.dtype) -> None:
-    counts = torch.randint(0, 3, (parts, 6, 1024)).to(dtype)
-    counts[0, 1, 700] = -1 if dtype == torch.int32 else (1 << 32) - 1  # the most that int32 holds
+def test_the_digit_that_has_a_rank(backend: str, parts: int) -> None:
+    counts = torch.randint(0, 3, (parts, 6, 1024))
+    counts[0, 1, 700] = 1 << 33
     counts[:, 5] = 0
     ranks = torch.tensor([1, 1 << 31, 0, 10**12, 77, 3])
     results = []

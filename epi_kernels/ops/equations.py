@@ -103,8 +103,7 @@ def selected(counts: Tensor, selection: Tensor, shift: int) -> tuple[Tensor, Ten
     """Return (selection with one digit more, thresholds); arguments as of `epi_kernels.ops.select_digit_`."""
     bins = counts.shape[2]
     prefixes, remaining = selection.unbind(1)
-    wide = counts.long() & 0xFFFFFFFF if counts.dtype == torch.int32 else counts
-    reached = wide.sum(0).flip(1).cumsum(1)  # scores in the bin and above, from the highest bin
+    reached = counts.sum(0).flip(1).cumsum(1)  # scores in the bin and above, from the highest bin
     skipped = (reached < remaining[:, None]).sum(1).clamp(max=bins - 1)
     above = torch.where(skipped > 0, reached.gather(1, (skipped - 1).clamp(min=0)[:, None])[:, 0], 0)
     found = prefixes * bins + (bins - 1 - skipped)

@@ -73,12 +73,10 @@ def usable_bits(signed):
 @triton.jit
 def score(signed, low, high, NORMALIZED: tl.constexpr):
     bits = usable_bits(signed)
-    valid = bits < INFINITE
     value = float_of(bits)
     if NORMALIZED:
-        valid = valid & (high > low)
-        value = tl.div_rn(value - low, tl.broadcast_to(high - low, value.shape))
-    return tl.where(valid, value, 0.0)
+        value = tl.where(high > low, tl.div_rn(value - low, tl.broadcast_to(high - low, value.shape)), 0.0)
+    return tl.where(bits < INFINITE, value, 0.0)
 
 
 # AdamW

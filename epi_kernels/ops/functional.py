@@ -252,8 +252,8 @@ def score_histogram(
         backend: "auto" or the name of one.
 
     Returns:
-        int64 or int32 [parts, budgets, bins]; the histogram is the sum over the parts, as many as a backend likes. The
-        same integers on every backend, so that sums over shards are exact. int32 holds counts up to 2^32 - 1.
+        int64 [parts, budgets, bins]; the histogram is the sum over the parts, as many as a backend likes. The same
+        integers on every backend, so that sums over shards are exact.
     """
     check_lists(importances=importances)
     chosen = choose("score_histogram", selection.device.type, backend, states=_dtypes(importances))
@@ -425,7 +425,7 @@ def find_threshold(
     at least `ranks` entries reach it, at most those of one bin more.
 
     Args:
-        histogram: (selection, shift, bins) -> int [parts, budgets, bins], as `score_histogram` of all the scores there
+        histogram: (selection, shift, bins) -> int64 [parts, budgets, bins], as `score_histogram` of all the scores there
             are. The only place that sees data: a caller adds shards or devices in it, as parts or by their sum.
         ranks: k of each budget, 1 is the largest. 0: nothing is to be selected.
         exact: refine to the last bit.

@@ -38,7 +38,7 @@ def score_histogram_kernel(
 ):
     """Count the digits of one piece of one tensor.
 
-    rows: int64 [tensors, FIELDS]. ranges: float32 [layers, 2], or None. selection: int64 [budgets, 2]. counts: int32
+    rows: int64 [tensors, FIELDS]. ranges: float32 [layers, 2], or None. selection: int64 [budgets, 2]. counts: int64
     [COPIES, budgets, 1 << DIGIT_BITS].
     """
     tensor, start = located(pieces, BLOCK * TILES)
@@ -61,7 +61,7 @@ def score_histogram_kernel(
             )
     count = tl.sum(zeros)
     if (prefix == 0) & (count > 0):
-        tl.atomic_add(histogram, count, sem="relaxed")
+        tl.atomic_add(histogram, count.to(tl.int64), sem="relaxed")
 
 
 @triton.jit
@@ -90,19 +90,21 @@ def _count_tile(
         inside = first + tl.arange(0, BLOCK) < left
         counted = counted & inside
         zero = zero & inside
-    tl.atomic_add(histogram + ((key >> SHIFT) & ((1 << DIGIT_BITS) - 1)), 1, mask=counted, sem="relaxed")
+    one = tl.full([BLOCK], 1, tl.int64)
+    tl.atomic_add(histogram + ((key >> SHIFT) & ((1 << DIGIT_BITS) - 1)), one, mask=counted, sem="relaxed")
     return zero.to(tl.int32)
 
 
 @triton.jit
 def select_kernel(counts, selection, thresholds, BUDGETS, COPIES, SHIFT: tl.constexpr, BINS: tl.constexpr):
-    """Find the digit of one budget. counts: int [COPIES, budgets, BINS]; selection, thresholds: written."""
+    """Find the digit of one budget. counts: int64 [COPIES, budgets, BINS]; selection, thresholds: written."""
     budget = tl.program_id(0)
     bins = tl.arange(0, BINS)
     count = tl.zeros([BINS], tl.int64)
-    for copy in range(COPIES):
-        # up to 2^32 - 1 entries in an int32
-        count += tl.load(counts + (copy.to(tl.int64) * BUDGETS + budget) * BINS + bins).to(tl.int64) & 0xFFFFFFFF
+    copy = counts + budget * BINS
+    for _ in range(COPIES):
+        count += tl.load(copy + bins)
+        copy += BUDGETS * BINS
     reached = tl.cumsum(count, 0, reverse=True)  # scores in this bin and above
     prefix = tl.load(selection + 2 * budget)
     remaining = tl.load(selection + 2 * budget + 1)
@@ -174,7 +176,7 @@ def score_histogram(
 ) -> Tensor:
     """Count the scores of each budget by one digit of their bits; contract: `epi_kernels.ops.score_histogram`."""
     flat = Flat(written=[], read=[importances])
-    counts = zeros((COPIES, len(selection), bins), torch.int32, selection.device)
+    counts = zeros((COPIES, len(selection), bins), torch.int64, selection.device)
     table = _table(flat.read[0], layers, budgets, selection.device)
     if table.pieces.numel():
         score_histogram_kernel[(table.pieces.numel(),)](

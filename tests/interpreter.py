@@ -1,0 +1,33 @@
+"""Triton's interpreter, made to round as GPUs do, so that what it finds can be compared bit for bit."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def round_as_hardware() -> None:
+    """Replace what it rounds otherwise (triton 3.5 to 3.7): a multiply-add, and conversions from and to bfloat16."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    cast = InterpreterBuilder.cast_impl
+
+    def fused(self: Any, x: Any, y: Any, z: Any) -> Any:
+        # the product is exact in double. What its sum with z loses there is beyond float32, but for ties: 1 in 2^29
+        with np.errstate(all="ignore"):
+            exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
+            return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+
+    def converted(self: Any, value: Any, dtype: Any) -> Any:
+        pair = (value.dtype.scalar, dtype.scalar)
+        if pair == (tl.float32, tl.bfloat16):
+            halves = torch.from_numpy(np.ascontiguousarray(value.data)).bfloat16().view(torch.int16)
+            return TensorHandle(halves.numpy().view(np.uint16), tl.bfloat16)
+        if pair == (tl.bfloat16, tl.float32):
+            halves = torch.from_numpy(np.ascontiguousarray(value.data).view(np.int16)).view(torch.bfloat16)
+            return TensorHandle(halves.float().numpy(), tl.float32)
+        return cast(self, value, dtype)
+
+    InterpreterBuilder.create_fma = fused
+    InterpreterBuilder.cast_impl = converted
