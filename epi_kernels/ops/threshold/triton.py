@@ -47,52 +47,33 @@ def score_histogram_kernel(
     budget = tl.load(row + 3)
     prefix = tl.load(selection + 2 * budget).to(tl.int32)
     histogram = counts + ((tl.program_id(0) % COPIES) * BUDGETS + budget) * (1 << DIGIT_BITS)
+    # Nothing here promises an alignment: entries of a thread are then 128 apart instead of side by side. An atomic takes
+    # any entry, and with 4 neighbours to a thread the compiler moves each tile between two layouts, 11 barriers a tile.
+    at = tl.load(row + 1).to(tl.pointer_type(tl.float32)) + start
+    layer = tl.load(row + 2)
     # most scores may be 0, and all of a constant layer are: counted apart, they do not queue for one address
     zeros = tl.zeros([BLOCK], tl.int32)
-    if (left == BLOCK * TILES) & (tl.load(row + 4) != 0):
-        for tile in range(TILES):
-            zeros += _count_tile(
-                row, ranges, histogram, prefix, start, tile * BLOCK, left, SHIFT, DIGIT_BITS, BLOCK, True
-            )
-    else:
-        for tile in range(tl.cdiv(left, BLOCK)):
-            zeros += _count_tile(
-                row, ranges, histogram, prefix, start, tile * BLOCK, left, SHIFT, DIGIT_BITS, BLOCK, False
-            )
+    one = tl.full([BLOCK], 1, tl.int64)
+    for tile in range(tl.cdiv(left, BLOCK)):
+        offsets = tile * BLOCK + tl.arange(0, BLOCK)
+        inside = offsets < left
+        key = bits_of(_score(tl.load(at + offsets, mask=inside, other=0), ranges, layer))
+        counted = ((key >> (SHIFT + DIGIT_BITS)) == prefix) & (key != 0)
+        zeros += ((key == 0) & inside).to(tl.int32)
+        digit = (key >> SHIFT) & ((1 << DIGIT_BITS) - 1)
+        tl.atomic_add(histogram + digit, one, mask=counted & inside, sem="relaxed")
     count = tl.sum(zeros)
     if (prefix == 0) & (count > 0):
         tl.atomic_add(histogram, count.to(tl.int64), sem="relaxed")
 
 
 @triton.jit
-def _scored_tile(row, ranges, start, first, left, BLOCK: tl.constexpr, FULL: tl.constexpr):
-    """Return (signed importance, score) of the tile at entry `first` of the piece."""
-    importance = read(pointer(row + 1, start, tl.float32), first + tl.arange(0, BLOCK), left, FULL)
+def _score(importance, ranges, layer):
     if ranges is None:
         value = score(importance, 0.0, 0.0, False)
     else:
-        layer = ranges + 2 * tl.load(row + 2)
-        value = score(importance, tl.load(layer), tl.load(layer + 1), True)
-    return importance, value
-
-
-@triton.jit
-def _count_tile(
-    row, ranges, histogram, prefix, start, first, left,
-    SHIFT: tl.constexpr, DIGIT_BITS: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
-    """Count one tile; return where its score is 0, int32 0 or 1."""
-    importance, value = _scored_tile(row, ranges, start, first, left, BLOCK, FULL)
-    key = bits_of(value)
-    counted = ((key >> (SHIFT + DIGIT_BITS)) == prefix) & (key != 0)
-    zero = key == 0
-    if not FULL:
-        inside = first + tl.arange(0, BLOCK) < left
-        counted = counted & inside
-        zero = zero & inside
-    one = tl.full([BLOCK], 1, tl.int64)
-    tl.atomic_add(histogram + ((key >> SHIFT) & ((1 << DIGIT_BITS) - 1)), one, mask=counted, sem="relaxed")
-    return zero.to(tl.int32)
+        value = score(importance, tl.load(ranges + 2 * layer), tl.load(ranges + 2 * layer + 1), True)
+    return value
 
 
 @triton.jit
@@ -151,14 +132,14 @@ def _lock_tile(
     row, ranges, threshold, start, first, left, locked, newly, released, BLOCK: tl.constexpr, FULL: tl.constexpr
 ):
     """Lock one tile; return the counts with it, entry by entry."""
-    importance, value = _scored_tile(row, ranges, start, first, left, BLOCK, FULL)
+    offsets = first + tl.arange(0, BLOCK)
+    at = pointer(row + 1, start, tl.float32)
+    importance = read(at, offsets, left, FULL)
+    value = _score(importance, ranges, tl.load(row + 2))
     before = is_locked(importance)
-    after = (value >= threshold) & (value > 0)
     # beyond the end zeros are read: not locked before, and with a score of 0 not now
-    at = first + tl.arange(0, BLOCK)
-    write(pointer(row + 1, start, tl.float32), at, with_lock(importance, after), left, FULL)
-    if not FULL:
-        after = after & (at < left)
+    after = (value >= threshold) & (value > 0)
+    write(at, offsets, with_lock(importance, after), left, FULL)
     locked += after.to(tl.int32)
     newly += (after & (before == 0)).to(tl.int32)
     released += (before & (after == 0)).to(tl.int32)
