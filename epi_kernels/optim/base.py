@@ -128,8 +128,7 @@ class LockedAdamW(torch.optim.AdamW):
             self._seen = self._look()
         if not self._bundles:
             return loss
-        torch._foreach_add_(self._clocks, 1)
-        clocks = torch.stack(self._clocks).tolist()
+        clocks = self._clocks.add_(1).tolist()
         advanced = self._before_update(int(max(clocks)))
         first = 0
         for bundle in self._bundles:
@@ -169,11 +168,10 @@ class LockedAdamW(torch.optim.AdamW):
                     (
                         param.data_ptr(),
                         param.shape,
-                        param.stride(),
+                        param.is_contiguous() or param.stride(),
                         param.requires_grad,
-                        grad.shape,
-                        grad.stride(),
                         grad.dtype,
+                        grad.is_contiguous() or grad.stride(),
                         *[value.data_ptr() for value in state.get(param, _NOTHING).values()],
                     )
                 )
@@ -183,7 +181,7 @@ class LockedAdamW(torch.optim.AdamW):
         """Let the next step prepare anew."""
         self._seen: list[object] | None = None
         self._bundles: list[_Bundle] = []
-        self._clocks: list[Tensor] = []  # of all bundles, one after the other
+        self._clocks = torch.empty(0)  # of all bundles, one after the other
 
     def _prepare(self) -> None:
         """Check the parameters that have a gradient, create what state they lack, and bundle them into launches."""
@@ -200,9 +198,20 @@ class LockedAdamW(torch.optim.AdamW):
             # what a refresh advances and what it does not cannot be in one launch
             key = (param.device, param.dtype, param.grad.dtype, param.requires_grad)  # type: ignore[union-attr]
             bundles[key].append(param)
+        self._gather_clocks([param for params in bundles.values() for param in params])
         for params in bundles.values():
             self._bundles.append(self._bundle(params, [members[param] for param in params]))
-            self._clocks += [self.state[param]["step"] for param in params]
+
+    def _gather_clocks(self, params: list[Tensor]) -> None:
+        """Make every ``state["step"]`` an element of one vector: one addition then counts them all.
+
+        291 tensors of their own took 0.8 ms to count, as long as the rest of the step's Python.
+        """
+        steps = [self.state[param]["step"].cpu() for param in params]
+        if steps:
+            self._clocks = torch.stack([step.to(steps[0].dtype) for step in steps])
+            for param, step in zip(params, self._clocks, strict=True):
+                self.state[param]["step"] = step
 
     def _ensure_state(self, param: Tensor, group: dict[str, Any]) -> None:
         """Create what `param` lacks of torch's state and of ours."""

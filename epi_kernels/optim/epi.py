@@ -233,8 +233,8 @@ class EPIAdamW(LockedAdamW):
         """Refresh the masks where mask_interval says so; the clock is the largest step of any parameter."""
         before = self._clock
         if before is None:
-            stepped = {id(step) for step in self._clocks}
-            before = int(max(float(s["step"]) - (id(s["step"]) in stepped) for s in self.state.values() if "step" in s))
+            stepped = {param for bundle in self._bundles for param in bundle.params}
+            before = int(max(float(s["step"]) - (p in stepped) for p, s in self.state.items() if "step" in s))
         self._clock = max(before, clock)
         interval = self.param_groups[0]["mask_interval"]
         # a clock that stands still was refreshed, if due, when it reached this value
