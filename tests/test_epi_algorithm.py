@@ -71,7 +71,7 @@ def give(params: dict[str, Parameter], grads: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_masks_and_parameters_are_those_of_the_oracle(name: str) -> None:
+def test_masks_and_parameters_are_those_of_the_oracle(name: str, backend: str) -> None:
     settings = SETTINGS[name]
     params = parameters()
     layer_of = (lambda n: n) if settings.get("layers") == "tensor" else block
@@ -86,7 +86,7 @@ def test_masks_and_parameters_are_those_of_the_oracle(name: str) -> None:
         settings.get("normalize", "layer"),
         settings.get("scope", "global"),
     )
-    optimizer = EPIAdamW(params.items(), lr=LR, **settings)
+    optimizer = EPIAdamW(params.items(), lr=LR, backend=backend, **settings)
     held = 0
     for grads in gradients(seed=1):
         before = {n: p.detach().clone() for n, p in params.items()}
@@ -116,11 +116,11 @@ def test_the_bound_on_parameters_sees_a_missing_mask() -> None:
     assert max((params[n] - free[n]).abs().max().item() for n in params if params[n].numel()) > 10 * RUN_OF_12
 
 
-def test_second_moment_as_importance_protects_the_same_entries() -> None:
+def test_second_moment_as_importance_protects_the_same_entries(backend: str) -> None:
     params = parameters()
     twins = {n: Parameter(p.detach().clone()) for n, p in params.items()}
     betas = (0.9, 0.97)
-    common = {"lr": LR, "betas": betas, "isolation_ratio": 0.1, "mask_interval": 2}
+    common = {"lr": LR, "betas": betas, "isolation_ratio": 0.1, "mask_interval": 2, "backend": backend}
     own = EPIAdamW(params.items(), importance="ema", importance_beta=betas[1], **common)
     free = EPIAdamW(twins.items(), importance="exp_avg_sq", **common)
     for grads in gradients(seed=2):
@@ -144,9 +144,10 @@ def test_before_the_first_refresh_nothing_is_protected() -> None:
         assert any(optimizer.isolation_mask(p).any() for p in params.values()) == (step >= 5)
 
 
-def test_released_entries_move_and_newly_locked_ones_stop() -> None:
+def test_released_entries_move_and_newly_locked_ones_stop(backend: str) -> None:
     param = Parameter(torch.ones(4))
-    optimizer = EPIAdamW([("layer.weight", param)], lr=LR, isolation_ratio=0.25, mask_interval=1, importance_beta=0.0)
+    settings = {"isolation_ratio": 0.25, "mask_interval": 1, "importance_beta": 0.0, "backend": backend}
+    optimizer = EPIAdamW([("layer.weight", param)], lr=LR, **settings)
     for strongest in (0, 3):
         before = param.detach().clone()
         param.grad = torch.tensor([0.1, 0.2, 0.3, 0.4])

@@ -36,7 +36,7 @@ TIERS = [
     ("epi_kernels.ops.", 2),  # ops/<stem>/<backend>
     ("epi_kernels.ops", 4),
     ("epi_kernels.optim.refresh", 5),
-    ("epi_kernels.optim.nonfinite", 0),
+    ("epi_kernels.optim.nonfinite", 4),
     ("epi_kernels.optim.base", 5),
     ("epi_kernels.optim.", 6),
     ("epi_kernels.optim", 7),

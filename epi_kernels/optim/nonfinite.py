@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from epi_kernels.ops.table import zeros
+
 # the counters of one list of parameters, and a copy of them on the CPU
 _Snapshot = tuple[list[Tensor], Tensor]
 
@@ -14,8 +16,8 @@ _Snapshot = tuple[list[Tensor], Tensor]
 class NonfiniteCounts:
     """Counters for lists of parameters, and one warning for each parameter that has ever counted.
 
-    On the CPU a warning comes with the step. On an accelerator the step does not wait: `snapshot` starts a copy, and the
-    next one warns of what the last has brought.
+    On the CPU a warning comes with the step. On an accelerator the step does not wait: `snapshot` starts a copy, and
+    the next one warns of what the last has brought.
     """
 
     def __init__(self) -> None:
@@ -27,7 +29,7 @@ class NonfiniteCounts:
         """Return the int64 counters, one for each of `params`, into which operations add; always the same."""
         key = tuple(map(id, params))
         if key not in self._counters:
-            self._counters[key] = (list(params), torch.zeros(len(params), dtype=torch.int64, device=params[0].device))
+            self._counters[key] = (list(params), zeros((len(params),), torch.int64, params[0].device))
         return self._counters[key][1]
 
     def snapshot(self, name_of: Callable[[Tensor], str]) -> list[Tensor]:
