@@ -22,8 +22,10 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
 
 # one torch thread for each of the worker processes
+# and one process group more for Triton's interpreter, which is on or off for all of a process
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses auto
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ Device tensors are those that the optimizer was given, its states, and what `tab
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -37,20 +37,21 @@ class Recorder(TorchDispatchMode):
         self.launches: Counter[str] = Counter()
         self.operations: Counter[str] = Counter()
         self.uploads = 0
+        self.recording = True
 
     def add(self, tensor: Tensor) -> Tensor:
+        """Count `tensor` as one on the device from now on."""
         self.kept.append(tensor)
         self.storages.add(tensor.untyped_storage().data_ptr())
         return tensor
 
     def upload(self, original: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        """Run one of `table`'s copies to the device."""
         self.uploads += 1
-        self.recording, before = False, self.__dict__.get("recording", True)
+        self.recording = False
         result = self.add(original(*arguments))
-        self.recording = before
+        self.recording = True
         return result
-
-    recording = True
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = function.overloadpacket.__name__
@@ -62,7 +63,7 @@ class Recorder(TorchDispatchMode):
 
 
 @pytest.fixture
-def recorder(backend: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
+def recorder(backend: str, monkeypatch: pytest.MonkeyPatch) -> Recorder:
     if backend != "triton":
         pytest.skip("launches are Triton's")
     from triton.runtime import interpreter
@@ -89,7 +90,7 @@ def recorder(backend: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder
     monkeypatch.setattr(threshold, "zeros", lambda *arguments: found.upload(zeros, *arguments))
     # on the CPU it reads the counters in every step; on an accelerator only copies that have arrived
     monkeypatch.setattr(nonfinite.NonfiniteCounts, "warn", lambda *_: None)
-    yield found
+    return found
 
 
 def optimizer(count: int, recorder: Recorder, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> EPIAdamW:

@@ -1,7 +1,7 @@
 """The per-element mathematics in Triton: names, equations and roundings of equations.py, in float32.
 
-Compile with `enable_fp_fusion=False`: every product and sum rounds on its own unless `fma` says otherwise, or masks would
-differ between backends. Signs and NaN are tested on bits, as csrc/adamw.h does.
+Compile with `enable_fp_fusion=False`: every product and sum rounds on its own unless `fma` says otherwise, or masks
+would differ between backends. Signs and NaN are tested on bits, as csrc/adamw.h does.
 """
 
 import triton

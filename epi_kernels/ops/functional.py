@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from epi_kernels.contract import KEY_DIGITS, Scalars, check_indices, check_lists, check_one_dtype, check_rows
+from epi_kernels.contract import KEY_DIGITS, check_indices, check_lists, check_one_dtype, check_rows
 from epi_kernels.dispatch import choose
 from epi_kernels.ops.table import on_device
 
@@ -73,12 +73,10 @@ class Sweep:
         grad_factor: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> None:
-        """Take one step of all the tensors.
+        """Take one step of all the tensors; the arguments are those of `masked_adamw_`.
 
-        Args:
-            grads: in place of those of the constructor, whose shapes, strides, dtypes and devices they have: not
-                checked again.
-            nonfinite, scalars, rows, advanced, grad_factor, found_inf: see `masked_adamw_`.
+        `grads` come in place of the constructor's, whose shapes, strides, dtypes and devices they have: that is not
+        checked again.
         """
         if self._sweep is not None:
             self._sweep.step_(grads, nonfinite, scalars, rows, advanced, grad_factor, found_inf)
@@ -166,7 +164,9 @@ def importance_(
 
     ::
 
-        S <- beta S + (1 - beta) g^2,     mu_l <- min(mu_l, S),  nu_l <- max(nu_l, S)        EPI (arXiv 2604.14010) Eq. 5 and 7
+        S <- beta S + (1 - beta) g^2,     mu_l <- min(mu_l, S),  nu_l <- max(nu_l, S)
+
+    EPI (arXiv 2604.14010) Eq. 5 and 7.
 
     Args:
         importances: signed S; magnitudes written, locks kept.
@@ -425,8 +425,8 @@ def find_threshold(
     at least `ranks` entries reach it, at most those of one bin more.
 
     Args:
-        histogram: (selection, shift, bins) -> int64 [parts, budgets, bins], as `score_histogram` of all the scores there
-            are. The only place that sees data: a caller adds shards or devices in it, as parts or by their sum.
+        histogram: (selection, shift, bins) -> int64 [parts, budgets, bins], as `score_histogram` of all the scores
+            there are. The only place that sees data: a caller adds shards or devices in it, as parts or by their sum.
         ranks: k of each budget, 1 is the largest. 0: nothing is to be selected.
         exact: refine to the last bit.
         device: of the histograms.

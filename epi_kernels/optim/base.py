@@ -41,6 +41,11 @@ class LockedAdamW(torch.optim.AdamW):
     Arithmetic and state are float32 for float32, bfloat16 and float16 parameters, and float64 for float64.
     """
 
+    # what the last step has seen, and what it prepared for it; the clocks of all bundles, one after the other
+    _seen: list[object] | None
+    _bundles: list[_Bundle]
+    _clocks: Tensor
+
     def __init__(
         self,
         params: Any,
@@ -136,7 +141,7 @@ class LockedAdamW(torch.optim.AdamW):
             first += len(keys)
             row_of = {key: row for row, key in enumerate(dict.fromkeys(keys))}
             bundle.sweep.step_(
-                [param.grad for param in bundle.params],
+                [param.grad for param in bundle.params],  # type: ignore[misc]
                 bundle.counter,
                 torch.tensor([Scalars.of(self.param_groups[i], clock) for i, clock in row_of], dtype=torch.float64),
                 list(map(row_of.__getitem__, keys)),
@@ -179,9 +184,9 @@ class LockedAdamW(torch.optim.AdamW):
 
     def _forget(self) -> None:
         """Let the next step prepare anew."""
-        self._seen: list[object] | None = None
-        self._bundles: list[_Bundle] = []
-        self._clocks = torch.empty(0)  # of all bundles, one after the other
+        self._seen = None
+        self._bundles = []
+        self._clocks = torch.empty(0)
 
     def _prepare(self) -> None:
         """Check the parameters that have a gradient, create what state they lack, and bundle them into launches."""

@@ -50,8 +50,8 @@ class Sweep:
         """Take the step."""
         if found_inf is not None and found_inf.item():
             return
-        (grads,) = self._flat.load([grads])
-        self._table["grad"] = native.addresses(grads)
+        (flat,) = self._flat.load([grads])
+        self._table["grad"] = native.addresses(flat)
         values = scalars.float().numpy()
         if grad_factor is not None:
             values[:, 0] *= grad_factor.item()  # the sign of the gradient, which multiplies it wherever it is used

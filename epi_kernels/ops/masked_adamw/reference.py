@@ -44,19 +44,19 @@ class Sweep:
         for i, (grad, row) in enumerate(zip(grads, rows, strict=True)):
             if grad_factor is not None:
                 grad = grad.to(arithmetic_dtype(grad.dtype)) * grad_factor
-            nonfinite[i] += _step(*self._tensors[i], grad, numbers[row], advanced)
+            nonfinite[i] += _step(grad, numbers[row], advanced, *self._tensors[i])
 
 
 def _step(
+    raw_grad: Tensor,
+    s: Scalars,
+    advanced: bool,
     param: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     max_exp_avg_sq: Tensor | None,
     lock_: Tensor | None,
     lock_in: str,
-    raw_grad: Tensor,
-    s: Scalars,
-    advanced: bool,
 ) -> Tensor | int:
     """Step one tensor in place; return how many of its squared gradients are not finite, where they are looked at."""
     dtype = arithmetic_dtype(param.dtype)

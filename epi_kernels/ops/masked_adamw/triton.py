@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -198,8 +197,8 @@ class Sweep:
         found_inf: Tensor | None,
     ) -> None:
         """Take the step."""
-        (grads,) = self._flat.load([grads])
-        self._table.point("grad", grads)
+        (flat,) = self._flat.load([grads])
+        self._table.point("grad", flat)
         self._table.set("scalars", rows)
         pieces = self._table.pieces
         if pieces.numel():

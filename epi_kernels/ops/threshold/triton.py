@@ -47,8 +47,9 @@ def score_histogram_kernel(
     budget = tl.load(row + 3)
     prefix = tl.load(selection + 2 * budget).to(tl.int32)
     histogram = counts + ((tl.program_id(0) % COPIES) * BUDGETS + budget) * (1 << DIGIT_BITS)
-    # Nothing here promises an alignment: entries of a thread are then 128 apart instead of side by side. An atomic takes
-    # any entry, and with 4 neighbours to a thread the compiler moves each tile between two layouts, 11 barriers a tile.
+    # Nothing here promises an alignment: the entries of a thread are then 128 apart instead of side by side, as the
+    # atomics want them. With 4 neighbours to a thread the compiler moves each tile from one layout into the other, 11
+    # barriers a tile.
     at = tl.load(row + 1).to(tl.pointer_type(tl.float32)) + start
     layer = tl.load(row + 2)
     # most scores may be 0, and all of a constant layer are: counted apart, they do not queue for one address
