@@ -6,12 +6,13 @@ The structs below repeat that header's, field by field. One array of them descri
 import ctypes
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from epi_kernels import library
 
 ABI_VERSION = 2
 
@@ -107,21 +108,9 @@ _FUNCTIONS = {
 @functools.cache
 def _load() -> ctypes.CDLL | str:
     """Return the library, or why there is none."""
-    paths = sorted(Path(__file__).parent.glob("_native*.so"))
-    if not paths:
-        return "it was not built; install the package again where there is a C++ compiler"
-    try:
-        library = ctypes.CDLL(str(paths[0]))
-    except OSError as error:
-        return f"{paths[0].name} does not load on this platform ({error}); install the package again here"
-    if library.epi_abi_version() != ABI_VERSION:
-        return f"{paths[0].name} is of another version of the package; install it again"
-    library.epi_compiler.restype = ctypes.c_char_p
-    for name, arguments in _FUNCTIONS.items():
-        function = getattr(library, name)
-        function.argtypes = (_POINTER, _INT64, *arguments, _INT32)
-        function.restype = None
-    return library
+    functions = {name: (None, (_POINTER, _INT64, *arguments, _INT32)) for name, arguments in _FUNCTIONS.items()}
+    functions["epi_compiler"] = (ctypes.c_char_p, ())
+    return library.load("_native", "epi_abi_version", ABI_VERSION, functions, "a C++ compiler")
 
 
 def obstacle() -> str:

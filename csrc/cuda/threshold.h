@@ -1,0 +1,64 @@
+// The work of one thread in a histogram of the bits of the scores. Contract: epi_kernels.ops.score_histogram.
+#pragma once
+
+#include "entries.h"
+
+namespace epi::cuda {
+
+// A block clears and adds up as many as 4096 bins; 16384 entries are four times as much to read.
+constexpr int64_t HISTOGRAM_PIECE = 16384;
+
+constexpr int32_t LARGEST_DIGIT = 12;
+
+struct Digit {
+    uint32_t prefix;
+    int32_t shift;
+    int32_t bits;
+};
+
+struct ScoreRange {
+    bool normalized;
+    float low, high;
+};
+
+// Pass every bin to `add`, that of a zero score excepted; return how many scores are 0. All of an untouched or a
+// constant layer are, and each would wait for the one before it at the same address.
+template <int width, typename Add>
+EPI_INLINE uint32_t count(const epi_cuda_score_row& row, const ScoreRange& range, const Digit& digit, int64_t i,
+                          const Add& add) {
+    const auto importance = load<width, float>(row.importance, i);
+    uint32_t zeros = 0;
+    for (int j = 0; j < width; ++j) {
+        const float value = importance.entries[j];
+        const uint32_t key = bits_of(range.normalized ? score(value, range.low, range.high) : raw_score(value));
+        const uint32_t digits = key >> digit.shift;
+        if (key == 0)
+            ++zeros;
+        else if (digits >> digit.bits == digit.prefix)
+            add(digits & ((1u << digit.bits) - 1));
+    }
+    return zeros;
+}
+
+// Return the number of zero scores of this thread that belong into bin 0.
+template <typename Add>
+EPI_INLINE uint32_t histogram(const epi_cuda_score_row& row, const Piece& piece, const ScoreRange& range,
+                              const Digit& digit, int32_t thread, int32_t threads, const Add& add) {
+    uint32_t zeros = 0;
+    for (int64_t i = piece.begin + thread * QUAD; i < piece.quads_end; i += threads * QUAD)
+        zeros += count<QUAD>(row, range, digit, i, add);
+    for (int64_t i = piece.quads_end + thread; i < piece.end; i += threads)
+        zeros += count<1>(row, range, digit, i, add);
+    return digit.prefix == 0 ? zeros : 0;
+}
+
+EPI_INLINE ScoreRange range_of(const epi_cuda_score_row& row, const float* ranges) {
+    if (!ranges) return {false, 0.0f, 0.0f};
+    return {true, ranges[2 * row.layer], ranges[2 * row.layer + 1]};
+}
+
+EPI_INLINE Digit digit_of(const epi_cuda_score_row& row, const int64_t* selection, int32_t shift, int32_t digit_bits) {
+    return {static_cast<uint32_t>(selection[2 * row.budget]), shift, digit_bits};
+}
+
+}  // namespace epi::cuda

@@ -1,0 +1,97 @@
+"""The library of the CUDA kernels: found and loaded once, with ctypes. Its interface is csrc/epi_cuda.h.
+
+The fields below repeat that header's structs, word by word: rows of `epi_kernels.ops.table.Table`.
+"""
+
+import ctypes
+import functools
+
+import torch
+
+from epi_kernels import library
+
+ABI_VERSION = 1
+
+ADAMW_FIELDS = (
+    "size",
+    "param",
+    "grad",
+    "exp_avg",
+    "exp_avg_sq",
+    "max_exp_avg_sq",
+    "lock",
+    "scalars",
+    "aligned",
+)
+SCORE_FIELDS = ("size", "importance", "layer", "budget", "aligned")
+
+_POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+
+# rows, pieces, number of pieces
+_PIECES = (_POINTER, _POINTER, _INT64)
+
+# function -> its result and arguments; those that launch end with the stream
+_FUNCTIONS = {
+    "epi_cuda_compiler": (ctypes.c_char_p, ()),
+    "epi_cuda_sweep_piece": (_INT64, ()),
+    "epi_cuda_histogram_piece": (_INT64, ()),
+    "epi_cuda_device_error": (_INT32, ()),
+    "epi_cuda_masked_adamw": (_INT32, (*_PIECES, *(_POINTER,) * 4, *(_INT32,) * 4, _POINTER)),
+    "epi_cuda_score_histogram": (_INT32, (*_PIECES, *(_POINTER,) * 2, _INT32, _INT32, _POINTER, _POINTER)),
+}
+
+
+@functools.cache
+def load() -> ctypes.CDLL | str:
+    """Return the library, or why there is none. Needs neither a driver nor a device."""
+    return library.load("_cuda", "epi_cuda_abi_version", ABI_VERSION, _FUNCTIONS, "nvcc")
+
+
+@functools.cache
+def obstacle() -> str:
+    """Return why the kernels cannot run here and what to do about it; empty if they can.
+
+    Asks the current device, once, which makes its context if there was none.
+    """
+    loaded = load()
+    if isinstance(loaded, str):
+        return loaded
+    error = loaded.epi_cuda_device_error()
+    return f"CUDA error {error}: it needs a driver and a GPU of compute capability 8.0 or later" if error else ""
+
+
+def compiler() -> str:
+    """Return the compiler that built the library, and its version."""
+    return str(_library().epi_cuda_compiler().decode())
+
+
+def sweep_piece() -> int:
+    """Return the entries of a piece of epi_cuda_masked_adamw."""
+    return int(_library().epi_cuda_sweep_piece())
+
+
+def histogram_piece() -> int:
+    """Return the entries of a piece of epi_cuda_score_histogram."""
+    return int(_library().epi_cuda_histogram_piece())
+
+
+def call(function: str, *arguments: int | None) -> None:
+    """Launch a kernel on the current stream of the current device, and do not wait for it.
+
+    Args:
+        function: one of the functions of csrc/epi_cuda.h that launch.
+        arguments: its arguments but the stream; addresses are in the memory of the current device, None is NULL.
+
+    Raises:
+        RuntimeError: there is no library, or the kernel was not launched.
+    """
+    error = getattr(_library(), function)(*arguments, torch.cuda.current_stream().cuda_stream)
+    if error:
+        raise RuntimeError(f"{function} was not launched: CUDA error {error}")
+
+
+def _library() -> ctypes.CDLL:
+    loaded = load()
+    if isinstance(loaded, str):
+        raise RuntimeError(f"the CUDA kernels cannot run: {loaded}")
+    return loaded

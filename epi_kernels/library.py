@@ -1,0 +1,36 @@
+"""The compiled libraries of the package, each beside this file: loaded with ctypes, or why they are not."""
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def load(
+    stem: str, version_function: str, version: int, functions: Mapping[str, tuple[Any, Sequence[Any]]], needs: str
+) -> ctypes.CDLL | str:
+    """Load a library and declare its functions.
+
+    Args:
+        stem: the name of its file, up to the extension.
+        version_function: the function that returns the version of its interface.
+        version: the one that the caller was written for.
+        functions: name -> what it returns and what it takes, as ctypes types.
+        needs: what builds it.
+
+    Returns:
+        The library, or why it cannot be used here and what to do about it.
+    """
+    paths = sorted(Path(__file__).parent.glob(f"{stem}*.so"))
+    if not paths:
+        return f"it was not built; install the package again where there is {needs}"
+    try:
+        library = ctypes.CDLL(str(paths[0]))
+    except OSError as error:
+        return f"{paths[0].name} does not load on this platform ({error}); install the package again here"
+    if library[version_function]() != version:
+        return f"{paths[0].name} is of another version of the package; install it again"
+    for name, (result, arguments) in functions.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
