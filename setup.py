@@ -1,6 +1,8 @@
-"""Build script: the native backend, a shared library without Python or torch in it; the rest is in pyproject.toml.
+"""Build script: shared libraries without Python or torch in them; the rest is in pyproject.toml.
 
-Without a compiler, or when the build fails, the package installs all the same and runs on its other backends.
+``_native.so`` is the native CPU backend, built where there is a C++ compiler; ``_cuda.so`` the CUDA kernels, built where
+there is nvcc. Without a compiler, or when a build fails, the package installs all the same and runs on its other
+backends.
 """
 
 import os
@@ -27,42 +29,71 @@ if platform.machine() in ("x86_64", "AMD64"):
 KERNELS = ["masked_adamw", "importance", "threshold", "sparse_adamw", "level"]
 SHARED = ["entries", "parallel"]
 
+# the same arithmetic by nvcc: no contraction, IEEE division and roots, subnormals. Machine code for A100, H100 and
+# B200, and PTX of the last for what comes after it
+CUDA_FLAGS = (
+    "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -fmad=false -prec-div=true -prec-sqrt=true -ftz=false "
+    "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 "
+    "-gencode arch=compute_100,code=[sm_100,compute_100]"
+)
+CUDA_KERNELS = ["masked_adamw", "threshold"]
+
 NATIVE = Extension("epi_kernels._native", [f"csrc/cpu/{name}.cpp" for name in (*KERNELS, *SHARED)], optional=True)
+CUDA = Extension("epi_kernels._cuda", [f"csrc/cuda/{name}.cu" for name in CUDA_KERNELS], optional=True)
 
 
-class BuildNative(build_ext):
-    """Builds the library with the C++ compiler alone."""
+class BuildLibraries(build_ext):
+    """Builds the libraries with their compilers alone."""
 
     def get_ext_filename(self, name: str) -> str:
         """Return the library's path: no Python version in it, ctypes loads it."""
         return os.path.join(*name.split(".")) + ".so"
 
     def build_extension(self, extension: Extension) -> None:
-        """Compile every file for its levels, at once, and link them; say in one line if that cannot be done."""
+        """Compile the files of a library, as many at once as there are cores, and link; say in one line if not."""
         target = Path(self.get_ext_fullpath(extension.name))
         target.unlink(missing_ok=True)  # of an earlier build
+        objects = Path(self.build_temp) / extension.name
+        objects.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._build(target)
+            commands, link = _native_commands() if extension is NATIVE else _cuda_commands()
+            outputs = [str(objects / f"{i}.o") for i in range(len(commands))]
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(_run, [[*c, "-o", output] for c, output in zip(commands, outputs, strict=True)]))
+            _run([*link, *outputs, "-ldl", "-o", str(target)])
         except (OSError, subprocess.CalledProcessError) as error:
             failed = isinstance(error, subprocess.CalledProcessError)
             reason = f"{error.cmd[0]} failed, see above" if failed else error
-            print(f"epi_kernels: no native CPU backend ({reason}); the package works without it, slower on a CPU")
+            lost = "native CPU backend" if extension is NATIVE else "CUDA kernels"
+            print(f"epi_kernels: no {lost} ({reason}); the package works without, on its other backends")
 
-    def _build(self, target: Path) -> None:
-        compiler = _compiler()
-        objects = Path(self.build_temp)
-        objects.mkdir(parents=True, exist_ok=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        jobs = [(name, "", "") for name in SHARED]
-        jobs += [(name, f"-DEPI_LEVEL={level}", flags) for level, flags in LEVELS.items() for name in KERNELS]
-        commands = [
-            [*compiler, *FLAGS.split(), *flags.split(), *define.split(), "-c", f"csrc/cpu/{name}.cpp"]
-            for name, define, flags in jobs
-        ]
-        outputs = [str(objects / f"{i}.o") for i in range(len(jobs))]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(_run, [[*command, "-o", output] for command, output in zip(commands, outputs, strict=True)]))
-        _run([*compiler, "-shared", "-pthread", *outputs, "-ldl", "-o", str(target)])
+
+def _native_commands() -> tuple[list[list[str]], list[str]]:
+    """Return the commands that compile the CPU library, without their outputs, and the one that links it."""
+    compiler = _compiler()
+    jobs = [(name, "", "") for name in SHARED]
+    jobs += [(name, f"-DEPI_LEVEL={level}", flags) for level, flags in LEVELS.items() for name in KERNELS]
+    commands = [
+        [*compiler, *FLAGS.split(), *flags.split(), *define.split(), "-c", f"csrc/cpu/{name}.cpp"]
+        for name, define, flags in jobs
+    ]
+    return commands, [*compiler, "-shared", "-pthread"]
+
+
+def _cuda_commands() -> tuple[list[list[str]], list[str]]:
+    """Return the same for the CUDA library.
+
+    Raises:
+        FileNotFoundError: there is no nvcc.
+    """
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
+    if nvcc is None:
+        raise FileNotFoundError(f"no nvcc in {home or 'PATH'}")
+    commands = [[nvcc, *CUDA_FLAGS.split(), "-c", f"csrc/cuda/{name}.cu"] for name in CUDA_KERNELS]
+    # the runtime is linked in: the library needs a driver and nothing else
+    return commands, [nvcc, "-shared", "-cudart", "static"]
 
 
 class PlatformWheel(bdist_wheel):
@@ -91,4 +122,4 @@ def _run(command: list[str]) -> None:
     subprocess.run(command, check=True)
 
 
-setup(ext_modules=[NATIVE], cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel})
+setup(ext_modules=[NATIVE, CUDA], cmdclass={"build_ext": BuildLibraries, "bdist_wheel": PlatformWheel})

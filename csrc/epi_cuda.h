@@ -7,7 +7,8 @@
  * Functions that launch return a cudaError_t at once: 0 is launched, and no pieces launch nothing. Without a driver or
  * a device they return an error too. They allocate nothing and wait for nothing, so that a graph can capture them.
  *
- * epi_kernels/cuda.py repeats these structs: change both, and EPI_CUDA_ABI_VERSION with them.
+ * The FIELDS in epi_kernels/ops/masked_adamw/sweep.py and ops/threshold/rows.py repeat these structs: change both, and
+ * EPI_CUDA_ABI_VERSION with them.
  */
 #ifndef EPI_CUDA_H
 #define EPI_CUDA_H
@@ -83,7 +84,7 @@ EPI_EXPORT int32_t epi_cuda_masked_adamw(const int64_t* rows, const int64_t* pie
  * counts: [budgets][1 << digit_bits] on the device, added to; a budget has fewer than 2^32 entries. */
 EPI_EXPORT int32_t epi_cuda_score_histogram(const int64_t* rows, const int64_t* pieces, int64_t piece_count,
                                             const float* ranges, const int64_t* selection, int32_t shift,
-                                            int32_t digit_bits, uint32_t* counts, void* stream);
+                                            int32_t digit_bits, int64_t* counts, void* stream);
 
 #ifdef __cplusplus
 }

@@ -1,6 +1,6 @@
 """The library of the CUDA kernels: found and loaded once, with ctypes. Its interface is csrc/epi_cuda.h.
 
-The fields below repeat that header's structs, word by word: rows of `epi_kernels.ops.table.Table`.
+That header's structs are the rows of `epi_kernels.ops.masked_adamw.sweep` and `epi_kernels.ops.threshold.rows`.
 """
 
 import ctypes
@@ -11,19 +11,6 @@ import torch
 from epi_kernels import library
 
 ABI_VERSION = 1
-
-ADAMW_FIELDS = (
-    "size",
-    "param",
-    "grad",
-    "exp_avg",
-    "exp_avg_sq",
-    "max_exp_avg_sq",
-    "lock",
-    "scalars",
-    "aligned",
-)
-SCORE_FIELDS = ("size", "importance", "layer", "budget", "aligned")
 
 _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 

@@ -17,8 +17,11 @@ import torch
 from epi_kernels import native
 from epi_kernels.contract import arithmetic_dtype
 
-# "auto" takes the first that can run; the order is by speed
-BACKENDS = ("triton", "native", "reference")
+# "auto" takes the first that can run; the order is by speed, and by what is tried most
+BACKENDS = ("triton", "cuda", "native", "reference")
+
+# what "auto" tries before the others
+_FIRST = {"score_histogram": "cuda"}
 
 # operation -> the folder of epi_kernels/ops that holds it
 STEMS = {
@@ -71,12 +74,16 @@ def choose(
         RuntimeError: the requested backend cannot run this here; the message says why and what to do.
     """
     check(requested)
-    for backend in BACKENDS if requested == "auto" else (requested,):
+    order = sorted(BACKENDS, key=lambda backend: backend != _FIRST.get(operation))
+    for backend in order if requested == "auto" else (requested,):
         if not _is_built(operation, backend) or (requested == "auto" and (backend, device_type) == _ON_REQUEST):
             continue
         obstacle = _obstacle(backend, device_type, values, states)
         if not obstacle:
             module = importlib.import_module(f"epi_kernels.ops.{STEMS[operation]}.{backend}")
+            # what it finds by itself, on the device
+            obstacle = module.obstacle() if hasattr(module, "obstacle") else ""
+        if not obstacle:
             reason = "requested" if requested == backend else f"the fastest here for {device_type}"
             return Choice(backend, reason, module)
         if requested == backend:
@@ -125,6 +132,8 @@ def _obstacle(backend: str, device_type: str, values: frozenset[torch.dtype], st
         return f"its moments and importance are float32 and not {_names(states - FLOAT32)}"
     if backend == "triton":
         return _triton_obstacle(device_type)
+    if backend == "cuda":
+        return "" if device_type == "cuda" else f"it runs on CUDA GPUs and the tensors are on {device_type}"
     if device_type != "cpu":
         return f"it runs on the CPU and the tensors are on {device_type}"
     return native.obstacle()

@@ -19,6 +19,9 @@ ABI_VERSION = 2
 # what parameters and gradients may be -> enum epi_dtype
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
+# where the lock bit is -> enum epi_lock_in
+LOCK_IN = {"none": 0, "importance": 1, "exp_avg_sq": 2, "static": 3}
+
 _SCALARS = ("scalars", np.float32, (11,))  # contract.Scalars
 
 ADAMW_TENSOR = np.dtype(
@@ -108,7 +111,9 @@ _FUNCTIONS = {
 @functools.cache
 def _load() -> ctypes.CDLL | str:
     """Return the library, or why there is none."""
-    functions = {name: (None, (_POINTER, _INT64, *arguments, _INT32)) for name, arguments in _FUNCTIONS.items()}
+    functions: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        name: (None, (_POINTER, _INT64, *arguments, _INT32)) for name, arguments in _FUNCTIONS.items()
+    }
     functions["epi_compiler"] = (ctypes.c_char_p, ())
     return library.load("_native", "epi_abi_version", ABI_VERSION, functions, "a C++ compiler")
 

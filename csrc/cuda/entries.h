@@ -36,13 +36,23 @@ struct alignas(width * sizeof(Memory)) Pack {
 };
 
 template <int width, typename Memory>
+EPI_INLINE Pack<Memory, width>* pack_at(int64_t address, int64_t i) {
+    Memory* const entry = reinterpret_cast<Memory*>(address) + i;
+#if defined(__CUDA_ARCH__)
+    // of an address from a table the compiler knows no space, and would ask for it at every access
+    __builtin_assume(__isGlobal(entry));
+#endif
+    return reinterpret_cast<Pack<Memory, width>*>(entry);
+}
+
+template <int width, typename Memory>
 EPI_INLINE Pack<Memory, width> load(int64_t address, int64_t i) {
-    return *reinterpret_cast<const Pack<Memory, width>*>(reinterpret_cast<const Memory*>(address) + i);
+    return *pack_at<width, Memory>(address, i);
 }
 
 template <int width, typename Memory>
 EPI_INLINE void store(int64_t address, int64_t i, const Pack<Memory, width>& pack) {
-    *reinterpret_cast<Pack<Memory, width>*>(reinterpret_cast<Memory*>(address) + i) = pack;
+    *pack_at<width, Memory>(address, i) = pack;
 }
 
 // A run of entries of one tensor. From `quads_end` on they are taken one by one.

@@ -38,8 +38,9 @@ int32_t epi_cuda_masked_adamw(const int64_t* rows, const int64_t* pieces, int64_
     return visit_dtypes(param_dtype, grad_dtype, cudaErrorInvalidValue, [&](auto param, auto grad) -> int32_t {
         masked_adamw_kernel<decltype(param), decltype(grad)>
             <<<static_cast<uint32_t>(piece_count), THREADS, 0, static_cast<cudaStream_t>(stream)>>>(
-                reinterpret_cast<const epi_cuda_adamw_row*>(rows), pieces, reinterpret_cast<const epi_scalars*>(scalars),
-                reinterpret_cast<unsigned long long*>(nonfinite), grad_factor, found_inf, lock_in, advanced);
+                reinterpret_cast<const epi_cuda_adamw_row*>(rows), pieces,
+                reinterpret_cast<const epi_scalars*>(scalars), reinterpret_cast<unsigned long long*>(nonfinite),
+                grad_factor, found_inf, lock_in, advanced);
         return cudaGetLastError();
     });
 }

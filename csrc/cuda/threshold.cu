@@ -13,7 +13,7 @@ constexpr int32_t THREADS = 256;
 __global__ void __launch_bounds__(THREADS)
     score_histogram_kernel(const epi_cuda_score_row* __restrict__ rows, const int64_t* __restrict__ pieces,
                            const float* __restrict__ ranges, const int64_t* __restrict__ selection, int32_t shift,
-                           int32_t digit_bits, uint32_t* __restrict__ counts) {
+                           int32_t digit_bits, unsigned long long* __restrict__ counts) {
     __shared__ uint32_t bins[1 << LARGEST_DIGIT];
     const int32_t bin_count = 1 << digit_bits;
     for (int32_t i = threadIdx.x; i < bin_count; i += THREADS) bins[i] = 0;
@@ -29,9 +29,9 @@ __global__ void __launch_bounds__(THREADS)
     if (zeros && threadIdx.x % 32 == 0) atomicAdd(&bins[0], zeros);
     __syncthreads();
 
-    uint32_t* const total = counts + (row.budget << digit_bits);
+    unsigned long long* const total = counts + (row.budget << digit_bits);
     for (int32_t i = threadIdx.x; i < bin_count; i += THREADS)
-        if (bins[i]) atomicAdd(&total[i], bins[i]);
+        if (bins[i]) atomicAdd(&total[i], static_cast<unsigned long long>(bins[i]));
 }
 
 }  // namespace
@@ -55,13 +55,14 @@ int32_t epi_cuda_device_error(void) {
 int64_t epi_cuda_histogram_piece(void) { return HISTOGRAM_PIECE; }
 
 int32_t epi_cuda_score_histogram(const int64_t* rows, const int64_t* pieces, int64_t piece_count, const float* ranges,
-                                 const int64_t* selection, int32_t shift, int32_t digit_bits, uint32_t* counts,
+                                 const int64_t* selection, int32_t shift, int32_t digit_bits, int64_t* counts,
                                  void* stream) {
     if (piece_count == 0) return cudaSuccess;
     if (piece_count < 0 || piece_count > INT32_MAX || shift < 0 || digit_bits < 1 || digit_bits > LARGEST_DIGIT ||
         shift + digit_bits > 31)
         return cudaErrorInvalidValue;
     score_histogram_kernel<<<static_cast<uint32_t>(piece_count), THREADS, 0, static_cast<cudaStream_t>(stream)>>>(
-        reinterpret_cast<const epi_cuda_score_row*>(rows), pieces, ranges, selection, shift, digit_bits, counts);
+        reinterpret_cast<const epi_cuda_score_row*>(rows), pieces, ranges, selection, shift, digit_bits,
+        reinterpret_cast<unsigned long long*>(counts));
     return cudaGetLastError();
 }

@@ -8,8 +8,6 @@ from torch import Tensor
 from epi_kernels import native
 from epi_kernels.ops.flat import Flat
 
-_LOCK_IN = {"none": 0, "importance": 1, "exp_avg_sq": 2, "static": 3}  # enum epi_lock_in
-
 
 class Sweep:
     """The step of a fixed list of tensors; contract: `epi_kernels.ops.Sweep`."""
@@ -35,7 +33,7 @@ class Sweep:
             max_exp_avg_sq=self._flat.written[3],
             lock=self._flat.written[4],
         )
-        self._table["lock_in"] = [_LOCK_IN[lock_in] if can else 0 for can in lockable]
+        self._table["lock_in"] = [native.LOCK_IN[lock_in] if can else 0 for can in lockable]
 
     def step_(
         self,

@@ -1,7 +1,5 @@
 """One AdamW step in which locked entries do not move, in Triton: one launch for all tensors of a pair of dtypes."""
 
-from collections.abc import Sequence
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,14 +14,10 @@ from epi_kernels.ops.equations_triton import (
     moved,
     second_moment,
 )
-from epi_kernels.ops.flat import Flat
-from epi_kernels.ops.table import Table, on_device
+from epi_kernels.ops.masked_adamw.sweep import FIELDS, TableSweep
 from epi_kernels.ops.tiles import located, pointer, read, write
 
-# the words of a row
-FIELDS = ("size", "param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "lock", "scalars", "aligned")
 _WIDTH = tl.constexpr(len(FIELDS))
-_WRITTEN = ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "lock")
 
 NONE, IMPORTANCE, EXP_AVG_SQ, STATIC = (tl.constexpr(i) for i in range(4))
 _LOCK_IN = {"none": 0, "importance": 1, "exp_avg_sq": 2, "static": 3}
@@ -47,8 +41,8 @@ def masked_adamw_kernel(
 ):
     """Step one piece of one tensor.
 
-    rows: int64 [tensors, FIELDS]. `lock` 0: this tensor cannot be locked; with EXP_AVG_SQ any other number says it can.
-    scalars: float32 [.., 11], contract.Scalars. nonfinite: int64 [tensors]. grad_factor, found_inf: float32, or None.
+    rows: int64 [tensors, FIELDS]. scalars: float32 [.., 11], contract.Scalars. nonfinite: int64 [tensors].
+    grad_factor, found_inf: float32, or None.
     """
     tensor, start = located(pieces, BLOCK * TILES)
     row = rows + tensor * _WIDTH
@@ -158,61 +152,33 @@ def _step_tile(
     return bad
 
 
-class Sweep:
+class Sweep(TableSweep):
     """The step of a fixed list of tensors; contract: `epi_kernels.ops.Sweep`."""
 
-    def __init__(
-        self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        exp_avgs: Sequence[Tensor],
-        exp_avg_sqs: Sequence[Tensor],
-        max_exp_avg_sqs: Sequence[Tensor | None],
-        locks: Sequence[Tensor | None],
-        lock_in: str,
-        lockable: Sequence[bool],
-    ) -> None:
-        self._flat = Flat(written=[params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, locks], read=[grads])
-        self._device = params[0].device
-        self._table = Table(FIELDS, [param.numel() for param in params], tiles.PIECE, self._device)
-        for field, tensors in zip(_WRITTEN, self._flat.written, strict=True):
-            self._table.point(field, tensors)
-        if lock_in == "exp_avg_sq":
-            self._table.set("lock", lockable)
-        self._constants = (
-            tiles.DTYPES[params[0].dtype],
-            tiles.DTYPES[grads[0].dtype],
-            _LOCK_IN[lock_in],
-            any(tensor is not None for tensor in max_exp_avg_sqs),
-        )
+    def _piece(self) -> int:
+        return tiles.PIECE
 
-    def step_(
+    def _launch(
         self,
-        grads: Sequence[Tensor],
-        nonfinite: Tensor,
         scalars: Tensor,
-        rows: Sequence[int],
+        nonfinite: Tensor,
         advanced: bool,
         grad_factor: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        """Take the step."""
-        (flat,) = self._flat.load([grads])
-        self._table.point("grad", flat)
-        self._table.set("scalars", rows)
-        pieces = self._table.pieces
-        if pieces.numel():
-            masked_adamw_kernel[(pieces.numel(),)](
-                self._table.rows(),
-                pieces,
-                on_device(scalars.float(), self._device),
-                nonfinite,
-                grad_factor,
-                found_inf,
-                *self._constants,
-                advanced,
-                tiles.BLOCK,
-                tiles.TILES,
-                **tiles.OPTIONS,
-            )
-        self._flat.write_back()
+        masked_adamw_kernel[(self._table.pieces.numel(),)](
+            self._table.rows(),
+            self._table.pieces,
+            scalars,
+            nonfinite,
+            grad_factor,
+            found_inf,
+            tiles.DTYPES[self._param_dtype],
+            tiles.DTYPES[self._grad_dtype],
+            _LOCK_IN[self._lock_in],
+            self._amsgrad,
+            advanced,
+            tiles.BLOCK,
+            tiles.TILES,
+            **tiles.OPTIONS,
+        )

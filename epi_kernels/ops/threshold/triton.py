@@ -10,11 +10,10 @@ from torch import Tensor
 from epi_kernels.ops import tiles
 from epi_kernels.ops.equations_triton import bits_of, float_of, is_locked, score, with_lock
 from epi_kernels.ops.flat import Flat
-from epi_kernels.ops.table import Table, zeros
+from epi_kernels.ops.table import zeros
+from epi_kernels.ops.threshold.rows import FIELDS, table_of
 from epi_kernels.ops.tiles import located, pointer, read, write
 
-# the words of a row
-FIELDS = ("size", "importance", "layer", "budget", "aligned")
 _WIDTH = tl.constexpr(len(FIELDS))
 
 # Histograms of each budget among which the programs are shared out: equal scores meet at one address, and an atomic
@@ -159,7 +158,7 @@ def score_histogram(
     """Count the scores of each budget by one digit of their bits; contract: `epi_kernels.ops.score_histogram`."""
     flat = Flat(written=[], read=[importances])
     counts = zeros((COPIES, len(selection), bins), torch.int64, selection.device)
-    table = _table(flat.read[0], layers, budgets, selection.device)
+    table = table_of(flat.read[0], layers, budgets, tiles.PIECE, selection.device)
     if table.pieces.numel():
         score_histogram_kernel[(table.pieces.numel(),)](
             table.rows(),
@@ -197,20 +196,10 @@ def lock_(
     """Lock every entry whose score reaches its budget's threshold; contract: `epi_kernels.ops.lock_`."""
     flat = Flat(written=[importances])
     counts = zeros((len(importances), 3), torch.int64, thresholds.device)
-    table = _table(flat.written[0], layers, budgets, thresholds.device)
+    table = table_of(flat.written[0], layers, budgets, tiles.PIECE, thresholds.device)
     if table.pieces.numel():
         lock_kernel[(table.pieces.numel(),)](
             table.rows(), table.pieces, ranges, thresholds, counts, tiles.BLOCK, tiles.TILES, **tiles.OPTIONS
         )
     flat.write_back()
     return counts
-
-
-def _table(
-    importances: Sequence[Tensor | None], layers: Sequence[int], budgets: Sequence[int], device: torch.device
-) -> Table:
-    table = Table(FIELDS, [0 if tensor is None else tensor.numel() for tensor in importances], tiles.PIECE, device)
-    table.point("importance", importances)
-    table.set("layer", layers)
-    table.set("budget", budgets)
-    return table

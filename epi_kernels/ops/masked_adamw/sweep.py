@@ -1,0 +1,73 @@
+"""What the backends on a GPU share: the table of a list of tensors, kept from step to step."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from epi_kernels.ops.flat import Flat
+from epi_kernels.ops.table import Table, on_device
+
+# the words of a row. `lock` 0: this tensor cannot be locked; with lock_in="exp_avg_sq" any other number says it can.
+# `scalars` is a row of the scalars
+FIELDS = ("size", "param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "lock", "scalars", "aligned")
+
+_WRITTEN = ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "lock")
+
+
+class TableSweep:
+    """The step of a fixed list of tensors; contract: `epi_kernels.ops.Sweep`. A backend says how it is launched."""
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor],
+        exp_avg_sqs: Sequence[Tensor],
+        max_exp_avg_sqs: Sequence[Tensor | None],
+        locks: Sequence[Tensor | None],
+        lock_in: str,
+        lockable: Sequence[bool],
+    ) -> None:
+        self._flat = Flat(written=[params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, locks], read=[grads])
+        self._device = params[0].device
+        self._table = Table(FIELDS, [param.numel() for param in params], self._piece(), self._device)
+        for field, tensors in zip(_WRITTEN, self._flat.written, strict=True):
+            self._table.point(field, tensors)
+        if lock_in == "exp_avg_sq":
+            self._table.set("lock", lockable)
+        self._param_dtype, self._grad_dtype = params[0].dtype, grads[0].dtype
+        self._lock_in = lock_in
+        self._amsgrad = any(tensor is not None for tensor in max_exp_avg_sqs)
+
+    def step_(
+        self,
+        grads: Sequence[Tensor],
+        nonfinite: Tensor,
+        scalars: Tensor,
+        rows: Sequence[int],
+        advanced: bool,
+        grad_factor: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """Take the step."""
+        (flat,) = self._flat.load([grads])
+        self._table.point("grad", flat)
+        self._table.set("scalars", rows)
+        if self._table.pieces.numel():
+            self._launch(on_device(scalars.float(), self._device), nonfinite, advanced, grad_factor, found_inf)
+        self._flat.write_back()
+
+    def _piece(self) -> int:
+        """Return the number of entries that a program takes."""
+        raise NotImplementedError
+
+    def _launch(
+        self,
+        scalars: Tensor,
+        nonfinite: Tensor,
+        advanced: bool,
+        grad_factor: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """Launch the kernel over `_table`; scalars are float32 on the device."""
+        raise NotImplementedError

@@ -1,0 +1,62 @@
+"""Histograms of score keys in CUDA, in the shared memory of a block; kernel: csrc/cuda/threshold.cu.
+
+Triton has no shared memory of its own: its atomics go to global memory, and its `histogram` is slower yet.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from epi_kernels import cuda
+from epi_kernels.ops.equations import score
+from epi_kernels.ops.flat import Flat
+from epi_kernels.ops.table import zeros
+from epi_kernels.ops.threshold.rows import table_of
+
+
+def score_histogram(
+    importances: Sequence[Tensor],
+    layers: Sequence[int],
+    ranges: Tensor | None,
+    budgets: Sequence[int],
+    selection: Tensor,
+    shift: int,
+    bins: int,
+) -> Tensor:
+    """Count the scores of each budget by one digit of their bits; contract: `epi_kernels.ops.score_histogram`."""
+    flat = Flat(written=[], read=[importances])
+    counts = zeros((1, len(selection), bins), torch.int64, selection.device)
+    table = table_of(flat.read[0], layers, budgets, cuda.histogram_piece(), selection.device)
+    cuda.call(
+        "epi_cuda_score_histogram",
+        table.rows().data_ptr(),
+        table.pieces.data_ptr(),
+        table.pieces.numel(),
+        None if ranges is None else ranges.data_ptr(),
+        selection.data_ptr(),
+        shift,
+        bins.bit_length() - 1,
+        counts.data_ptr(),
+    )
+    return counts
+
+
+@functools.cache
+def obstacle() -> str:
+    """Return why the kernel cannot be used on this GPU; empty if it can. Counts some scores and compares, once."""
+    if cuda.obstacle():
+        return cuda.obstacle()
+    values = 10 ** torch.linspace(-12, 0, 3 * cuda.histogram_piece() // 2)
+    values[: values.numel() // 3] = 0.0
+    layer_range = torch.tensor([[0.0, 0.7]])
+    keys = score(values, layer_range[0]).view(torch.int32)
+    for prefix, shift, bins in ((0, 19, 4096), (int(keys[-1]) >> 19, 9, 1024)):
+        counted = keys[keys >> shift >> (bins.bit_length() - 1) == prefix]
+        expected = torch.bincount((counted >> shift) % bins, minlength=bins)
+        selection = torch.tensor([[prefix, 1]], device="cuda")
+        found = score_histogram([values.cuda()], [0], layer_range.cuda(), [0], selection, shift, bins)
+        if not torch.equal(found[0, 0].cpu(), expected):
+            return "on this GPU its counts differ from the reference's; please report it"
+    return ""
