@@ -1,10 +1,12 @@
 """``python -m epi_kernels``: what runs on this machine, and why."""
 
 import platform
+from importlib.metadata import version
+from importlib.util import find_spec
 
 import torch
 
-from epi_kernels import __version__, dispatch, native
+from epi_kernels import __version__, cuda, dispatch, native
 
 _SIMD = {1: "the compiler's baseline", 3: "AVX2 and FMA (x86-64-v3)", 4: "AVX-512 (x86-64-v4)"}
 
@@ -22,6 +24,8 @@ def main() -> None:
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
         ("python", f"{platform.python_version()} on {platform.platform(terse=True)} {platform.machine()}"),
         ("native library", f"none: {obstacle}" if obstacle else loaded()),
+        ("CUDA library", f"not used: {cuda.obstacle()}" if cuda.obstacle() else f"loaded, built by {cuda.compiler()}"),
+        ("triton", version("triton") if find_spec("triton") else "not installed"),
         ("GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"),
     ]
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:

@@ -1,5 +1,6 @@
 """Which backend runs: the fastest that can, or the one that was named, which runs or raises; never a quiet fallback."""
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -78,6 +79,8 @@ def test_unknown_backend() -> None:
 
 
 def test_a_backend_that_is_not_there_is_never_replaced_in_silence() -> None:
+    with pytest.raises(NotImplementedError, match="backend='cuda' has no importance_, gradient_sums_"):
+        EPIAdamW([Parameter(torch.ones(1))], backend="cuda", layers="tensor")
     with pytest.raises(RuntimeError, match="backend='triton' cannot run masked_adamw_ here: .*TRITON_INTERPRET=1"):
         EPIAdamW([Parameter(torch.ones(1))], backend="triton", layers="tensor")
 
@@ -89,3 +92,57 @@ def test_the_command_line_says_what_runs_here() -> None:
     assert lines["cpu, float32"] == dispatch.explain(torch.device("cpu"), "auto")
     assert lines["cpu, float64"] == "reference"
     assert lines["native library"].startswith("loaded" if "native" in AVAILABLE else "none: ")
+    assert lines["CUDA library"].startswith(("loaded, built by nvcc", "not used: "))
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Pretend that there is an A100; {stem: obstacle} of its CUDA kernels."""
+    pytest.importorskip("triton")
+    obstacles = dict.fromkeys(("masked_adamw", "threshold"), "")
+    for stem in obstacles:
+        module = importlib.import_module(f"epi_kernels.ops.{stem}.cuda")
+        monkeypatch.setattr(module, "obstacle", lambda stem=stem: obstacles[stem])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    dispatch.choose.cache_clear()
+    yield obstacles
+    dispatch.choose.cache_clear()
+
+
+def on_gpu(operation: str) -> str:
+    dispatch.choose.cache_clear()
+    return dispatch.choose(operation, "cuda", "auto").backend
+
+
+def test_on_a_gpu_triton_runs_all_but_the_histogram_of_shared_memory(gpu: dict[str, str]) -> None:
+    assert {operation: on_gpu(operation) for operation in dispatch.STEMS} == {
+        **dict.fromkeys(dispatch.STEMS, "triton"),
+        "score_histogram": "cuda",
+    }
+
+
+def test_a_histogram_that_disagrees_on_the_device_is_not_used(gpu: dict[str, str]) -> None:
+    gpu["threshold"] = "on this GPU its counts differ"
+    assert on_gpu("score_histogram") == "triton"
+    dispatch.choose.cache_clear()
+    with pytest.raises(RuntimeError, match="cannot run score_histogram here: on this GPU its counts differ"):
+        dispatch.choose("score_histogram", "cuda", "cuda")
+
+
+def test_without_triton_cuda_steps_and_the_reference_does_the_rest(
+    gpu: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "triton" else find(name, *rest)
+    )
+    assert on_gpu("masked_adamw_") == "cuda"
+    assert on_gpu("lock_") == "reference"
+    with pytest.raises(RuntimeError, match="triton is not installed; pip install triton"):
+        dispatch.choose("lock_", "cuda", "triton")
+
+
+def test_an_older_gpu_is_named(gpu: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    with pytest.raises(RuntimeError, match=r"it needs compute capability 8.0 and this GPU has 7.5"):
+        dispatch.choose("lock_", "cuda", "triton")

@@ -138,7 +138,7 @@ def masked_adamw_(
     Raises:
         ValueError: lists do not belong together, `lock_in` is unknown, or the backend is.
         TypeError: params or grads have several dtypes; a lock with ``lock_in="static"`` is not int8.
-        NotImplementedError: the backend is not part of this version.
+        NotImplementedError: the backend does not have this operation.
         RuntimeError: the backend cannot run on these tensors.
     """
     sweep = Sweep(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, locks, lock_in, lockable, backend)
@@ -367,7 +367,7 @@ def sparse_adamw_(
     Raises:
         ValueError: lists do not belong together, or the backend is unknown. On the CPU also: an index is out of range.
         TypeError: indices are not integers; params or grads have several dtypes.
-        NotImplementedError: the backend is not part of this version.
+        NotImplementedError: the backend does not have this operation.
         RuntimeError: the backend cannot run on these tensors.
 
     Example:
