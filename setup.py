@@ -1,7 +1,7 @@
 """Build script: shared libraries without Python or torch in them; the rest is in pyproject.toml.
 
-``_native.so`` is the native CPU backend, built where there is a C++ compiler; ``_cuda.so`` the CUDA kernels, built where
-there is nvcc. Without a compiler, or when a build fails, the package installs all the same and runs on its other
+``_native.so`` is the native CPU backend, built where there is a C++ compiler; ``_cuda.so`` the CUDA kernels, built
+where there is nvcc. Without a compiler, or when a build fails, the package installs all the same and runs on its other
 backends.
 """
 

@@ -62,17 +62,19 @@ def histogram_piece() -> int:
     return int(_library().epi_cuda_histogram_piece())
 
 
-def call(function: str, *arguments: int | None) -> None:
-    """Launch a kernel on the current stream of the current device, and do not wait for it.
+def call(function: str, device: torch.device, *arguments: int | None) -> None:
+    """Launch a kernel on the current stream of a device, and do not wait for it.
 
     Args:
         function: one of the functions of csrc/epi_cuda.h that launch.
-        arguments: its arguments but the stream; addresses are in the memory of the current device, None is NULL.
+        device: where it runs.
+        arguments: its arguments but the stream; addresses are in the memory of the device, None is NULL.
 
     Raises:
         RuntimeError: there is no library, or the kernel was not launched.
     """
-    error = getattr(_library(), function)(*arguments, torch.cuda.current_stream().cuda_stream)
+    with torch.cuda.device(device):
+        error = getattr(_library(), function)(*arguments, torch.cuda.current_stream().cuda_stream)
     if error:
         raise RuntimeError(f"{function} was not launched: CUDA error {error}")
 

@@ -7,6 +7,7 @@ without waiting, and only when they differ from what is there already.
 
 import functools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -73,6 +74,11 @@ def on_device(values: Tensor, device: torch.device) -> Tensor:
         return values.clone()
     # the pinned memory is freed at once: its allocator keeps it until the copy is over
     return values.pin_memory().to(device, non_blocking=True)
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which launches go to `device`, and not to the one that the process last chose."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from epi_kernels.ops.table import ALIGNMENT, PIECE_BITS
+from epi_kernels.ops.table import ALIGNMENT, PIECE_BITS, current
 
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -33,6 +33,13 @@ DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 _PIECE_BITS = tl.constexpr(PIECE_BITS)
 _PIECE_MASK = tl.constexpr((1 << PIECE_BITS) - 1)
 _ALIGNMENT = tl.constexpr(ALIGNMENT)
+
+
+def launch(kernel: Any, programs: int, device: torch.device, *arguments: object) -> None:
+    """Launch a kernel on `device`, a program for each piece; nothing, where there is none."""
+    if programs:
+        with current(device):
+            kernel[(programs,)](*arguments, **OPTIONS)
 
 
 def dtype_codes(tensors: Sequence[Tensor | None]) -> list[int]:

@@ -45,7 +45,7 @@ class NonfiniteCounts:
         self._under_way = []
         for copy, device in under_way:
             if device.type != "cpu":
-                event = torch.Event(device.type)
+                event = torch.Event(device)
                 event.record(torch.accelerator.current_stream(device))
                 self._under_way.append((copy, event))
         return [counts for (_, counts), _ in under_way]

@@ -125,18 +125,19 @@ def importance_(
     table.point("grad", flat.read[0])
     table.set("grad_dtype", tiles.dtype_codes(grads))
     table.set("layer", layers)
-    if table.pieces.numel():
-        importance_kernel[(table.pieces.numel(),)](
-            table.rows(),
-            table.pieces,
-            on_device(betas.float(), ranges.device),
-            ranges.view(torch.int32),
-            nonfinite,
-            keep_finite,
-            tiles.BLOCK,
-            tiles.TILES,
-            **tiles.OPTIONS,
-        )
+    tiles.launch(
+        importance_kernel,
+        table.pieces.numel(),
+        ranges.device,
+        table.rows(),
+        table.pieces,
+        on_device(betas.float(), ranges.device),
+        ranges.view(torch.int32),
+        nonfinite,
+        keep_finite,
+        tiles.BLOCK,
+        tiles.TILES,
+    )
     flat.write_back()
 
 
@@ -148,8 +149,8 @@ def gradient_sums_(sums: Sequence[Tensor], square_sums: Sequence[Tensor], grads:
     table.point("square_sum", flat.written[1])
     table.point("grad", flat.read[0])
     table.set("grad_dtype", tiles.dtype_codes(grads))
-    if table.pieces.numel():
-        gradient_sums_kernel[(table.pieces.numel(),)](
-            table.rows(), table.pieces, tiles.BLOCK, tiles.TILES, **tiles.OPTIONS
-        )
+    device = grads[0].device
+    tiles.launch(
+        gradient_sums_kernel, table.pieces.numel(), device, table.rows(), table.pieces, tiles.BLOCK, tiles.TILES
+    )
     flat.write_back()

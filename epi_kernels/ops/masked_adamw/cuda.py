@@ -27,6 +27,7 @@ class Sweep(TableSweep):
     ) -> None:
         cuda.call(
             "epi_cuda_masked_adamw",
+            self._device,
             self._table.rows().data_ptr(),
             self._table.pieces.data_ptr(),
             self._table.pieces.numel(),

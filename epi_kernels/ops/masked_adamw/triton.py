@@ -166,7 +166,10 @@ class Sweep(TableSweep):
         grad_factor: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        masked_adamw_kernel[(self._table.pieces.numel(),)](
+        tiles.launch(
+            masked_adamw_kernel,
+            self._table.pieces.numel(),
+            self._device,
             self._table.rows(),
             self._table.pieces,
             scalars,
@@ -180,5 +183,4 @@ class Sweep(TableSweep):
             advanced,
             tiles.BLOCK,
             tiles.TILES,
-            **tiles.OPTIONS,
         )

@@ -78,15 +78,16 @@ def sparse_adamw_(
     ):
         table.point(field, tensors)
     table.set("scalars", rows)
-    if table.pieces.numel():
-        sparse_adamw_kernel[(table.pieces.numel(),)](
-            table.rows(),
-            table.pieces,
-            on_device(scalars.float(), device),
-            tiles.DTYPES[params[0].dtype],
-            tiles.DTYPES[grads[0].dtype],
-            tiles.BLOCK,
-            tiles.TILES,
-            **tiles.OPTIONS,
-        )
+    tiles.launch(
+        sparse_adamw_kernel,
+        table.pieces.numel(),
+        device,
+        table.rows(),
+        table.pieces,
+        on_device(scalars.float(), device),
+        tiles.DTYPES[params[0].dtype],
+        tiles.DTYPES[grads[0].dtype],
+        tiles.BLOCK,
+        tiles.TILES,
+    )
     flat.write_back()

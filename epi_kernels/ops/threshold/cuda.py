@@ -31,6 +31,7 @@ def score_histogram(
     table = table_of(flat.read[0], layers, budgets, cuda.histogram_piece(), selection.device)
     cuda.call(
         "epi_cuda_score_histogram",
+        selection.device,
         table.rows().data_ptr(),
         table.pieces.data_ptr(),
         table.pieces.numel(),

@@ -159,21 +159,22 @@ def score_histogram(
     flat = Flat(written=[], read=[importances])
     counts = zeros((COPIES, len(selection), bins), torch.int64, selection.device)
     table = table_of(flat.read[0], layers, budgets, tiles.PIECE, selection.device)
-    if table.pieces.numel():
-        score_histogram_kernel[(table.pieces.numel(),)](
-            table.rows(),
-            table.pieces,
-            ranges,
-            selection,
-            counts,
-            len(selection),
-            COPIES,
-            shift,
-            bins.bit_length() - 1,
-            tiles.BLOCK,
-            tiles.TILES,
-            **tiles.OPTIONS,
-        )
+    tiles.launch(
+        score_histogram_kernel,
+        table.pieces.numel(),
+        selection.device,
+        table.rows(),
+        table.pieces,
+        ranges,
+        selection,
+        counts,
+        len(selection),
+        COPIES,
+        shift,
+        bins.bit_length() - 1,
+        tiles.BLOCK,
+        tiles.TILES,
+    )
     return counts
 
 
@@ -181,8 +182,7 @@ def select_digit_(counts: Tensor, selection: Tensor, shift: int) -> Tensor:
     """Find the digit that holds each rank; contract: `epi_kernels.ops.select_digit_`."""
     copies, budgets, bins = counts.shape
     thresholds = torch.empty(budgets, dtype=torch.float32, device=counts.device)
-    if budgets:
-        select_kernel[(budgets,)](counts, selection, thresholds, budgets, copies, shift, bins, **tiles.OPTIONS)
+    tiles.launch(select_kernel, budgets, counts.device, counts, selection, thresholds, budgets, copies, shift, bins)
     return thresholds
 
 
@@ -197,9 +197,17 @@ def lock_(
     flat = Flat(written=[importances])
     counts = zeros((len(importances), 3), torch.int64, thresholds.device)
     table = table_of(flat.written[0], layers, budgets, tiles.PIECE, thresholds.device)
-    if table.pieces.numel():
-        lock_kernel[(table.pieces.numel(),)](
-            table.rows(), table.pieces, ranges, thresholds, counts, tiles.BLOCK, tiles.TILES, **tiles.OPTIONS
-        )
+    tiles.launch(
+        lock_kernel,
+        table.pieces.numel(),
+        thresholds.device,
+        table.rows(),
+        table.pieces,
+        ranges,
+        thresholds,
+        counts,
+        tiles.BLOCK,
+        tiles.TILES,
+    )
     flat.write_back()
     return counts
