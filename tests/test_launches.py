@@ -9,6 +9,8 @@
 Device tensors are those that the optimizer was given, its states, and what `table` sends there.
 """
 
+import functools
+import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -19,9 +21,9 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from epi_kernels import EPIAdamW
-from epi_kernels.ops import functional, table
-from epi_kernels.optim import nonfinite, refresh
+from epi_kernels import EPIAdamW, dispatch
+from epi_kernels.ops import table
+from epi_kernels.optim import nonfinite
 
 # of torch, that read or write nothing
 VIEWS = {"view", "detach", "alias", "unbind", "select", "as_strided", "slice", "_unsafe_view"}
@@ -68,6 +70,8 @@ def recorder(backend: str, monkeypatch: pytest.MonkeyPatch) -> Recorder:
         pytest.skip("launches are Triton's")
     from triton.runtime import interpreter
 
+    for operation in dispatch.STEMS:
+        dispatch.choose(operation, "cpu", backend)  # imports its module
     found = Recorder()
     launch = interpreter.GridExecutor.__call__
 
@@ -80,14 +84,11 @@ def recorder(backend: str, monkeypatch: pytest.MonkeyPatch) -> Recorder:
             found.recording = True
 
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", counted)
-    send, zeros = table.on_device, table.zeros
-    for module in (table, functional, refresh):
-        monkeypatch.setattr(module, "on_device", lambda *arguments: found.upload(send, *arguments))
-    for stem in ("masked_adamw", "importance"):
-        module = __import__(f"epi_kernels.ops.{stem}.triton", fromlist=["triton"])
-        monkeypatch.setattr(module, "on_device", lambda *arguments: found.upload(send, *arguments))
-    threshold = __import__("epi_kernels.ops.threshold.triton", fromlist=["triton"])
-    monkeypatch.setattr(threshold, "zeros", lambda *arguments: found.upload(zeros, *arguments))
+    copies = {name: getattr(table, name) for name in ("on_device", "zeros")}
+    for name, module in list(sys.modules.items()):
+        for copy, original in copies.items():
+            if name.startswith("epi_kernels") and getattr(module, copy, None) is original:
+                monkeypatch.setattr(module, copy, functools.partial(found.upload, original))
     # on the CPU it reads the counters in every step; on an accelerator only copies that have arrived
     monkeypatch.setattr(nonfinite.NonfiniteCounts, "warn", lambda *_: None)
     return found

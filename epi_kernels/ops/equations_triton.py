@@ -95,6 +95,12 @@ def second_moment(exp_avg_sq, grad, beta2, one_minus_beta2):
 
 
 @triton.jit
+def maximum(left, right):
+    # a NaN on either side is the result
+    return tl.where((left > right) | ((bits_of(left) & _MAGNITUDE) > INFINITE), left, right)
+
+
+@triton.jit
 def moved(param, exp_avg, exp_avg_sq, decay, step_size, correction, eps):
     root = tl.div_rn(tl.sqrt_rn(exp_avg_sq), tl.broadcast_to(correction, exp_avg_sq.shape))
     return param * decay - tl.div_rn(exp_avg * step_size, root + eps)

@@ -11,6 +11,7 @@ from epi_kernels.ops.equations_triton import (
     is_finite,
     is_locked,
     magnitude,
+    maximum,
     moved,
     second_moment,
 )
@@ -92,28 +93,44 @@ def _step_tile(
     param_at = pointer(row + 1, start, PARAM)
     exp_avg_at = pointer(row + 3, start, tl.float32)
     exp_avg_sq_at = pointer(row + 4, start, tl.float32)
+    max_exp_avg_sq_at = pointer(row + 5, start, tl.float32)
+    importance_at = pointer(row + 6, start, tl.float32)
     lockable = tl.load(row + 6) != 0
+    amsgrad = tl.load(row + 5) != 0
 
+    # all reads before the first write, or the later ones would wait for the arithmetic
     param = read(param_at, at, left, FULL)
     grad = read(pointer(row + 2, start, GRAD), at, left, FULL).to(tl.float32)
     m = read(exp_avg_at, at, left, FULL)
     v = read(exp_avg_sq_at, at, left, FULL)
+    importance = tl.zeros([BLOCK], tl.float32)
+    locked = tl.zeros([BLOCK], tl.int1)
+    largest = tl.zeros([BLOCK], tl.float32)
+    if LOCK_IN == IMPORTANCE:
+        if lockable:
+            importance = read(importance_at, at, left, FULL)
+    if LOCK_IN == STATIC:
+        if lockable:
+            locked = read(pointer(row + 6, start, tl.int8), at, left, FULL) < 0
+    if AMSGRAD:
+        if amsgrad:
+            largest = read(max_exp_avg_sq_at, at, left, FULL)
 
     factor = tl.load(s)
     if grad_factor is not None:
         factor *= tl.load(grad_factor)
     grad *= factor
     bad = tl.zeros([BLOCK], tl.int32)
+    if (LOCK_IN == IMPORTANCE or LOCK_IN == EXP_AVG_SQ) and not ADVANCED:
+        bad += tl.where(lockable & (is_finite(grad * grad) == 0), 1, 0)
 
     m = first_moment(m, grad, tl.load(s + 3))
     write(exp_avg_at, at, m, left, FULL)
 
     beta2, one_minus_beta2 = tl.load(s + 4), tl.load(s + 5)
     plain = second_moment(magnitude(v), grad, beta2, one_minus_beta2)
-    locked = tl.zeros([BLOCK], tl.int1)
     if LOCK_IN == EXP_AVG_SQ:
         if not ADVANCED:
-            bad += tl.where(lockable & (is_finite(grad * grad) == 0), 1, 0)
             v = advanced_importance(v, grad, beta2, one_minus_beta2, False)
         v = tl.where(lockable, v, plain)
         locked = lockable & is_locked(v)
@@ -122,24 +139,16 @@ def _step_tile(
     write(exp_avg_sq_at, at, v, left, FULL)
 
     if LOCK_IN == IMPORTANCE:
-        if lockable:
-            importance_at = pointer(row + 6, start, tl.float32)
-            importance = read(importance_at, at, left, FULL)
-            locked = is_locked(importance)
-            if not ADVANCED:
-                bad += tl.where(is_finite(grad * grad), 0, 1)
-                importance = advanced_importance(importance, grad, tl.load(s + 9), tl.load(s + 10), True)
+        locked = is_locked(importance)
+        if not ADVANCED:
+            importance = advanced_importance(importance, grad, tl.load(s + 9), tl.load(s + 10), True)
+            if lockable:
                 write(importance_at, at, importance, left, FULL)
-    if LOCK_IN == STATIC:
-        if lockable:
-            locked = read(pointer(row + 6, start, tl.int8), at, left, FULL) < 0
 
     v = magnitude(v)
     if AMSGRAD:
-        if tl.load(row + 5) != 0:
-            max_exp_avg_sq_at = pointer(row + 5, start, tl.float32)
-            largest = read(max_exp_avg_sq_at, at, left, FULL)
-            v = tl.maximum(largest, v, propagate_nan=tl.PropagateNan.ALL)
+        v = tl.where(amsgrad, maximum(largest, v), v)
+        if amsgrad:
             write(max_exp_avg_sq_at, at, v, left, FULL)
 
     theta = moved(
