@@ -9,7 +9,7 @@ known to divide by 4 makes every access scalar. A program decides that once, for
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,6 +26,24 @@ PIECE = BLOCK * TILES
 
 # the launch options of every kernel: 4 warps are 4 entries of a block for each thread
 OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
+
+
+class Variant(NamedTuple):
+    """A specialisation of a kernel and what its machine code may cost at most; `bench/aot.py` compiles it and looks.
+
+    A kernel without a spill, with these widths and below these counts is left to wait for memory alone: its module
+    lists the variants that decide the time of a step or of a refresh.
+    """
+
+    name: str
+    kernel: Any
+    arguments: dict[str, Any]  # of the kernel but BLOCK and TILES: a type such as "*fp32" or "i32", or a constant
+    bytes: float  # that it moves for each entry
+    instructions: int | None  # of a thread for each entry, in the loop over full tiles; None: there is no such loop
+    reads: dict[int, int]  # bits of one access in that loop -> number of tensors read so
+    writes: dict[int, int]  # {}: no promise
+    registers: int = 64  # of a thread: with 64 half of the threads that a processor can hold are there
+
 
 # of parameters and gradients
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -62,6 +80,16 @@ def pointer(word, start, DTYPE: tl.constexpr):
     """
     # the promise must be on the address itself: behind the addition it is not seen
     return tl.multiple_of(tl.load(word).to(tl.pointer_type(DTYPE)), _ALIGNMENT) + start
+
+
+@triton.jit
+def scattered(word, start, DTYPE: tl.constexpr):
+    """Return the pointer to entry `start` of the tensor whose address is at `word`, without a promise.
+
+    The entries of a thread are then not side by side, but as far apart as there are threads. That is how an atomic, a
+    gather and a scatter want them: with neighbours, the compiler moves each tile from one layout into the other.
+    """
+    return tl.load(word).to(tl.pointer_type(DTYPE)) + start
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from epi_kernels.ops.equations_triton import (
 )
 from epi_kernels.ops.flat import Flat
 from epi_kernels.ops.table import Table, on_device
-from epi_kernels.ops.tiles import located, pointer, read, read_as_float32, write
+from epi_kernels.ops.tiles import Variant, located, pointer, read, read_as_float32, write
 
 # the words of a row
 FIELDS = ("size", "importance", "grad", "grad_dtype", "layer", "aligned")
@@ -107,6 +107,16 @@ def _add_tile(row, start, first, left, BLOCK: tl.constexpr, FULL: tl.constexpr):
     grad = read_as_float32(row + 3, tl.load(row + 4), start, at, left, FULL)
     write(sum_at, at, read(sum_at, at, left, FULL) + grad, left, FULL)
     write(square_sum_at, at, read(square_sum_at, at, left, FULL) + grad * grad, left, FULL)
+
+
+_TABLES = {"rows": "*i64", "pieces": "*i64"}
+_IMPORTANCE = {**_TABLES, "betas": "*fp32", "ranges": "*i32", "nonfinite": "*i64"}
+VARIANTS = (
+    # all three dtypes of a gradient are in the code: 128 bits of float32, 64 of the others
+    Variant("importance", importance_kernel, {**_IMPORTANCE, "KEEP_FINITE": True}, 12, 35, {128: 2}, {128: 1}),
+    Variant("importance in v", importance_kernel, {**_IMPORTANCE, "KEEP_FINITE": False}, 12, 35, {128: 2}, {128: 1}),
+    Variant("gradient sums", gradient_sums_kernel, _TABLES, 20, 17, {128: 3}, {128: 2}),
+)
 
 
 def importance_(

@@ -1,5 +1,8 @@
 """One AdamW step in which locked entries do not move, in Triton: one launch for all tensors of a pair of dtypes."""
 
+from collections import Counter
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,7 +19,7 @@ from epi_kernels.ops.equations_triton import (
     second_moment,
 )
 from epi_kernels.ops.masked_adamw.sweep import FIELDS, TableSweep
-from epi_kernels.ops.tiles import located, pointer, read, write
+from epi_kernels.ops.tiles import Variant, located, pointer, read, write
 
 _WIDTH = tl.constexpr(len(FIELDS))
 
@@ -159,6 +162,65 @@ def _step_tile(
         theta = tl.where(locked, param, theta)
     write(param_at, at, theta, left, FULL)
     return bad
+
+
+def _variant(
+    name: str, param: Any, grad: Any, lock_in: str, instructions: int, amsgrad: bool = False, **changes: object
+) -> Variant:
+    """Return a variant: p, g, m and v are read, p, m and v written, and what `lock_in` and AMSGrad add."""
+    advanced = changes.get("ADVANCED", False)
+    param_bits, grad_bits = (min(128, 4 * dtype.primitive_bitwidth) for dtype in (param, grad))
+    reads, writes = Counter([param_bits, grad_bits, 128, 128]), Counter([param_bits, 128, 128])
+    size = param_bits / 16 + grad_bits / 32 + 16
+    if lock_in == "importance":
+        reads[128] += 1
+        writes[128] += not advanced
+        size += 4 if advanced else 8
+    if lock_in == "static":
+        reads[32] += 1
+        size += 1
+    if amsgrad:
+        reads[128] += 1
+        writes[128] += 1
+        size += 8
+    arguments = {
+        "rows": "*i64",
+        "pieces": "*i64",
+        "scalars": "*fp32",
+        "nonfinite": "*i64",
+        "grad_factor": None,
+        "found_inf": None,
+        "PARAM": param,
+        "GRAD": grad,
+        "LOCK_IN": _LOCK_IN[lock_in],
+        "AMSGRAD": amsgrad,
+        "ADVANCED": False,
+        **changes,
+    }
+    return Variant(name, masked_adamw_kernel, arguments, size, instructions, reads, writes)
+
+
+VARIANTS = (
+    _variant("AdamW, float32", tl.float32, tl.float32, "none", 73),
+    _variant("EPI, float32", tl.float32, tl.float32, "importance", 95),
+    _variant("EPI after a refresh, float32", tl.float32, tl.float32, "importance", 74, ADVANCED=True),
+    _variant(
+        "EPI, float32, factor and found_inf",
+        tl.float32,
+        tl.float32,
+        "importance",
+        95,
+        grad_factor="*fp32",
+        found_inf="*fp32",
+    ),
+    _variant("EPI, float32, AMSGrad", tl.float32, tl.float32, "importance", 99, amsgrad=True),
+    _variant("EPI, bfloat16", tl.bfloat16, tl.bfloat16, "importance", 101),
+    _variant("EPI, bfloat16 with float32 gradients", tl.bfloat16, tl.float32, "importance", 99),
+    _variant("EPI, S = exp_avg_sq, float32", tl.float32, tl.float32, "exp_avg_sq", 91),
+    _variant("EPI, S = exp_avg_sq, bfloat16", tl.bfloat16, tl.bfloat16, "exp_avg_sq", 96),
+    _variant("fixed mask, float32", tl.float32, tl.float32, "static", 77),
+    _variant("fixed mask, bfloat16", tl.bfloat16, tl.bfloat16, "static", 83),
+)
 
 
 class Sweep(TableSweep):

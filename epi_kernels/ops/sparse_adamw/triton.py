@@ -1,6 +1,7 @@
 """One AdamW step of selected entries in Triton: gather, step and scatter, one launch for all tensors."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -11,7 +12,7 @@ from epi_kernels.ops import tiles
 from epi_kernels.ops.equations_triton import first_moment, moved, second_moment
 from epi_kernels.ops.flat import Flat, offsets_of
 from epi_kernels.ops.table import Table, on_device
-from epi_kernels.ops.tiles import located, pointer, read, write
+from epi_kernels.ops.tiles import Variant, located, read, scattered, write
 
 # the words of a row; `size` counts the selected entries, offsets are int64
 FIELDS = ("size", "param", "grad", "param_offsets", "grad_offsets", "exp_avg", "exp_avg_sq", "scalars")
@@ -32,13 +33,12 @@ def sparse_adamw_kernel(
     left = tl.minimum(tl.load(row) - start, BLOCK * TILES).to(tl.int32)
     param_at = tl.load(row + 1).to(tl.pointer_type(PARAM))
     grad_at = tl.load(row + 2).to(tl.pointer_type(GRAD))
-    exp_avg_at = pointer(row + 5, start, tl.float32)
-    exp_avg_sq_at = pointer(row + 6, start, tl.float32)
+    exp_avg_at = scattered(row + 5, start, tl.float32)
+    exp_avg_sq_at = scattered(row + 6, start, tl.float32)
     for tile in range(tl.cdiv(left, BLOCK)):
         at = tile * BLOCK + tl.arange(0, BLOCK)
-        # the compact tensors are read entry by entry too: what is scattered decides the time
-        here = param_at + read(pointer(row + 3, start, tl.int64), at, left, False)
-        there = grad_at + read(pointer(row + 4, start, tl.int64), at, left, False)
+        here = param_at + read(scattered(row + 3, start, tl.int64), at, left, False)
+        there = grad_at + read(scattered(row + 4, start, tl.int64), at, left, False)
         grad = tl.load(there, mask=at < left, other=0).to(tl.float32) * tl.load(s)
         param = tl.load(here, mask=at < left, other=0).to(tl.float32)
         m = first_moment(read(exp_avg_at, at, left, False), grad, tl.load(s + 3))
@@ -47,6 +47,18 @@ def sparse_adamw_kernel(
         write(exp_avg_at, at, m, left, False)
         write(exp_avg_sq_at, at, v, left, False)
         tl.store(here, theta.to(PARAM), mask=at < left)
+
+
+def _variant(name: str, dtype: Any, size: int) -> Variant:
+    arguments = {"rows": "*i64", "pieces": "*i64", "scalars": "*fp32", "PARAM": dtype, "GRAD": dtype}
+    # a scatter: each entry of p and g is a sector of 32 bytes, which no width helps
+    return Variant(name, sparse_adamw_kernel, arguments, size, 108, {}, {})
+
+
+VARIANTS = (
+    _variant("selected entries, float32", tl.float32, 44),
+    _variant("selected entries, bfloat16", tl.bfloat16, 38),
+)
 
 
 def sparse_adamw_(

@@ -1,6 +1,7 @@
 """The threshold in Triton: histograms of score keys, the digit they decide, and the locks; no host in between."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -12,7 +13,7 @@ from epi_kernels.ops.equations_triton import bits_of, float_of, is_locked, score
 from epi_kernels.ops.flat import Flat
 from epi_kernels.ops.table import zeros
 from epi_kernels.ops.threshold.rows import FIELDS, table_of
-from epi_kernels.ops.tiles import located, pointer, read, write
+from epi_kernels.ops.tiles import Variant, located, pointer, read, scattered, write
 
 _WIDTH = tl.constexpr(len(FIELDS))
 
@@ -46,18 +47,17 @@ def score_histogram_kernel(
     budget = tl.load(row + 3)
     prefix = tl.load(selection + 2 * budget).to(tl.int32)
     histogram = counts + ((tl.program_id(0) % COPIES) * BUDGETS + budget) * (1 << DIGIT_BITS)
-    # Nothing here promises an alignment: the entries of a thread are then 128 apart instead of side by side, as the
-    # atomics want them. With 4 neighbours to a thread the compiler moves each tile from one layout into the other, 11
-    # barriers a tile.
-    at = tl.load(row + 1).to(tl.pointer_type(tl.float32)) + start
-    layer = tl.load(row + 2)
+    # 32 bits at a time: with 128, the atomics had each tile move through shared memory, at 11 barriers
+    at = scattered(row + 1, start, tl.float32)
+    low, high = _range(ranges, tl.load(row + 2))
     # most scores may be 0, and all of a constant layer are: counted apart, they do not queue for one address
     zeros = tl.zeros([BLOCK], tl.int32)
     one = tl.full([BLOCK], 1, tl.int64)
     for tile in range(tl.cdiv(left, BLOCK)):
         offsets = tile * BLOCK + tl.arange(0, BLOCK)
         inside = offsets < left
-        key = bits_of(_score(tl.load(at + offsets, mask=inside, other=0), ranges, layer))
+        importance = tl.load(at + offsets, mask=inside, other=0)
+        key = bits_of(score(importance, low, high, ranges is not None))
         counted = ((key >> (SHIFT + DIGIT_BITS)) == prefix) & (key != 0)
         zeros += ((key == 0) & inside).to(tl.int32)
         digit = (key >> SHIFT) & ((1 << DIGIT_BITS) - 1)
@@ -68,12 +68,13 @@ def score_histogram_kernel(
 
 
 @triton.jit
-def _score(importance, ranges, layer):
+def _range(ranges, layer):
+    """Return (low, high) of a layer; without ranges two numbers that nothing uses."""
     if ranges is None:
-        value = score(importance, 0.0, 0.0, False)
+        low, high = 0.0, 0.0
     else:
-        value = score(importance, tl.load(ranges + 2 * layer), tl.load(ranges + 2 * layer + 1), True)
-    return value
+        low, high = tl.load(ranges + 2 * layer), tl.load(ranges + 2 * layer + 1)
+    return low, high
 
 
 @triton.jit
@@ -108,6 +109,8 @@ def lock_kernel(rows, pieces, ranges, thresholds, counts, BLOCK: tl.constexpr, T
     tensor, start = located(pieces, BLOCK * TILES)
     row = rows + tensor * _WIDTH
     left = tl.minimum(tl.load(row) - start, BLOCK * TILES).to(tl.int32)
+    at = pointer(row + 1, start, tl.float32)
+    low, high = _range(ranges, tl.load(row + 2))
     threshold = tl.load(thresholds + tl.load(row + 3))
     locked = tl.zeros([BLOCK], tl.int32)
     newly = tl.zeros([BLOCK], tl.int32)
@@ -115,12 +118,12 @@ def lock_kernel(rows, pieces, ranges, thresholds, counts, BLOCK: tl.constexpr, T
     if (left == BLOCK * TILES) & (tl.load(row + 4) != 0):
         for tile in range(TILES):
             locked, newly, released = _lock_tile(
-                row, ranges, threshold, start, tile * BLOCK, left, locked, newly, released, BLOCK, True
+                at, low, high, threshold, tile * BLOCK, left, locked, newly, released, ranges is not None, BLOCK, True
             )
     else:
         for tile in range(tl.cdiv(left, BLOCK)):
             locked, newly, released = _lock_tile(
-                row, ranges, threshold, start, tile * BLOCK, left, locked, newly, released, BLOCK, False
+                at, low, high, threshold, tile * BLOCK, left, locked, newly, released, ranges is not None, BLOCK, False
             )
     tl.atomic_add(counts + 3 * tensor, tl.sum(locked).to(tl.int64), sem="relaxed")
     tl.atomic_add(counts + 3 * tensor + 1, tl.sum(newly).to(tl.int64), sem="relaxed")
@@ -129,13 +132,13 @@ def lock_kernel(rows, pieces, ranges, thresholds, counts, BLOCK: tl.constexpr, T
 
 @triton.jit
 def _lock_tile(
-    row, ranges, threshold, start, first, left, locked, newly, released, BLOCK: tl.constexpr, FULL: tl.constexpr
-):
+    at, low, high, threshold, first, left, locked, newly, released,
+    NORMALIZED: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
     """Lock one tile; return the counts with it, entry by entry."""
     offsets = first + tl.arange(0, BLOCK)
-    at = pointer(row + 1, start, tl.float32)
     importance = read(at, offsets, left, FULL)
-    value = _score(importance, ranges, tl.load(row + 2))
+    value = score(importance, low, high, NORMALIZED)
     before = is_locked(importance)
     # beyond the end zeros are read: not locked before, and with a score of 0 not now
     after = (value >= threshold) & (value > 0)
@@ -144,6 +147,42 @@ def _lock_tile(
     newly += (after & (before == 0)).to(tl.int32)
     released += (before & (after == 0)).to(tl.int32)
     return locked, newly, released
+
+
+_TABLES = {"rows": "*i64", "pieces": "*i64", "ranges": "*fp32"}
+
+
+def _histogram(name: str, shift: int, bits: int, **changes: Any) -> Variant:
+    arguments = {**_TABLES, "selection": "*i64", "counts": "*i64", "BUDGETS": "i32", "COPIES": COPIES, **changes}
+    # 32 bits at a time, see there. A division and an atomic for each entry are more than 4 bytes pay for: it takes
+    # 1.3 times as long as memory would. csrc/cuda has one that does not
+    return Variant(name, score_histogram_kernel, {**arguments, "SHIFT": shift, "DIGIT_BITS": bits}, 4, 52, {}, {})
+
+
+def _select(bins: int, registers: int) -> Variant:
+    arguments = {"counts": "*i64", "selection": "*i64", "thresholds": "*fp32", "BUDGETS": "i32", "COPIES": "i32"}
+    # one program for each budget, a few thousand numbers
+    return Variant(
+        f"digit of {bins}", select_kernel, {**arguments, "SHIFT": 0, "BINS": bins}, 0, None, {}, {}, registers
+    )
+
+
+def _lock(name: str, instructions: int, **changes: Any) -> Variant:
+    arguments = {**_TABLES, "thresholds": "*fp32", "counts": "*i64", **changes}
+    return Variant(name, lock_kernel, arguments, 8, instructions, {128: 1}, {128: 1})
+
+
+VARIANTS = (
+    _histogram("histogram, first digit", 19, 12),
+    _histogram("histogram, second digit", 9, 10),
+    _histogram("histogram, third digit", 0, 9),
+    _histogram("histogram of S itself", 19, 12, ranges=None),
+    _select(4096, 128),
+    _select(1024, 64),
+    _select(512, 64),
+    _lock("lock", 42),
+    _lock("lock by S itself", 25, ranges=None),
+)
 
 
 def score_histogram(
