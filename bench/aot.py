@@ -133,7 +133,7 @@ def broken(variant: tiles.Variant, facts: Facts) -> list[str]:
             found.append(f"writes by width: {facts.writes}, to be {dict(variant.writes)}")
         if facts.reads.get(128, 0) != variant.reads.get(128, 0):
             found.append(f"128-bit reads: {facts.reads.get(128, 0)}, to be {variant.reads.get(128, 0)}")
-        if min(facts.reads) < 32:
+        if min(facts.reads, default=32) < 32:
             found.append(f"reads by width: {facts.reads}, none to be below 32")
     return [f"{facts.name} for {facts.architecture}: {text}" for text in found]
 

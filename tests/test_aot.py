@@ -70,8 +70,8 @@ def doubled_kernel(rows, pieces, PROMISE: tl.constexpr, ROUNDS: tl.constexpr, BL
 
 
 def doubled(**changes: Any) -> Variant:
-    arguments = {"rows": "*i64", "pieces": "*i64", "PROMISE": True, "ROUNDS": 0, **changes}
-    return Variant("doubled", doubled_kernel, arguments, 10, 12, {128: 1, 64: 1}, {128: 1}, registers=40)
+    arguments = {"rows": "*i64", "pieces": "*i64", "PROMISE": True, "ROUNDS": 1, **changes}
+    return Variant("doubled", doubled_kernel, arguments, 10, 30, {128: 1, 64: 1}, {128: 1}, registers=40)
 
 
 def found(variant: Variant, **options: Any) -> str:

@@ -84,6 +84,17 @@ def test_subnormal_counts_as_zero_in_the_range(backend: str) -> None:
     assert ranges.tolist() == [[0.0, 2.0], [0.0, 0.0]]
 
 
+def test_a_layer_of_nothing_finite_has_no_range(backend: str) -> None:
+    importances = [torch.tensor([math.inf, math.nan, -math.inf]), torch.tensor([1.0])]
+    ranges, _ = run(backend, importances, [None, None], layers=[0, 1])
+    assert ranges.tolist() == [[math.inf, -math.inf], [1.0, 1.0]]
+
+
+def test_ranges_are_extended(backend: str) -> None:
+    ranges, _ = run(backend, [torch.tensor([2.0, 3.0])], [None], ranges=torch.tensor([[0.0, 2.5]]))
+    assert ranges.tolist() == [[0.0, 3.0]]
+
+
 def test_opcheck(backend: str) -> None:
     call = {
         "importances": [torch.rand(4), torch.rand(2, 3)],
