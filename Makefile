@@ -2,6 +2,7 @@
 #
 #   make demo    fine-tune a small model through four tasks, with AdamW and with EPI (pictures in out/)
 #   make test    the tests
+#   make gpu     on a machine with a CUDA GPU: build, the tests that need one, then the benchmarks (bench/results)
 #   make lint    ruff, clang-format, mypy
 #   make format  let ruff and clang-format rewrite the files
 #   make clean   remove everything that make made
@@ -13,7 +14,7 @@ SOURCES := $(wildcard csrc/*.h csrc/*/* tests/*.cpp)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test gpu lint format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -26,6 +27,14 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses auto
+
+# with the torch and triton that are there, in no environment of its own: a GPU machine may have no network
+GPU_PYTHON ?= python3
+gpu:
+	@$(GPU_PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu needs a CUDA GPU; torch sees none')"
+	$(GPU_PYTHON) setup.py --quiet build_ext --inplace
+	$(GPU_PYTHON) -m pytest -m gpu tests
+	$(GPU_PYTHON) bench/gpu.py --json bench/results
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -9,90 +9,13 @@ their gradients; each has its own state, allocated as its optimizer allocates it
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
-from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-from eager import EagerEPI
+from cases import BASELINE, BYTES, TENSORS, candidates, machine
 from measure import Timing, interleave, ratio
-from torch.nn import Parameter
-
-from epi_kernels import EPIAdamW, MaskedAdamW, __version__, ops
-from epi_kernels.contract import Scalars
-
-TENSORS = 16  # each a layer
-PROTECTED = 0.01
-SELECTED = 0.001
-LR = 1e-5  # the values must stay where they are over all rounds
-BASELINE = "torch AdamW, fused"
-EPI = "EPI"
-REFRESH = "EPI, refresh at every step"
-
-# bytes of one step for each entry, float32: what is read and what is written
-BYTES = {
-    BASELINE: 28,  # p g m v, p m v
-    "torch AdamW, foreach": None,  # many passes
-    "isolation off": 28,
-    EPI: 36,  # p g m v S, p m v S
-    "EPI, S = exp_avg_sq": 28,
-    "fixed mask": 29,  # one byte of lock
-    REFRESH: 36 + 28,  # and g S, S; three times S; S, S; but S no more in the sweep
-    "eager EPI": None,
-    "eager EPI, torch.compile": None,
-    "0.1% of the entries": None,  # scattered: the sectors of 64 bytes decide
-}
-
-
-def candidates(entries: int, *, compiled: bool) -> dict[str, Callable[[], object]]:
-    """Return name -> step, over `entries` float32 entries in TENSORS tensors."""
-    shape = (entries // TENSORS,)
-    params = [Parameter(torch.randn(shape)) for _ in range(TENSORS)]
-    named = [(f"layers.{i}.weight", p) for i, p in enumerate(params)]
-    for p in params:
-        p.grad = torch.randn(shape) * 1e-3
-
-    def epi(**settings: Any) -> EPIAdamW:
-        optimizer = EPIAdamW(named, lr=LR, isolation_ratio=PROTECTED, **{"mask_interval": None, **settings})
-        optimizer.step()
-        optimizer.refresh()
-        return optimizer
-
-    with_importance = epi()
-    masks = {p: with_importance.isolation_mask(p) for p in params}
-    where = [masks[p].flatten().nonzero().flatten() for p in params]
-    optimizers: dict[str, Any] = {
-        BASELINE: torch.optim.AdamW(params, lr=LR, fused=True),
-        "torch AdamW, foreach": torch.optim.AdamW(params, lr=LR, foreach=True),
-        "isolation off": EPIAdamW(named, lr=LR, isolation_ratio=0.0),
-        EPI: with_importance,
-        "EPI, S = exp_avg_sq": epi(importance="exp_avg_sq"),
-        "fixed mask": MaskedAdamW(params, lr=LR, frozen=masks),
-        REFRESH: epi(mask_interval=1),
-        "eager EPI": EagerEPI(params, where, compiled=False),
-    }
-    if compiled:
-        optimizers["eager EPI, torch.compile"] = EagerEPI(params, where, compiled=True)
-    steps: dict[str, Callable[[], object]] = {name: optimizer.step for name, optimizer in optimizers.items()}
-    if hasattr(ops, "sparse_adamw_"):
-        steps["0.1% of the entries"] = sparse_step(params)
-    return steps
-
-
-def sparse_step(params: list[Parameter]) -> Callable[[], object]:
-    """Return a step of SELECTED of the entries, drawn at random."""
-    count = int(params[0].numel() * SELECTED)
-    indices = [torch.randperm(p.numel())[:count].sort().values for p in params]
-    state = [[torch.zeros(count) for _ in params] for _ in range(2)]
-    group = {"lr": LR, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "maximize": False}
-    scalars = torch.tensor([Scalars.of(group, 1.0)], dtype=torch.float64)
-    data, grads = [p.detach() for p in params], [p.grad for p in params]
-    return lambda: ops.sparse_adamw_(data, grads, indices, *state, scalars, [0] * len(params), "auto")
 
 
 def row(name: str, timings: dict[str, Timing], entries: int, clock: str) -> dict[str, Any]:
@@ -113,31 +36,6 @@ def row(name: str, timings: dict[str, Timing], entries: int, clock: str) -> dict
     }
 
 
-def machine() -> dict[str, Any]:
-    """Return what the figures were taken on."""
-    processor = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parent,
-    ).stdout.strip()
-    return {
-        "device": processor,
-        "cores": os.cpu_count(),
-        "date": date.today().isoformat(),
-        "commit": commit,
-        "epi_kernels": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "simd": torch.backends.cpu.get_cpu_capability(),
-    }
-
-
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -150,7 +48,7 @@ def main() -> None:
 
     results = []
     for power in arguments.entries:
-        steps = candidates(1 << power, compiled=arguments.compile)
+        steps = candidates([((1 << power) // TENSORS,)] * TENSORS, compiled=arguments.compile)
         for threads in arguments.threads:
             torch.set_num_threads(threads)
             title = f"2^{power} entries, {threads} thread{'s' if threads > 1 else ''}"

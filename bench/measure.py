@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from tqdm import trange
 
 
@@ -31,11 +32,32 @@ class Timing:
         return self.wall if name == "wall" else self.cpu
 
 
+@dataclass
+class GPUTiming(Timing):
+    """The same on a CUDA device: `wall` is the device's own time, `cpu` the time until the host is free again."""
+
+    def record(self, run: Callable[[], object]) -> None:
+        """Run once between two events, with nothing else under way."""
+        torch.cuda.synchronize()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        before = time.perf_counter()
+        run()
+        self.cpu.append(time.perf_counter() - before)
+        end.record()
+        end.synchronize()
+        self.wall.append(start.elapsed_time(end) / 1e3)
+
+
 def interleave(
-    candidates: dict[str, Callable[[], object]], rounds: int, title: str, warm_up: int = 2
+    candidates: dict[str, Callable[[], object]],
+    rounds: int,
+    title: str,
+    warm_up: int = 2,
+    timing: type[Timing] = Timing,
 ) -> dict[str, Timing]:
     """Return the timings of every candidate, `rounds` values each, after `warm_up` runs that are not counted."""
-    timings = {name: Timing() for name in candidates}
+    timings = {name: timing() for name in candidates}
     names = list(candidates)
     for _ in range(warm_up):
         for name in names:

@@ -28,6 +28,10 @@ AVAILABLE = ["triton"] if INTERPRETED else [backend for backend in dispatch.BACK
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="there is no CUDA GPU here"))
     if INTERPRETED:
         chosen = [item for item in items if "backend" in getattr(item, "fixturenames", ())]
         config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])

@@ -1,0 +1,384 @@
+"""What only a GPU can show; run by `make gpu`. The kernels there are compiled, not interpreted.
+
+- Every operation equals the reference on the CPU bit for bit, in memory that held NaN: sizes, dtypes, strides, special
+  values, groups of different settings, a gradient factor, found_inf; by Triton and by CUDA.
+- A step equals float64 to STEP_ERROR of the update; a step that does nothing does not.
+- EPIAdamW chooses the entries that it chooses on the CPU; 20 runs give the same bits.
+- A step is one kernel for each pair of dtypes, a refresh 8 more, whatever the number of tensors; neither waits for the
+  device. Gradients that are not finite are reported all the same.
+- Entries beyond 2^31, by value; hot bins are counted exactly; compute-sanitizer finds nothing.
+"""
+
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from agreement import (
+    HALVES,
+    SIZES,
+    SPECIAL,
+    Lists,
+    assert_same,
+    clones,
+    gradient,
+    signed,
+    step,
+    step_arguments,
+    step_lists,
+)
+from torch import Tensor
+from torch.nn import Parameter
+
+from epi_kernels import EPIAdamW, dispatch, ops
+from epi_kernels.contract import Scalars
+
+pytestmark = pytest.mark.gpu
+
+# of a float32 step against float64, relative to the largest update
+STEP_ERROR = 1e-5
+
+SWEEPS = ("triton", "cuda")
+
+
+def moved(value: Any, device: str) -> Any:
+    """Return tensors, or lists of them, on a device, with the same strides; anything else as it is."""
+    if isinstance(value, Tensor):
+        if value.device.type == device:
+            return value
+        out = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+        return out.copy_(value) if value.is_floating_point() or value.numel() else out
+    if isinstance(value, list):
+        return [moved(each, device) for each in value]
+    return value
+
+
+def require(operation: str, backend: str) -> None:
+    """Skip where a backend cannot run on this GPU, with its reason."""
+    try:
+        dispatch.choose(operation, "cuda", backend)
+    except RuntimeError as refusal:
+        pytest.skip(str(refusal))
+
+
+def assert_step_agrees(
+    backend: str, lists: Lists, lock_in: str, changes: dict[str, Any] | None = None, **group: Any
+) -> None:
+    """Compare a step on the GPU with the reference on the CPU."""
+    require("masked_adamw_", backend)
+    expected = step(lists, "reference", lock_in, changes, **group)
+    ours = {name: moved(tensors, "cuda") for name, tensors in clones(lists).items()}
+    call = {**step_arguments(lists, lock_in, **group), **(changes or {}), **ours}
+    call |= {name: moved(call[name], "cuda") for name in ("nonfinite", "grad_factor", "found_inf")}
+    ops.masked_adamw_(**call, backend=backend)
+    found = {name: moved(call[name], "cpu") for name in lists}
+    assert_same({**found, "nonfinite": [call["nonfinite"].cpu()]}, expected)
+
+
+@pytest.mark.parametrize("backend", SWEEPS)
+@pytest.mark.parametrize("lock_in", ["none", "importance", "exp_avg_sq", "static"])
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("advanced", [False, True])
+def test_step_of_every_size_and_kind(backend: str, lock_in: str, amsgrad: bool, advanced: bool) -> None:
+    sizes = (*SIZES, 1 << 20)
+    lists = step_lists([torch.randn(size) for size in sizes], [gradient((size,)) for size in sizes], lock_in, amsgrad)
+    assert_step_agrees(backend, lists, lock_in, {"advanced": advanced})
+    assert_step_agrees(backend, lists, lock_in, {"advanced": advanced}, betas=(0.3, 0.9), maximize=True)
+    assert_step_agrees(backend, lists, lock_in, {"advanced": advanced, "grad_factor": torch.tensor(0.3)})
+    assert_step_agrees(backend, lists, lock_in, {"advanced": advanced, "found_inf": torch.tensor(1.0)})
+
+
+@pytest.mark.parametrize("backend", SWEEPS)
+@pytest.mark.parametrize("param_dtype", HALVES)
+@pytest.mark.parametrize("grad_dtype", HALVES)
+@pytest.mark.parametrize("lock_in", ["none", "importance", "exp_avg_sq", "static"])
+def test_step_of_every_pair_of_dtypes(
+    backend: str, lock_in: str, param_dtype: torch.dtype, grad_dtype: torch.dtype
+) -> None:
+    params, grads = [torch.randn(size).to(param_dtype) for size in SIZES], [gradient((s,), grad_dtype) for s in SIZES]
+    assert_step_agrees(backend, step_lists(params, grads, lock_in, False), lock_in)
+
+
+@pytest.mark.parametrize("backend", SWEEPS)
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_step_of_special_values(backend: str, dtype: torch.dtype, amsgrad: bool) -> None:
+    p, g, m = (t.reshape(-1) for t in torch.meshgrid(SPECIAL, SPECIAL, SPECIAL, indexing="ij"))
+    lists = step_lists([p.to(dtype)], [g.to(dtype)], "importance", amsgrad)
+    lists |= {"exp_avgs": [m.clone()], "exp_avg_sqs": [m.abs()]}
+    assert_step_agrees(backend, lists, "importance")
+
+
+@pytest.mark.parametrize("backend", SWEEPS)
+def test_step_of_views_and_of_groups_of_different_settings(backend: str) -> None:
+    params = [torch.randn(9001)[1:], torch.randn(40, 50)[::2, 1::3], torch.randn(70, 90).t(), torch.randn(())]
+    lists = step_lists(params, [gradient(p.shape) for p in params], "importance", True)
+    lists["max_exp_avg_sqs"][2] = None
+    lists["locks"][0] = None
+    groups = ({"betas": (0.5, 0.9)}, {"lr": 1.0, "maximize": True})
+    scalars = [step_arguments(lists, "importance", **group)["scalars"] for group in groups]
+    changes = {"lockable": [False, True, True, True], "rows": [0, 1, 1, 0], "scalars": torch.cat(scalars)}
+    assert_step_agrees(backend, lists, "importance", changes)
+
+
+@pytest.mark.parametrize("keep_finite", [True, False])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_importance_ranges_and_sums(dtype: torch.dtype, keep_finite: bool) -> None:
+    importances = [signed((size,)) for size in SIZES]
+    grads = [None if i % 4 == 2 else gradient((size,), dtype) for i, size in enumerate(SIZES)]
+    betas = torch.tensor([(b, 1 - b) for b in torch.rand(len(SIZES)).tolist()], dtype=torch.float64)
+    sums = [[torch.randn(size) for size in SIZES] for _ in range(2)]
+    results = []
+    for device, backend in (("cpu", "reference"), ("cuda", "triton")):
+        mine, totals = (
+            moved([s.clone() for s in importances], device),
+            moved([[*map(torch.clone, s)] for s in sums], device),
+        )
+        ranges = moved(torch.tensor([[math.inf, -math.inf]]).repeat(4, 1), device)
+        counts = torch.zeros(len(SIZES), dtype=torch.int64, device=device)
+        layers = [i % 3 for i in range(len(SIZES))]
+        ops.importance_(mine, moved(grads, device), ranges, counts, betas, layers, keep_finite, backend)
+        present = [i for i, grad in enumerate(grads) if grad is not None]
+        chosen = [[total[i] for i in present] for total in totals]
+        ops.gradient_sums_(*chosen, [moved(grads[i], device) for i in present], backend)
+        found = {"S": mine, "ranges": [ranges], "counts": [counts], "sums": totals[0], "squares": totals[1]}
+        results.append({name: moved(tensors, "cpu") for name, tensors in found.items()})
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("backend", SWEEPS)
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("hot", ["spread", "equal", "99% zeros"])
+def test_histograms_digits_and_locks(backend: str, normalize: bool, hot: str) -> None:
+    require("score_histogram", backend)
+    importances = [signed((size,)) for size in (*SIZES, 1 << 20)]
+    if hot == "equal":
+        importances = [torch.full_like(s, 0.3) for s in importances]
+    elif hot == "99% zeros":
+        importances = [torch.where(torch.rand(s.shape) < 0.99, 0.0, s.nan_to_num(1.0)) for s in importances]
+    layers, budgets = ([i % n for i in range(len(importances))] for n in (3, 2))
+    ranges = torch.tensor([[0.0, 900.0], [1e-30, 1.0], [0.3, 0.3]]) if normalize else None
+    results = []
+    for device, name in (("cpu", "reference"), ("cuda", backend)):
+        mine, theirs = moved([s.clone() for s in importances], device), moved(ranges, device)
+        selection = moved(torch.tensor([[0, 500], [0, 100_000]]), device)
+        rest = "reference" if device == "cpu" else "triton"
+        found: dict[str, list[Tensor]] = {"counts": [], "thresholds": []}
+        for shift, bins in ((19, 4096), (9, 1024), (0, 512)):
+            counts = ops.score_histogram(mine, layers, theirs, budgets, selection, shift, bins, name)
+            found["counts"].append(counts.sum(0).cpu())
+            thresholds = ops.select_digit_(counts, selection, shift, rest)
+            found["thresholds"].append(thresholds.cpu())
+        found["locks"] = [ops.lock_(mine, layers, theirs, budgets, thresholds, rest).cpu()]
+        results.append({**found, "selection": [selection.cpu()], "S": moved(mine, "cpu")})
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_selected_entries(dtype: torch.dtype) -> None:
+    params = [torch.randn(shape).to(dtype) for shape in ((7, 1001), (5,), (100_003,))]
+    params[0] = params[0].t()
+    grads = [torch.randn(p.shape).to(dtype) for p in params]
+    indices = [torch.randperm(p.numel())[: p.numel() // 3].sort().values for p in params]
+    state = [[torch.rand(len(i)) for i in indices] for _ in range(2)]
+    scalars = step_arguments({"params": params, "locks": []}, "none")["scalars"]
+    results = []
+    for device, backend in (("cpu", "reference"), ("cuda", "triton")):
+        mine = [moved([t.clone() for t in tensors], device) for tensors in (params, *state)]
+        rest = [moved(tensors, device) for tensors in (grads, indices)]
+        ops.sparse_adamw_(mine[0], *rest, mine[1], mine[2], scalars, [0] * len(params), backend)
+        results.append({str(i): moved(tensors, "cpu") for i, tensors in enumerate(mine)})
+    assert_same(*results)
+
+
+def test_a_step_against_float64() -> None:
+    lists = step_lists([torch.randn(100_000)], [torch.randn(100_000)], "none", False)
+    wide = {name: [t.double() for t in tensors] for name, tensors in lists.items()}
+    expected = step(wide, "reference", "none")["params"][0]
+    call = {name: moved(tensors, "cuda") for name, tensors in clones(lists).items()}
+    arguments = {**step_arguments(lists, "none"), **call}
+    arguments["nonfinite"] = arguments["nonfinite"].cuda()
+    ops.masked_adamw_(**arguments, backend="triton")
+    update = (expected - wide["params"][0]).abs().max()
+    assert (call["params"][0].cpu() - expected).abs().max() <= STEP_ERROR * update
+    assert (lists["params"][0] - expected).abs().max() > STEP_ERROR * update  # had it done nothing
+
+
+# The optimizer -------------------------------------------------------------------------------------------------------
+
+
+def optimizer(device: str, shapes: list[tuple[int, ...]], **settings: Any) -> tuple[EPIAdamW, list[Parameter]]:
+    generator = torch.Generator().manual_seed(1)
+    params = [Parameter(torch.randn(shape, generator=generator).to(device)) for shape in shapes]
+    named = [(f"layers.{i // 2}.weight{i}", p) for i, p in enumerate(params)]
+    settings = {"isolation_ratio": 0.05, "mask_interval": 4, "importance_beta": 0.9, "lr": 1e-2, **settings}
+    return EPIAdamW(named, **settings), params
+
+
+def give(params: list[Parameter], generator: torch.Generator) -> None:
+    for param in params:
+        grad = torch.randn(param.shape, generator=generator) * torch.rand(param.shape, generator=generator) ** 4
+        param.grad = grad.to(param.device, param.dtype)
+
+
+MIXED = [(300, 70), (300,), (8193,), (5, 6, 7), (), (0, 3), (40_000,)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"importance": "exp_avg_sq"},
+        {"normalize": "none", "scope": "layer"},
+        {"threshold": "histogram", "amsgrad": True},
+    ],
+)
+def test_the_entries_that_it_chooses_are_those_of_the_cpu(settings: dict[str, Any]) -> None:
+    runs = []
+    for device in ("cpu", "cuda"):
+        stepped, params = optimizer(device, MIXED, **settings)
+        generator = torch.Generator().manual_seed(2)
+        masks = []
+        for _ in range(12):
+            give(params, generator)
+            stepped.step()
+            masks += [stepped.isolation_mask(p).cpu() for p in params]
+        telemetry = stepped.telemetry()
+        runs.append((masks, [p.detach().cpu() for p in params], telemetry))
+    (masks, params, telemetry), (gpu_masks, gpu_params, gpu_telemetry) = runs
+    assert sum(int(mask.sum()) for mask in masks) > 0
+    assert all(torch.equal(*pair) for pair in zip(masks, gpu_masks, strict=True))
+    assert_same({"params": params}, {"params": gpu_params})
+    assert telemetry == gpu_telemetry
+
+
+def test_twenty_runs_give_the_same_bits() -> None:
+    found = []
+    for _ in range(20):
+        stepped, params = optimizer("cuda", [(1 << 18,)] * 4, mask_interval=1)
+        generator = torch.Generator().manual_seed(3)
+        for _ in range(2):
+            give(params, generator)
+            stepped.step()
+        found.append(
+            {"p": [p.detach().cpu() for p in params], "S": [stepped.state[p]["importance"].cpu() for p in params]}
+        )
+    for other in found[1:]:
+        assert_same(found[0], other)
+
+
+@pytest.fixture
+def no_waiting() -> Iterator[None]:
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_neither_a_step_nor_a_refresh_waits_for_the_device() -> None:
+    stepped, params = optimizer("cuda", MIXED, mask_interval=2)
+    give(params, torch.Generator().manual_seed(4))
+    for _ in range(4):  # compilation and the self-checks wait, once
+        stepped.step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    for _ in range(4):
+        stepped.step()
+    torch.cuda.set_sync_debug_mode("default")
+    assert len(stepped.telemetry()) == 4
+
+
+def kernels(stepped: EPIAdamW) -> list[str]:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        stepped.step()
+        torch.cuda.synchronize()
+    names = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return [name for name in names if not name.startswith(("Memcpy", "Memset"))]
+
+
+@pytest.mark.parametrize("count", [4, 400])
+def test_launches(count: int) -> None:
+    stepped, params = optimizer("cuda", [(100 + i % 7,) for i in range(count)], mask_interval=3)
+    for i, param in enumerate(params):
+        param.data = param.data.bfloat16() if i % 2 else param.data
+    give(params, torch.Generator().manual_seed(5))
+    for _ in range(3):
+        stepped.step()
+    assert len(kernels(stepped)) == 2
+    stepped.step()
+    refreshed = kernels(stepped)
+    assert len(stepped._records) == 2
+    assert 2 < len(refreshed) <= 2 + 8, refreshed
+
+
+def test_gradients_that_are_not_finite_are_reported_without_waiting_and_then_for_certain() -> None:
+    stepped, params = optimizer("cuda", [(100,), (50,)], mask_interval=2)
+    give(params, torch.Generator().manual_seed(6))
+    params[1].grad[:3] = math.nan
+    for _ in range(2):
+        stepped.step()
+    torch.cuda.synchronize()
+    with pytest.warns(RuntimeWarning, match=r"layers.0.weight1: \d squared gradients were NaN or infinite"):
+        stepped.step()
+    assert stepped.telemetry()[-1]["nonfinite"] == 6
+
+
+# Large and careful ---------------------------------------------------------------------------------------------------
+
+
+def test_entries_beyond_two_to_the_31() -> None:
+    size = (1 << 31) + 5
+    needed = size * (2 + 2 + 4 + 4 + 4) + (4 << 30)
+    if torch.cuda.mem_get_info()[0] < needed:
+        pytest.skip(f"it takes {needed >> 30} GiB of GPU memory")
+    param, grad = (torch.zeros(size, dtype=torch.bfloat16, device="cuda") for _ in "pg")
+    m, v, importance = (torch.zeros(size, device="cuda") for _ in "mvS")
+    where = torch.tensor([0, 77, (1 << 31) - 1, 1 << 31, size - 1], device="cuda")
+    param[where], grad[where] = 1.0, torch.arange(1.0, 6.0, device="cuda").bfloat16()
+    row = Scalars(1.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.5, 1.0, 0.0, 0.0, 1.0)  # theta - 0.5 sign(g), S = g^2
+    scalars, counts = torch.tensor([row], dtype=torch.float64), torch.zeros(1, dtype=torch.int64, device="cuda")
+    sweep = ops.Sweep([param], [grad], [m], [v], [], [importance], "importance", [True], "triton")
+    sweep.step_([grad], counts, scalars, [0], advanced=False)
+    assert importance[where].tolist() == [1.0, 4.0, 9.0, 16.0, 25.0]
+    assert importance.count_nonzero() == 5
+    assert param[where].tolist() == [0.5] * 5
+    selection = torch.tensor([[0, 2]], device="cuda")
+    counts = ops.score_histogram([importance], [0], None, [0], selection, 19, 4096, "auto").sum(0)
+    assert counts.sum() == size
+    locked = ops.lock_([importance], [0], None, [0], torch.tensor([16.0], device="cuda"), "triton")
+    assert locked.tolist() == [[2, 2, 0]]
+
+
+SANITIZED = """
+import torch
+from torch.nn import Parameter
+from epi_kernels import EPIAdamW, ops
+params = [Parameter(torch.randn(size, device="cuda")) for size in (1, 37, 4096, 9001)]
+params += [Parameter(torch.randn(5000, device="cuda").bfloat16())]
+for p in params:
+    p.grad = torch.randn_like(p)
+optimizer = EPIAdamW(params, layers="tensor", isolation_ratio=0.1, mask_interval=2, amsgrad=True)
+for _ in range(4):
+    optimizer.step()
+p, indices = torch.randn(1000, device="cuda"), torch.arange(0, 1000, 7, device="cuda")
+state = [torch.zeros(len(indices), device="cuda") for _ in range(2)]
+ops.sparse_adamw_([p], [p.clone()], [indices], *([s] for s in state), torch.ones(1, 11).double(), [0], "triton")
+sums = [torch.zeros(9001, device="cuda") for _ in range(2)]
+ops.gradient_sums_(*([s] for s in sums), [params[3].grad], "triton")
+torch.cuda.synchronize()
+print("done")
+"""
+
+
+def test_compute_sanitizer_finds_nothing() -> None:
+    if shutil.which("compute-sanitizer") is None:
+        pytest.skip("compute-sanitizer is not on PATH")
+    command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c", SANITIZED]
+    run = subprocess.run(command, capture_output=True, text=True)
+    if "not supported" in run.stdout:
+        pytest.skip("compute-sanitizer does not know this device")
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
+    assert "done" in run.stdout
