@@ -31,6 +31,7 @@ from agreement import (
     step_arguments,
     step_lists,
 )
+from tolerances import STEP_ERROR
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -38,9 +39,6 @@ from epi_kernels import EPIAdamW, dispatch, ops
 from epi_kernels.contract import Scalars
 
 pytestmark = pytest.mark.gpu
-
-# of a float32 step against float64, relative to the largest update
-STEP_ERROR = 1e-5
 
 SWEEPS = ("triton", "cuda")
 

@@ -15,6 +15,10 @@ ROUGH_ROOT_ULPS = 3
 # versions are 4 apart there.
 LARGE_STEP_ULPS = 4
 
+# A float32 step against the same in float64, relative to the largest update of the tensor: parameters of size 1 lose
+# 6e-8 of themselves, and an update is 1% of them.
+STEP_ERROR = 1e-5
+
 # A float64 step against torch's, absolute, for parameters of size 1 and a learning rate of at most 0.1.
 STEP_FLOAT64 = 1e-12
 
