@@ -34,7 +34,7 @@ gpu:
 	@$(GPU_PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu needs a CUDA GPU; torch sees none')"
 	$(GPU_PYTHON) setup.py --quiet build_ext --inplace
 	$(GPU_PYTHON) -m pytest -m gpu tests
-	$(GPU_PYTHON) bench/gpu.py --json bench/results
+	PYTHONPATH=. $(GPU_PYTHON) bench/gpu.py --json bench/results
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -196,7 +196,9 @@ def score_histogram(
 ) -> Tensor:
     """Count the scores of each budget by one digit of their bits; contract: `epi_kernels.ops.score_histogram`."""
     flat = Flat(written=[], read=[importances])
-    counts = zeros((COPIES, len(selection), bins), torch.int64, selection.device)
+    # several budgets share the entries out by themselves, and each copy costs 32 KiB for each of them
+    copies = max(1, COPIES // max(1, len(selection)))
+    counts = zeros((copies, len(selection), bins), torch.int64, selection.device)
     table = table_of(flat.read[0], layers, budgets, tiles.PIECE, selection.device)
     tiles.launch(
         score_histogram_kernel,
@@ -208,7 +210,7 @@ def score_histogram(
         selection,
         counts,
         len(selection),
-        COPIES,
+        copies,
         shift,
         bins.bit_length() - 1,
         tiles.BLOCK,
