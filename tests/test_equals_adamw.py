@@ -145,3 +145,17 @@ def test_no_gradient_no_state_and_no_step() -> None:
     assert params[1] not in ours.state
     assert params[1].tolist() == [1.0, 1.0]
     assert set(ours.state[params[0]]) == {"step", "exp_avg", "exp_avg_sq", "importance"}
+
+
+def test_a_compiled_step_is_the_step() -> None:
+    results = []
+    for compiled in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        param = Parameter(torch.randn(100, generator=generator))
+        optimizer = EPIAdamW([("layer.weight", param)], isolation_ratio=0.1, mask_interval=2)
+        step = torch.compile(optimizer.step, backend="aot_eager") if compiled else optimizer.step
+        for _ in range(4):
+            param.grad = torch.randn(100, generator=generator)
+            step()
+        results.append((param.detach(), optimizer.isolation_mask(param)))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))

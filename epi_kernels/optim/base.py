@@ -109,6 +109,9 @@ class LockedAdamW(torch.optim.AdamW):
 
     # The step --------------------------------------------------------------------------------------------------------
 
+    # torch.compile(optimizer.step) runs it as it is: addresses mean nothing to a tracer. torch.optim's own decorator;
+    # the public torch.compiler.disable imports the compiler, which takes seconds
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step: `torch.optim.AdamW.step`, except that locked entries keep their bits.
