@@ -36,7 +36,7 @@ def named(*names: str) -> list[tuple[str, Parameter]]:
         ("threshold", "quantile"),
         ("importance", "fisher"),
         ("rounding", "up"),
-        ("backend", "cuda"),
+        ("backend", "cublas"),
     ],
 )
 def test_every_argument_of_ours_is_checked_by_name_and_value(argument: str, value: Any) -> None:
