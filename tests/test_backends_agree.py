@@ -84,6 +84,8 @@ def test_step_of_special_values(backend: str, lock_in: str, amsgrad: bool, dtype
     lists = step_lists([p.to(dtype)], [g.to(dtype)], lock_in, amsgrad)
     lists["exp_avgs"] = [m.clone()]
     lists["exp_avg_sqs"][0] = torch.copysign(m, lists["exp_avg_sqs"][0])
+    if amsgrad:
+        lists["max_exp_avg_sqs"][0] = p.abs()
     assert_steps_agree(backend, lists, lock_in)
 
 
