@@ -135,6 +135,20 @@ def test_step_of_any_strides(
     assert_steps_agree(backend, lists, lock_in)
 
 
+@pytest.mark.parametrize("offset", [0, 1, 2, 3])
+def test_views_at_any_alignment(backend: str, offset: int) -> None:
+    storage, grad = torch.randn(20_000), gradient((20_000,))
+    here = slice(offset, offset + 9_000)
+    lists = step_lists([storage[here]], [grad[3 - offset :][:9_000]], "importance", True)
+    expected = step(lists, "reference", "importance")
+    around = storage.clone()
+    mine = {**clones(lists), "params": [around[here]]}
+    ops.masked_adamw_(**step_arguments(mine, "importance"), backend=backend)
+    assert_same(mine, {name: expected[name] for name in mine})
+    around[here] = storage[here]
+    assert torch.equal(around, storage)
+
+
 def test_the_neighbours_of_a_view_stay(backend: str) -> None:
     storage = torch.full((40, 50), math.nan)
     view = storage[5:35:2, 7:47:3].t()
@@ -151,6 +165,8 @@ def test_the_neighbours_of_a_view_stay(backend: str) -> None:
 @pytest.mark.parametrize("lock_in", ["importance", "exp_avg_sq", "static"])
 def test_groups_of_different_settings_in_one_call(backend: str, lock_in: str) -> None:
     params, grads = [torch.randn(size) for size in SIZES], [gradient((size,)) for size in SIZES]
+    for grad in grads:
+        grad[:1] = math.inf
     lists = step_lists(params, grads, lock_in, True)
     lockable = [i % 3 != 1 for i in range(len(SIZES))]
     lists["max_exp_avg_sqs"] = [m if i % 2 else None for i, m in enumerate(lists["max_exp_avg_sqs"])]

@@ -1,0 +1,54 @@
+"""Tables of tensors: pieces cover every entry once, rows go up when they change, alignment is that of every address."""
+
+import pytest
+import torch
+
+from epi_kernels.ops.table import PIECE_BITS, Table, zeros
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("sizes", [[], [0], [1], [4], [5, 0, 0, 9], [0, 8, 3]])
+def test_pieces_cover_every_entry_once(sizes: list[int]) -> None:
+    table = Table(("size",), sizes, 4, CPU)
+    covered = [[0] * size for size in sizes]
+    for piece in table.pieces.tolist():
+        tensor, number = piece >> PIECE_BITS, piece & ((1 << PIECE_BITS) - 1)
+        for entry in range(4 * number, min(4 * number + 4, sizes[tensor])):
+            covered[tensor][entry] += 1
+    assert all(count == 1 for tensor in covered for count in tensor)
+
+
+def test_a_size_beyond_2_to_the_31() -> None:
+    table = Table(("size",), [7, (1 << 35) + 1], 1 << 30, CPU)
+    assert table.pieces.tolist() == [0, *[1 << PIECE_BITS | i for i in range(33)]]
+    assert table.rows().tolist() == [[7], [(1 << 35) + 1]]
+
+
+def test_rows_stay_where_they_are_until_a_word_changes() -> None:
+    table = Table(("size", "layer"), [1, 1], 4, CPU)
+    table.set("layer", [3, 4])
+    before = table.rows()
+    table.set("layer", [3, 4])
+    assert table.rows() is before
+    table.set("layer", [3, 5])
+    assert table.rows().tolist() == [[1, 3], [1, 5]]
+    assert before.tolist() == [[1, 3], [1, 4]]  # a launch under way may still read it
+
+
+def test_aligned_needs_every_address_to_be() -> None:
+    tensor = torch.zeros(64)
+    assert tensor.data_ptr() % 16 == 0
+    table = Table(("size", "first", "second", "number", "aligned"), [8] * 4, 4, CPU)
+    table.set("number", [1] * 4)  # not an address
+    table.point("first", [tensor, tensor[4:], tensor[1:], tensor])
+    table.point("second", [None, tensor, tensor, tensor.half()[1:]])
+    assert table.rows()[:, 4].tolist() == [1, 1, 0, 0]
+    table.point("first", [tensor[2:], tensor, tensor, tensor])
+    assert table.rows()[:, 4].tolist() == [0, 1, 1, 0]
+
+
+def test_zeros_are_new_each_time() -> None:
+    first = zeros((2, 3), torch.int64, CPU)
+    first += 1
+    assert not zeros((2, 3), torch.int64, CPU).any()
