@@ -167,6 +167,7 @@ def test_groups_of_different_settings_in_one_call(backend: str, lock_in: str) ->
     params, grads = [torch.randn(size) for size in SIZES], [gradient((size,)) for size in SIZES]
     for grad in grads:
         grad[:1] = math.inf
+        grad[1:2] = torch.copysign(torch.tensor(math.nan), torch.tensor(-1.0))  # its sign is no lock
     lists = step_lists(params, grads, lock_in, True)
     lockable = [i % 3 != 1 for i in range(len(SIZES))]
     lists["max_exp_avg_sqs"] = [m if i % 2 else None for i, m in enumerate(lists["max_exp_avg_sqs"])]
