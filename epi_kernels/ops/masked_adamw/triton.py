@@ -150,7 +150,7 @@ def _step_tile(
 
     v = magnitude(v)
     if AMSGRAD:
-        v = tl.where(amsgrad, maximum(largest, v), v)
+        v = maximum(largest, v)  # where there is none it is 0
         if amsgrad:
             write(max_exp_avg_sq_at, at, v, left, FULL)
 
