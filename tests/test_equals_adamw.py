@@ -7,6 +7,8 @@
 - bfloat16 and float16: the parameters are those of a float32 step, rounded once.
 """
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -159,3 +161,17 @@ def test_a_compiled_step_is_the_step() -> None:
             step()
         results.append((param.detach(), optimizer.isolation_mask(param)))
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+def test_a_step_keeps_no_gradient_alive(backend: str) -> None:
+    params = [Parameter(torch.randn(30, 40)), Parameter(torch.randn(40, 30).t())]
+    optimizer = EPIAdamW(params, layers="tensor", mask_interval=2, backend=backend)
+    for _ in range(3):
+        grads = []
+        for param in params:
+            param.grad = torch.randn(param.shape)
+            grads.append(weakref.ref(param.grad))
+        optimizer.step()
+        optimizer.zero_grad()
+        gc.collect()
+        assert all(grad() is None for grad in grads)

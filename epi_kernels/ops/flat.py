@@ -39,15 +39,17 @@ class Flat:
     def load(self, read: Lists) -> list[list[Tensor | None]]:
         """Return other tensors to read, flat as those of the constructor, whose strides they must have.
 
-        Copies of the written ones are taken anew.
+        Copies of the written ones are taken anew. What is read is not held: a gradient kept until the next step would
+        be a second model's worth of memory.
         """
         for tensor, copy in self._copies:
             copy.copy_(tensor)
-        self.read = [list(tensors) for tensors in read]
+        self.read = []
+        flat = [list(tensors) for tensors in read]
         for i in self._strided:
-            for tensors in self.read:
+            for tensors in flat:
                 tensors[i] = self._contiguous(tensors[i], written=False)
-        return self.read
+        return flat
 
     def write_back(self) -> None:
         """Copy what was written to copies into the tensors they stand for."""
