@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from epi_kernels.native import LOCK_IN as LOCK_IN_CODES
 from epi_kernels.ops import tiles
 from epi_kernels.ops.equations_triton import (
     advanced_importance,
@@ -23,8 +24,9 @@ from epi_kernels.ops.tiles import Variant, located, pointer, read, write
 
 _WIDTH = tl.constexpr(len(FIELDS))
 
-NONE, IMPORTANCE, EXP_AVG_SQ, STATIC = (tl.constexpr(i) for i in range(4))
-_LOCK_IN = {"none": 0, "importance": 1, "exp_avg_sq": 2, "static": 3}
+NONE, IMPORTANCE, EXP_AVG_SQ, STATIC = (
+    tl.constexpr(LOCK_IN_CODES[name]) for name in ("none", "importance", "exp_avg_sq", "static")
+)
 
 
 @triton.jit
@@ -192,7 +194,7 @@ def _variant(
         "found_inf": None,
         "PARAM": param,
         "GRAD": grad,
-        "LOCK_IN": _LOCK_IN[lock_in],
+        "LOCK_IN": LOCK_IN_CODES[lock_in],
         "AMSGRAD": amsgrad,
         "ADVANCED": False,
         **changes,
@@ -249,7 +251,7 @@ class Sweep(TableSweep):
             found_inf,
             tiles.DTYPES[self._param_dtype],
             tiles.DTYPES[self._grad_dtype],
-            _LOCK_IN[self._lock_in],
+            LOCK_IN_CODES[self._lock_in],
             self._amsgrad,
             advanced,
             tiles.BLOCK,
