@@ -42,14 +42,21 @@ def assert_same(left: Lists, right: Lists) -> None:
 
 
 def clones(lists: Lists) -> Lists:
-    """Return copies with the same strides, in memory that held NaN before."""
-    return {
-        name: [
-            None if t is None else torch.full_like(t, math.nan if t.is_floating_point() else 77).copy_(t)
-            for t in tensors
-        ]
-        for name, tensors in lists.items()
-    }
+    """Return copies with the same strides and alignment, in memory that is NaN elsewhere."""
+    return {name: [None if t is None else placed(t) for t in tensors] for name, tensors in lists.items()}
+
+
+def placed(tensor: Tensor, device: str = "cpu") -> Tensor:
+    """Return a copy on `device` with the same strides and the same offset in its storage, all else NaN (77)."""
+    first = tensor.storage_offset()
+    span = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    filling = math.nan if tensor.is_floating_point() else 77
+    memory = torch.full((first + max(span, 0),), filling, dtype=tensor.dtype, device=device)
+    copy = memory.as_strided(tensor.shape, tensor.stride(), first)
+    # the entries of an expanded dimension are one entry
+    once = tuple(slice(1) if stride == 0 else slice(None) for stride in tensor.stride())
+    copy[once].copy_(tensor[once])
+    return copy
 
 
 def step_lists(params: list[Tensor], grads: list[Tensor], lock_in: str, amsgrad: bool) -> Lists:

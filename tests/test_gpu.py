@@ -10,6 +10,7 @@
 """
 
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from agreement import (
     assert_same,
     clones,
     gradient,
+    placed,
     signed,
     step,
     step_arguments,
@@ -43,13 +45,17 @@ pytestmark = pytest.mark.gpu
 SWEEPS = ("triton", "cuda")
 
 
+@pytest.fixture(autouse=True)
+def used_memory() -> None:
+    """Leave NaN in the memory that the next allocations get."""
+    held = [torch.full((1 << power,), math.nan, device="cuda") for power in range(4, 25)]
+    held.clear()  # into torch's cache, which keeps what is in them
+
+
 def moved(value: Any, device: str) -> Any:
-    """Return tensors, or lists of them, on a device, with the same strides; anything else as it is."""
+    """Return tensors, or lists of them, on a device, with the same strides and offsets; anything else as it is."""
     if isinstance(value, Tensor):
-        if value.device.type == device:
-            return value
-        out = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
-        return out.copy_(value) if value.is_floating_point() or value.numel() else out
+        return value if value.device.type == device else placed(value, device)
     if isinstance(value, list):
         return [moved(each, device) for each in value]
     return value
@@ -275,6 +281,7 @@ def no_waiting() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 @pytest.mark.usefixtures("no_waiting")
 def test_neither_a_step_nor_a_refresh_waits_for_the_device() -> None:
     stepped, params = optimizer("cuda", MIXED, mask_interval=2)
@@ -294,9 +301,11 @@ def kernels(stepped: EPIAdamW) -> list[str]:
         stepped.step()
         torch.cuda.synchronize()
     names = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    return [name for name in names if not name.startswith(("Memcpy", "Memset"))]
+    # torch's own annotation of a step is an event on the device too
+    return [name for name in names if not name.startswith(("Memcpy", "Memset", "Optimizer."))]
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")
 @pytest.mark.parametrize("count", [4, 400])
 def test_launches(count: int) -> None:
     stepped, params = optimizer("cuda", [(100 + i % 7,) for i in range(count)], mask_interval=3)
@@ -316,11 +325,16 @@ def test_gradients_that_are_not_finite_are_reported_without_waiting_and_then_for
     stepped, params = optimizer("cuda", [(100,), (50,)], mask_interval=2)
     give(params, torch.Generator().manual_seed(6))
     params[1].grad[:3] = math.nan
-    for _ in range(2):
+
+    def run() -> None:
+        for _ in range(2):
+            stepped.step()
+        torch.cuda.synchronize()
         stepped.step()
-    torch.cuda.synchronize()
+
+    # the refresh of the second step starts a copy of the counters, which may arrive before that step ends
     with pytest.warns(RuntimeWarning, match=r"layers.0.weight1: \d squared gradients were NaN or infinite"):
-        stepped.step()
+        run()
     assert stepped.telemetry()[-1]["nonfinite"] == 6
 
 
@@ -328,13 +342,13 @@ def test_gradients_that_are_not_finite_are_reported_without_waiting_and_then_for
 
 
 def test_entries_beyond_two_to_the_31() -> None:
-    size = (1 << 31) + 5
+    size = (1 << 31) + (1 << 13) + 5  # beyond it full tiles, which are read without a mask, and one that is not
     needed = size * (2 + 2 + 4 + 4 + 4) + (4 << 30)
     if torch.cuda.mem_get_info()[0] < needed:
         pytest.skip(f"it takes {needed >> 30} GiB of GPU memory")
     param, grad = (torch.zeros(size, dtype=torch.bfloat16, device="cuda") for _ in "pg")
     m, v, importance = (torch.zeros(size, device="cuda") for _ in "mvS")
-    where = torch.tensor([0, 77, (1 << 31) - 1, 1 << 31, size - 1], device="cuda")
+    where = torch.tensor([0, (1 << 31) - 1, 1 << 31, (1 << 31) + 5000, size - 1], device="cuda")
     param[where], grad[where] = 1.0, torch.arange(1.0, 6.0, device="cuda").bfloat16()
     row = Scalars(1.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.5, 1.0, 0.0, 0.0, 1.0)  # theta - 0.5 sign(g), S = g^2
     scalars, counts = torch.tensor([row], dtype=torch.float64), torch.zeros(1, dtype=torch.int64, device="cuda")
@@ -375,7 +389,9 @@ def test_compute_sanitizer_finds_nothing() -> None:
     if shutil.which("compute-sanitizer") is None:
         pytest.skip("compute-sanitizer is not on PATH")
     command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c", SANITIZED]
-    run = subprocess.run(command, capture_output=True, text=True)
+    # in a block of torch's cache an access beyond a tensor hits the next one
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     if "not supported" in run.stdout:
         pytest.skip("compute-sanitizer does not know this device")
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
