@@ -59,6 +59,30 @@ class GPUTiming(Timing):
         self.wall.append(start.elapsed_time(end) / 1e3)
 
 
+# Kernels of no interest in front of those that are counted. Profilers of CUDA before 13.1 lose the first kernels of a
+# session, one more in each session of a process (github.com/pytorch/pytorch/issues/192021).
+SENTINELS = 512
+
+
+def kernels(step: Callable[[], object]) -> list[str] | None:
+    """Return the names of the kernels that a step launches on a CUDA device, copies and fills by the driver left out.
+
+    None where the profiler has lost every sentinel, and so perhaps kernels of the step.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(SENTINELS):
+            torch.cuda._sleep(1)
+        torch.cuda.synchronize()
+        step()
+        torch.cuda.synchronize()
+    names = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    if not any("spin_kernel" in name for name in names):
+        return None
+    # torch's own annotation of a step is an event on the device too
+    others = ("Memcpy", "Memset", "Optimizer.")
+    return [name for name in names if "spin_kernel" not in name and not name.startswith(others)]
+
+
 def interleave(
     candidates: dict[str, Callable[[], object]],
     rounds: int,
