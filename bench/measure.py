@@ -59,8 +59,8 @@ class GPUTiming(Timing):
         self.wall.append(start.elapsed_time(end) / 1e3)
 
 
-# Kernels of no interest in front of those that are counted. Profilers of CUDA before 13.1 lose the first kernels of a
-# session, one more in each session of a process (github.com/pytorch/pytorch/issues/192021).
+# Kernels of no interest in front of those that are counted. Profilers of CUDA before 13.1 may lose the first kernels of
+# a session, and more of them as a process goes on (github.com/pytorch/pytorch/issues/192021).
 SENTINELS = 512
 
 
