@@ -17,7 +17,7 @@
 
 #include "epi_native.h" /* epi_scalars, epi_dtype, epi_lock_in, EPI_EXPORT */
 
-#define EPI_CUDA_ABI_VERSION 1
+#define EPI_CUDA_ABI_VERSION 2
 #define EPI_CUDA_PIECE_BITS 40
 
 #ifdef __cplusplus
@@ -69,10 +69,11 @@ EPI_EXPORT int32_t epi_cuda_device_error(void);
  * nonfinite: one count for each tensor, on the device, added to.
  * grad_factor: on the device; every gradient is multiplied by it first. NULL: 1.
  * found_inf: on the device; where it is not 0 nothing changes at all. NULL: 0.
- * advanced: this step's squared gradient is in the signed tensor already. */
+ * advanced: this step's squared gradient is in the signed tensor already.
+ * refreshed: on the device; where it is not 0 it stands for `advanced`. NULL: 0. */
 EPI_EXPORT int32_t epi_cuda_masked_adamw(const int64_t* rows, const int64_t* pieces, int64_t piece_count,
-                                         const float* scalars, int64_t* nonfinite, const float* grad_factor,
-                                         const float* found_inf, int32_t param_dtype, int32_t grad_dtype,
+                                         const float* scalars, int64_t* nonfinite, const float* refreshed,
+                                         const float* grad_factor, const float* found_inf, int32_t param_dtype, int32_t grad_dtype,
                                          int32_t lock_in, int32_t advanced, void* stream);
 
 /* Count scores by the `digit_bits` bits above the lowest `shift` where the bits above are the budget's prefix.

@@ -44,26 +44,29 @@ class Scalars(NamedTuple):
     one_minus_importance_beta: float
 
     @classmethod
-    def of(cls, group: dict[str, Any], step: float) -> "Scalars":
+    def of(cls, group: dict[str, Any], step: Any) -> "Scalars":
         """Return the scalars of a parameter group at `step` (1 is the first).
 
         Args:
             group: lr, betas, eps, weight_decay and maximize as torch.optim.AdamW keeps them; importance_beta if any.
-            step: the parameter's own clock, after this step was counted.
+            step: the parameter's own clock, after this step was counted. A float; or a float64 tensor of several clocks,
+                for which the numbers of the group may be tensors too: what depends on either is then a tensor.
         """
-        beta1, beta2 = (float(beta) for beta in group["betas"])
-        lr = float(group["lr"])
+        lr, eps, weight_decay = group["lr"], group["eps"], group["weight_decay"]
+        beta1, beta2 = group["betas"]
+        if not isinstance(step, Tensor):
+            lr, eps, weight_decay, beta1, beta2 = map(float, (lr, eps, weight_decay, beta1, beta2))
         importance_beta = group.get("importance_beta", 0.0)
         return cls(
             sign=-1.0 if group["maximize"] else 1.0,
-            decay=1.0 - lr * group["weight_decay"],
+            decay=1.0 - lr * weight_decay,
             beta1=beta1,
             one_minus_beta1=1.0 - beta1,
             beta2=beta2,
             one_minus_beta2=1.0 - beta2,
             step_size=lr / (1.0 - beta1**step),
-            bias_correction2_sqrt=math.sqrt(1.0 - beta2**step),
-            eps=group["eps"],
+            bias_correction2_sqrt=(1.0 - beta2**step) ** 0.5,
+            eps=eps,
             importance_beta=importance_beta,
             one_minus_importance_beta=1.0 - importance_beta,
         )

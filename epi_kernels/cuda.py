@@ -10,7 +10,7 @@ import torch
 
 from epi_kernels import library
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
@@ -23,7 +23,7 @@ _FUNCTIONS = {
     "epi_cuda_sweep_piece": (_INT64, ()),
     "epi_cuda_histogram_piece": (_INT64, ()),
     "epi_cuda_device_error": (_INT32, ()),
-    "epi_cuda_masked_adamw": (_INT32, (*_PIECES, *(_POINTER,) * 4, *(_INT32,) * 4, _POINTER)),
+    "epi_cuda_masked_adamw": (_INT32, (*_PIECES, *(_POINTER,) * 5, *(_INT32,) * 4, _POINTER)),
     "epi_cuda_score_histogram": (_INT32, (*_PIECES, *(_POINTER,) * 2, _INT32, _INT32, _POINTER, _POINTER)),
 }
 

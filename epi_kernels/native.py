@@ -14,7 +14,7 @@ from torch import Tensor
 
 from epi_kernels import library
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 # what parameters and gradients may be -> enum epi_dtype
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -100,7 +100,7 @@ _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 # function -> its arguments behind (tensors, count) and before the number of threads
 _FUNCTIONS = {
     "epi_masked_adamw": (_INT32,),
-    "epi_importance": (_POINTER, _INT64, _INT32),
+    "epi_importance": (_POINTER, _INT64, ctypes.c_float, _INT32),
     "epi_gradient_sums": (),
     "epi_score_histogram": (_POINTER, _INT32, _INT32, _POINTER),
     "epi_lock": (_POINTER,),
@@ -139,7 +139,7 @@ def limit_simd_level(level: int) -> int:
     return int(_library().epi_limit_simd_level(level))
 
 
-def call(function: str, table: "np.ndarray[Any, Any]", *arguments: int) -> None:
+def call(function: str, table: "np.ndarray[Any, Any]", *arguments: float) -> None:
     """Run a function of the library on a table of tensors, with as many threads as torch uses; the GIL is released."""
     getattr(_library(), function)(table.ctypes.data, len(table), *arguments, torch.get_num_threads())
 

@@ -211,10 +211,10 @@ def test_empty_lists(backend: str) -> None:
     ops.sparse_adamw_(none, none, none, none, none, scalars, [], backend)
     ops.gradient_sums_(none, none, none, backend)
     ranges = torch.tensor([[math.inf, -math.inf]] * 2)
-    ops.importance_(none, none, ranges, counts, torch.empty(0, 2, dtype=torch.float64), [], True, backend)
+    ops.importance_(none, none, ranges, counts, torch.empty(0, 2, dtype=torch.float64), [], True, None, None, backend)
     assert ranges.tolist() == [[math.inf, -math.inf]] * 2
-    assert not ops.score_histogram(none, [], None, [], torch.zeros(2, 2, dtype=torch.int64), 19, 4096, backend).any()
-    assert ops.lock_(none, [], None, [], torch.zeros(2), backend).shape == (0, 3)
+    assert not ops.score_histogram(none, [], None, [], torch.zeros(2, 2, dtype=torch.int64), 19, 4096, None, backend).any()
+    assert ops.lock_(none, [], None, [], torch.zeros(2), None, backend).shape == (0, 3)
 
 
 # Importance and threshold ---------------------------------------------------------------
@@ -237,7 +237,7 @@ def test_importance_and_ranges(backend: str, dtype: torch.dtype, keep_finite: bo
         # a fourth layer without entries, and a second that has zeros elsewhere
         ranges = torch.tensor([[math.inf, -math.inf]]).repeat(4, 1)
         ranges[1] = 0.0
-        ops.importance_(mine, grads, ranges, nonfinite, betas, LAYERS, keep_finite, name)
+        ops.importance_(mine, grads, ranges, nonfinite, betas, LAYERS, keep_finite, None, None, name)
         results.append({"importances": mine, "ranges": [ranges], "nonfinite": [nonfinite]})
     assert_same(*results)
 
@@ -250,7 +250,7 @@ def test_histograms(backend: str, normalize: bool, shift: int, bins: int) -> Non
     digits = 31 - shift - (bins.bit_length() - 1)
     selection = torch.tensor([[0x3F000000 >> (31 - digits), 5], [0, 100]])
     budgets = [i % 2 for i in range(len(SHAPES))]
-    arguments = (importances, LAYERS, ranges, budgets, selection, shift, bins)
+    arguments = (importances, LAYERS, ranges, budgets, selection, shift, bins, None)
     ours, theirs = (ops.score_histogram(*arguments, name).sum(0) for name in (backend, "reference"))
     assert torch.equal(ours, theirs)
     assert ours.sum() > 0
@@ -280,7 +280,7 @@ def test_locks_and_counts(backend: str, normalize: bool) -> None:
     results = []
     for name in (backend, "reference"):
         mine = [s.clone() for s in importances]
-        counts = ops.lock_(mine, LAYERS, ranges, budgets, torch.tensor([1e-3, 0.0, math.inf]), name)
+        counts = ops.lock_(mine, LAYERS, ranges, budgets, torch.tensor([1e-3, 0.0, math.inf]), None, name)
         results.append({"importances": mine, "counts": [counts]})
     assert_same(*results)
     assert results[0]["counts"][0].sum(0).min() > 0
@@ -304,3 +304,20 @@ def test_the_comparison_sees_one_ulp() -> None:
     with pytest.raises(AssertionError, match=r"params\[0\]: 1 of 100"):
         assert_same({"params": [values]}, {"params": [planted]})
     assert differing(torch.tensor([0.0, math.nan]), torch.tensor([-0.0, -math.nan])) == 1
+
+
+@pytest.mark.parametrize("lock_in", ["importance", "exp_avg_sq"])
+def test_advanced_may_be_known_to_the_device_alone(backend: str, lock_in: str) -> None:
+    for advanced in (True, False):
+        results = []
+        for flag in (advanced, torch.tensor(float(advanced))):
+            torch.manual_seed(0)
+            lists = step_lists([torch.randn(9000)], [torch.randn(9000)], lock_in, amsgrad=False)
+            lists["grads"][0][7] = torch.inf
+            call = step_arguments(lists, lock_in)
+            names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "locks")
+            sweep = ops.Sweep(*(call[name] for name in names), lock_in, [True], backend)
+            sweep.step_(call["grads"], call["nonfinite"], call["scalars"], [0], advanced=flag)
+            results.append({**lists, "nonfinite": [call["nonfinite"]]})
+        assert_same(*results)
+        assert results[0]["nonfinite"][0].item() == (not advanced)

@@ -74,8 +74,8 @@ def test_without_a_gpu_every_call_is_refused_and_none_crashes() -> None:
     for shift in (19, 40):
         assert LIBRARY.epi_cuda_score_histogram(1, 1, 1, None, 1, shift, 12, 1, None) != 0
     for dtype in (0, 9):
-        assert LIBRARY.epi_cuda_masked_adamw(1, 1, 1, 1, 1, None, None, dtype, 0, 0, 0, None) != 0
-    assert LIBRARY.epi_cuda_masked_adamw(1, 1, 0, 1, 1, None, None, 0, 0, 0, 0, None) == 0  # nothing to do
+        assert LIBRARY.epi_cuda_masked_adamw(1, 1, 1, 1, 1, None, None, None, dtype, 0, 0, 0, None) != 0
+    assert LIBRARY.epi_cuda_masked_adamw(1, 1, 0, 1, 1, None, None, None, 0, 0, 0, 0, None) == 0  # nothing to do
 
 
 def test_nothing_spills() -> None:

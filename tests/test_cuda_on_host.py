@@ -30,7 +30,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     subprocess.run(["c++", *flags.split(), str(ROOT / "tests/cuda_on_host.cpp"), "-o", str(path)], check=True)
     loaded = ctypes.CDLL(str(path))
     pointer, int64, int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    loaded.masked_adamw.argtypes = (pointer, pointer, int64, *[pointer] * 4, *[int32] * 4)
+    loaded.masked_adamw.argtypes = (pointer, pointer, int64, *[pointer] * 5, *[int32] * 4)
     loaded.score_histogram.argtypes = (pointer, pointer, int64, pointer, pointer, int32, int32, pointer)
     return loaded
 
@@ -122,6 +122,6 @@ def test_histograms(library: ctypes.CDLL, normalize: bool, shift: int, bins: int
         None if ranges is None else ranges.data_ptr(), selection.data_ptr(),
         shift, bins.bit_length() - 1, counts.data_ptr(),
     )  # fmt: skip
-    expected = ops.score_histogram(importances, layers, ranges, budgets, selection, shift, bins, "reference")
+    expected = ops.score_histogram(importances, layers, ranges, budgets, selection, shift, bins, None, "reference")
     assert torch.equal(counts, expected.sum(0))
     assert counts.sum() > 0

@@ -146,7 +146,7 @@ def test_importance_ranges_and_sums(dtype: torch.dtype, keep_finite: bool) -> No
         ranges = moved(torch.tensor([[math.inf, -math.inf]]).repeat(4, 1), device)
         counts = torch.zeros(len(SIZES), dtype=torch.int64, device=device)
         layers = [i % 3 for i in range(len(SIZES))]
-        ops.importance_(mine, moved(grads, device), ranges, counts, betas, layers, keep_finite, backend)
+        ops.importance_(mine, moved(grads, device), ranges, counts, betas, layers, keep_finite, None, None, backend)
         present = [i for i, grad in enumerate(grads) if grad is not None]
         chosen = [[total[i] for i in present] for total in totals]
         ops.gradient_sums_(*chosen, [moved(grads[i], device) for i in present], backend)
@@ -174,11 +174,11 @@ def test_histograms_digits_and_locks(backend: str, normalize: bool, hot: str) ->
         rest = "reference" if device == "cpu" else "triton"
         found: dict[str, list[Tensor]] = {"counts": [], "thresholds": []}
         for shift, bins in ((19, 4096), (9, 1024), (0, 512)):
-            counts = ops.score_histogram(mine, layers, theirs, budgets, selection, shift, bins, name)
+            counts = ops.score_histogram(mine, layers, theirs, budgets, selection, shift, bins, None, name)
             found["counts"].append(counts.sum(0).cpu())
             thresholds = ops.select_digit_(counts, selection, shift, rest)
             found["thresholds"].append(thresholds.cpu())
-        found["locks"] = [ops.lock_(mine, layers, theirs, budgets, thresholds, rest).cpu()]
+        found["locks"] = [ops.lock_(mine, layers, theirs, budgets, thresholds, None, rest).cpu()]
         results.append({**found, "selection": [selection.cpu()], "S": moved(mine, "cpu")})
     assert_same(*results)
 
@@ -353,9 +353,9 @@ def test_entries_beyond_two_to_the_31() -> None:
     assert importance.count_nonzero() == 5
     assert param[where].tolist() == [0.5] * 5
     selection = torch.tensor([[0, 2]], device="cuda")
-    counts = ops.score_histogram([importance], [0], None, [0], selection, 19, 4096, "auto").sum(0)
+    counts = ops.score_histogram([importance], [0], None, [0], selection, 19, 4096, None, "auto").sum(0)
     assert counts.sum() == size
-    locked = ops.lock_([importance], [0], None, [0], torch.tensor([16.0], device="cuda"), "triton")
+    locked = ops.lock_([importance], [0], None, [0], torch.tensor([16.0], device="cuda"), None, "triton")
     assert locked.tolist() == [[2, 2, 0]]
 
 

@@ -26,6 +26,8 @@ def run(backend: str, importances: list[Tensor], grads: list[Tensor | None], **c
         "betas": torch.tensor([[0.75, 0.25]] * len(importances), dtype=torch.float64),
         "layers": [0] * len(importances),
         "keep_finite": True,
+        "grad_factor": None,
+        "due": None,
         "backend": backend,
         **changes,
     }
@@ -104,6 +106,8 @@ def test_opcheck(backend: str) -> None:
         "betas": torch.tensor([[0.9, 0.1]] * 2, dtype=torch.float64),
         "layers": [0, 1],
         "keep_finite": True,
+        "grad_factor": None,
+        "due": None,
         "backend": backend,
     }
     torch.library.opcheck(torch.ops.epi_kernels.importance_.default, (), call)
@@ -123,3 +127,28 @@ def test_gradient_sums_by_hand(backend: str, dtype: torch.dtype) -> None:
 def test_gradient_sums_opcheck(backend: str) -> None:
     lists = [[torch.rand(4), torch.rand(2, 3)] for _ in range(3)]
     torch.library.opcheck(torch.ops.epi_kernels.gradient_sums_.default, (*lists, backend))
+
+
+def test_a_factor_multiplies_the_gradient_first_as_in_the_sweep(backend: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    grad = torch.randn(5000, generator=generator)
+    ours, theirs = torch.zeros(5000), torch.zeros(5000)
+    run(backend, [ours], [grad], grad_factor=torch.tensor(1.0 / 3.0))
+    run(backend, [theirs], [grad * torch.tensor(1.0 / 3.0)])
+    assert torch.equal(ours, theirs)
+    assert ours.count_nonzero() > 4990
+    overflowing, counts = torch.ones(2), run(backend, [torch.ones(2)], [torch.full((2,), 1e19)])[1]
+    assert counts.tolist() == [0]
+    assert run(backend, [overflowing], [torch.full((2,), 1e19)], grad_factor=torch.tensor(10.0))[1].tolist() == [2]
+    assert overflowing.tolist() == [1.0, 1.0]
+
+
+def test_nothing_changes_where_it_is_not_due(backend: str) -> None:
+    importances = [torch.tensor([1.0, -2.0]), torch.tensor(3.0)]
+    grads = [torch.tensor([math.nan, 1.0]), None]
+    ranges, counts = run(backend, importances, grads, due=torch.tensor(0.0))
+    assert [s.tolist() for s in importances] == [[1.0, -2.0], 3.0]
+    assert (ranges.tolist(), counts.tolist()) == ([[math.inf, -math.inf]], [0, 0])
+    ranges, counts = run(backend, importances, grads, due=torch.tensor(1.0))
+    assert (importances[0].tolist(), counts.tolist()) == ([1.0, -1.75], [1, 0])
+    assert ranges.tolist() == [[1.0, 3.0]]

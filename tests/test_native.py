@@ -37,10 +37,10 @@ def test_histograms_and_locks_on_any_number_of_threads(threads: int) -> None:
     importances = [signed((size,)) for size in (300_007, 0, 5, 70_000)]
     arguments = (importances, [0] * 4, None, [0, 0, 1, 1])
     selection = torch.tensor([[0, 1], [0, 1]])
-    histograms = [ops.score_histogram(*arguments, selection, 19, 4096, name) for name in ("native", "reference")]
+    histograms = [ops.score_histogram(*arguments, selection, 19, 4096, None, name) for name in ("native", "reference")]
     assert torch.equal(*histograms)
     locks = [
-        ops.lock_([s.clone() for s in importances], *arguments[1:], torch.tensor([1e-9, 1e-3]), name)
+        ops.lock_([s.clone() for s in importances], *arguments[1:], torch.tensor([1e-9, 1e-3]), None, name)
         for name in ("native", "reference")
     ]
     assert torch.equal(*locks)

@@ -27,7 +27,7 @@ def threshold(
     budgets = budgets or [0] * len(tensors)
 
     def histogram(selection: Tensor, shift: int, bins: int) -> Tensor:
-        return ops.score_histogram(tensors, [0] * len(tensors), None, budgets, selection, shift, bins, backend)
+        return ops.score_histogram(tensors, [0] * len(tensors), None, budgets, selection, shift, bins, None, backend)
 
     return ops.find_threshold(histogram, ranks, exact=exact, backend=backend)
 
@@ -85,7 +85,7 @@ def test_tau_of_fewer_positive_scores_than_k_is_zero(backend: str) -> None:
 
 def test_histograms_of_parts_add_up_to_that_of_the_whole(backend: str) -> None:
     scores = torch.randn(5000).square()
-    arguments = ([0], None, [0], torch.tensor([[0, 1]]), 19, 4096, backend)
+    arguments = ([0], None, [0], torch.tensor([[0, 1]]), 19, 4096, None, backend)
     whole = ops.score_histogram([scores], *arguments).sum(0)
     parts = sum(ops.score_histogram([part], *arguments).sum(0) for part in scores.split(777))
     assert torch.equal(whole, parts)
@@ -111,7 +111,7 @@ def test_the_working_memory_does_not_grow_with_the_model(monkeypatch: pytest.Mon
 def test_scores_are_normalised_by_layer_with_ieee_operations(backend: str) -> None:
     importances = [torch.tensor([3.0, 5.0, 9.0]), torch.tensor([7.0, -7.0])]
     ranges = torch.tensor([[3.0, 9.0], [7.0, 7.0]])
-    counts = ops.lock_(importances, [0, 1], ranges, [0, 1], torch.tensor([2.0 / 6.0, 0.0]), backend)
+    counts = ops.lock_(importances, [0, 1], ranges, [0, 1], torch.tensor([2.0 / 6.0, 0.0]), None, backend)
     assert importances[0].tolist() == [3.0, -5.0, -9.0]
     assert importances[1].tolist() == [7.0, 7.0]  # constant layer: every score is 0
     assert counts.tolist() == [[2, 2, 0], [0, 0, 1]]
@@ -121,9 +121,9 @@ def test_locks_are_set_and_released_on_any_strides(backend: str) -> None:
     storage = torch.zeros(4, 6)
     view = storage[:, ::2].t()
     view.copy_(torch.arange(12.0).view(3, 4))
-    ops.lock_([view], [0], None, [0], torch.tensor([10.0]), backend)
+    ops.lock_([view], [0], None, [0], torch.tensor([10.0]), None, backend)
     assert lock.is_locked(view).nonzero().tolist() == [[2, 2], [2, 3]]
-    counts = ops.lock_([view], [0], None, [0], torch.tensor([11.0]), backend)
+    counts = ops.lock_([view], [0], None, [0], torch.tensor([11.0]), None, backend)
     assert counts.tolist() == [[1, 0, 1]]
     assert not storage[:, 1::2].any()
     assert torch.equal(lock.magnitude(view), torch.arange(12.0).view(3, 4))
@@ -134,12 +134,25 @@ def test_opcheck(backend: str) -> None:
     ranges = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
     torch.library.opcheck(
         torch.ops.epi_kernels.score_histogram.default,
-        (importances, [0, 1], ranges, [0, 0], torch.tensor([[0, 1]]), 19, 4096, backend),
+        (importances, [0, 1], ranges, [0, 0], torch.tensor([[0, 1]]), 19, 4096, None, backend),
     )
     counts = torch.ones(2, 1, 4096, dtype=torch.int64)
     counts[:, :, 2000:] = 0  # above them is the infinite
     torch.library.opcheck(torch.ops.epi_kernels.select_digit_.default, (counts, torch.tensor([[0, 7]]), 19, backend))
     torch.library.opcheck(
         torch.ops.epi_kernels.lock_.default,
-        (importances, [0, 1], ranges, [0, 0], torch.tensor([0.5]), backend),
+        (importances, [0, 1], ranges, [0, 0], torch.tensor([0.5]), None, backend),
     )
+
+
+def test_nothing_is_counted_and_no_lock_moves_where_it_is_not_due(backend: str) -> None:
+    importances = [torch.tensor([1.0, -2.0, 4.0])]
+    due = torch.tensor(0.0)
+    selection = torch.tensor([[0, 1]])
+    assert not ops.score_histogram(importances, [0], None, [0], selection, 19, 4096, due, backend).any()
+    assert not ops.lock_(importances, [0], None, [0], torch.tensor([3.0]), due, backend).any()
+    assert importances[0].tolist() == [1.0, -2.0, 4.0]
+    due += 1.0
+    assert ops.score_histogram(importances, [0], None, [0], selection, 19, 4096, due, backend).sum() == 3
+    assert ops.lock_(importances, [0], None, [0], torch.tensor([3.0]), due, backend).tolist() == [[1, 1, 1]]
+    assert importances[0].tolist() == [1.0, 2.0, -4.0]

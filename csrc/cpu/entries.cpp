@@ -91,7 +91,7 @@ void epi_masked_adamw(epi_adamw_tensor* tensors, int64_t count, int32_t advanced
 }
 
 void epi_importance(epi_importance_tensor* tensors, int64_t count, float* ranges, int64_t layer_count,
-                    int32_t keep_finite, int32_t threads) {
+                    float grad_factor, int32_t keep_finite, int32_t threads) {
     const Kernels& kernels = *level().kernels;
     const std::unique_ptr<std::atomic<int32_t>[]> lows(new std::atomic<int32_t>[layer_count]);
     const std::unique_ptr<std::atomic<int32_t>[]> highs(new std::atomic<int32_t>[layer_count]);
@@ -104,7 +104,8 @@ void epi_importance(epi_importance_tensor* tensors, int64_t count, float* ranges
         for (Chunk chunk; chunks.take(&chunk);) {
             epi_importance_tensor& tensor = tensors[chunk.tensor];
             Range range = {INFINITE_BITS, -1};
-            add(tensor.nonfinite, kernels.importance(tensor, chunk.begin, chunk.end, keep_finite != 0, &range));
+            add(tensor.nonfinite,
+                kernels.importance(tensor, chunk.begin, chunk.end, grad_factor, keep_finite != 0, &range));
             replace_if(lows[tensor.layer], range.low, std::less<int32_t>());
             replace_if(highs[tensor.layer], range.high, std::greater<int32_t>());
         }

@@ -10,12 +10,13 @@ namespace {
 constexpr int64_t PIECE = 2048;
 
 template <bool keep_finite>
-int32_t advance(float* __restrict importance, const float* __restrict grad, int64_t size, float beta,
-                float one_minus_beta) {
+int32_t advance(float* __restrict importance, const float* __restrict grad, int64_t size, float grad_factor,
+                float beta, float one_minus_beta) {
     int32_t nonfinite = 0;
     for (int64_t i = 0; i < size; ++i) {
-        importance[i] = advanced_importance(importance[i], grad[i], beta, one_minus_beta, keep_finite);
-        nonfinite += is_finite(grad[i] * grad[i]) ? 0 : 1;
+        const float g = grad[i] * grad_factor;
+        importance[i] = advanced_importance(importance[i], g, beta, one_minus_beta, keep_finite);
+        nonfinite += is_finite(g * g) ? 0 : 1;
     }
     return nonfinite;
 }
@@ -36,7 +37,8 @@ Range range_of(const float* importance, int64_t size, Range range) {
 
 }  // namespace
 
-int64_t importance(const epi_importance_tensor& tensor, int64_t begin, int64_t end, bool keep_finite, Range* range) {
+int64_t importance(const epi_importance_tensor& tensor, int64_t begin, int64_t end, float grad_factor, bool keep_finite,
+                   Range* range) {
     alignas(64) float buffer[PIECE];
     int64_t nonfinite = 0;
     Range found = *range;
@@ -46,8 +48,9 @@ int64_t importance(const epi_importance_tensor& tensor, int64_t begin, int64_t e
         if (tensor.grad) {
             const float* const grad =
                 as_float32(at(tensor.grad, tensor.grad_dtype, i), tensor.grad_dtype, size, buffer);
-            nonfinite += keep_finite ? advance<true>(piece, grad, size, tensor.beta, tensor.one_minus_beta)
-                                     : advance<false>(piece, grad, size, tensor.beta, tensor.one_minus_beta);
+            nonfinite += keep_finite
+                             ? advance<true>(piece, grad, size, grad_factor, tensor.beta, tensor.one_minus_beta)
+                             : advance<false>(piece, grad, size, grad_factor, tensor.beta, tensor.one_minus_beta);
         }
         found = range_of(piece, size, found);
     }

@@ -91,8 +91,8 @@ EPI_INLINE int32_t sweep(const epi_cuda_adamw_row& row, const Piece& piece, cons
 
 // Where the lock of a tensor is: nowhere if it has none.
 EPI_INLINE Step step_of(const epi_cuda_adamw_row& row, const epi_scalars& scalars, float grad_factor, int32_t lock_in,
-                        int32_t advanced) {
-    return {row.lock ? lock_in : EPI_LOCK_NONE, advanced != 0, scalars.sign * grad_factor, scalars};
+                        bool advanced) {
+    return {row.lock ? lock_in : EPI_LOCK_NONE, advanced, scalars.sign * grad_factor, scalars};
 }
 
 template <typename Param, typename Visit>

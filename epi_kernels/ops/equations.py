@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 from epi_kernels import lock
-from epi_kernels.contract import SMALLEST_NORMAL
+from epi_kernels.contract import SMALLEST_NORMAL, arithmetic_dtype
+
+
+def multiplied(grad: Tensor, factor: Tensor | None) -> Tensor:
+    """Return factor * g, in float32 or wider; g itself without a factor."""
+    return grad if factor is None else grad.to(arithmetic_dtype(grad.dtype)) * factor
 
 
 def importance_average(importance: Tensor, grad: Tensor, beta: float, one_minus_beta: float) -> Tensor:

@@ -69,11 +69,14 @@ class Sweep:
         scalars: Tensor,
         rows: Sequence[int],
         *,
-        advanced: bool,
+        advanced: bool | Tensor,
         grad_factor: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> None:
         """Take one step of all the tensors; the arguments are those of `masked_adamw_`.
+
+        `advanced` may be float32, one value on the tensors' device, where the host does not know it: not 0 is True.
+        `scalars` may be float32 on that device.
 
         `grads` come in place of the constructor's, whose shapes, strides, dtypes and devices they have: that is not
         checked again.
@@ -158,6 +161,8 @@ def importance_(
     betas: Tensor,
     layers: Sequence[int],
     keep_finite: bool,
+    grad_factor: Tensor | None,
+    due: Tensor | None,
     backend: str,
 ) -> None:
     """Advance the importance where there is a gradient, and extend every layer's range in the same pass.
@@ -178,6 +183,9 @@ def importance_(
         betas: float64 [tensors, 2] on the CPU: beta and 1 - beta of each tensor.
         layers: the layer of each tensor: a row of `ranges`.
         keep_finite: True leaves S as it was where g^2 is not finite; False lets it in, for S = exp_avg_sq.
+        grad_factor: float32, one value on the tensors' device, by which every gradient is multiplied first, or None.
+        due: float32, one value on the tensors' device; where it is 0 nothing changes. None: 1. The device then knows
+            whether this is the step to refresh, and the host need not.
         backend: "auto" or the name of one.
 
     Raises:
@@ -186,7 +194,7 @@ def importance_(
     """
     check_lists(importances=importances, grads=grads)
     choose("importance_", ranges.device.type, backend, _dtypes(grads), _dtypes(importances)).module.importance_(
-        importances, grads, ranges, nonfinite, betas, layers, keep_finite
+        importances, grads, ranges, nonfinite, betas, layers, keep_finite, grad_factor, due
     )
 
 
@@ -232,6 +240,7 @@ def score_histogram(
     selection: Tensor,
     shift: int,
     bins: int,
+    due: Tensor | None,
     backend: str,
 ) -> Tensor:
     """Count the scores of each budget by one digit of their bits.
@@ -249,6 +258,7 @@ def score_histogram(
             them; see `select_digit_`.
         shift: the number of bits below the digit.
         bins: the number of values of the digit, a power of two.
+        due: as of `importance_`; where it is 0 nothing is counted.
         backend: "auto" or the name of one.
 
     Returns:
@@ -257,7 +267,9 @@ def score_histogram(
     """
     check_lists(importances=importances)
     chosen = choose("score_histogram", selection.device.type, backend, states=_dtypes(importances))
-    return cast(Tensor, chosen.module.score_histogram(importances, layers, ranges, budgets, selection, shift, bins))
+    return cast(
+        Tensor, chosen.module.score_histogram(importances, layers, ranges, budgets, selection, shift, bins, due)
+    )
 
 
 @score_histogram.register_fake
@@ -269,6 +281,7 @@ def _(
     selection: Tensor,
     shift: int,
     bins: int,
+    due: Tensor | None,
     backend: str,
 ) -> Tensor:
     parts = torch.library.get_ctx().new_dynamic_size()
@@ -306,6 +319,7 @@ def lock_(
     ranges: Tensor | None,
     budgets: Sequence[int],
     thresholds: Tensor,
+    due: Tensor | None,
     backend: str,
 ) -> Tensor:
     """Lock exactly the entries whose score is at least their budget's threshold and above 0 (EPI Eq. 9).
@@ -316,6 +330,7 @@ def lock_(
         ranges: float32 [layers, 2], (mu, nu); None ranks the raw S.
         budgets: the budget of each tensor: an element of `thresholds`.
         thresholds: float32 [budgets].
+        due: as of `importance_`; where it is 0 every lock stays and nothing is counted.
         backend: "auto" or the name of one.
 
     Returns:
@@ -323,7 +338,7 @@ def lock_(
     """
     check_lists(importances=importances)
     chosen = choose("lock_", thresholds.device.type, backend, states=_dtypes(importances))
-    return cast(Tensor, chosen.module.lock_(importances, layers, ranges, budgets, thresholds))
+    return cast(Tensor, chosen.module.lock_(importances, layers, ranges, budgets, thresholds, due))
 
 
 @lock_.register_fake
@@ -333,6 +348,7 @@ def _(
     ranges: Tensor | None,
     budgets: Sequence[int],
     thresholds: Tensor,
+    due: Tensor | None,
     backend: str,
 ) -> Tensor:
     return torch.empty(len(importances), 3, dtype=torch.int64, device=thresholds.device)

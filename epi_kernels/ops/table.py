@@ -6,8 +6,8 @@ without waiting, and only when they differ from what is there already.
 """
 
 import functools
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -58,22 +58,70 @@ class Table:
         self._addresses.add(self._columns[field])
         self.set(field, [0 if tensor is None else tensor.data_ptr() for tensor in tensors])
 
-    def rows(self) -> Tensor:
-        """Return the rows on the device, int64 [tensors, fields]; sent there if anything has changed since."""
+    def rows(self, due: Tensor | None = None) -> Tensor:
+        """Return the rows on the device, int64 [tensors, fields]; sent there if anything has changed since.
+
+        Where `due`, float32 of one value on the device, is 0, every tensor has size 0: a launch then finds nothing to do.
+        """
         if self._there is None:
             if "aligned" in self._columns:
                 addresses = self._host[:, sorted(self._addresses)]
                 self._host[:, self._columns["aligned"]] = (addresses % ALIGNMENT == 0).all(1)
-            self._there = on_device(torch.from_numpy(self._host), self._device)
-        return self._there
+            values = torch.from_numpy(self._host)
+            uploads = None if self._device.type == "cpu" else Uploads.current
+            self._there = on_device(values, self._device) if uploads is None else uploads.of(values, self._device)
+        if due is None:
+            return self._there
+        rows = self._there.clone()
+        rows[:, self._columns["size"]] *= (due != 0).to(rows.dtype)
+        return rows
 
 
 def on_device(values: Tensor, device: torch.device) -> Tensor:
     """Return a copy on `device` of values on the CPU; an accelerator is not waited for."""
     if device.type == "cpu":
         return values.clone()
+    if Uploads.current is not None:
+        return Uploads.current.of(values, device).clone()
     # the pinned memory is freed at once: its allocator keeps it until the copy is over
     return values.pin_memory().to(device, non_blocking=True)
+
+
+class Uploads:
+    """What went up to devices in the steps of one optimizer, for steps that a graph may capture.
+
+    A replayed graph copies again from the same pinned memory into the same device memory, and the host takes no part.
+    So both must live as long as the graph: what a captured step has used is kept for good. What is equal to something
+    of the last step is not sent again.
+    """
+
+    # of the optimizer that is stepping, in this process: a step is not run by two threads at once
+    current: "Uploads | None" = None
+
+    def __init__(self) -> None:
+        self._now: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
+        self._before: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
+        self._captured: list[dict[tuple[object, ...], tuple[Tensor, Tensor]]] = []
+
+    @contextmanager
+    def step(self, capturing: bool) -> Iterator[None]:
+        """Return a context in which all that `on_device` and `Table` send up is kept here."""
+        self._before, self._now = self._now, {}
+        outer, Uploads.current = Uploads.current, self
+        try:
+            yield
+        finally:
+            Uploads.current = outer
+            if capturing:
+                self._captured.append(self._now)
+
+    def of(self, values: Tensor, device: torch.device) -> Tensor:
+        """Return values of the CPU on `device`, to be read alone."""
+        key = (device, values.dtype, values.shape, values.numpy().tobytes())
+        if key not in self._now:
+            pinned = values.pin_memory()
+            self._now[key] = self._before.get(key) or (pinned, pinned.to(device, non_blocking=True))
+        return self._now[key][1]
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:
@@ -83,8 +131,8 @@ def current(device: torch.device) -> AbstractContextManager[object]:
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return zeros on `device`, brought there by a copy: a refresh is counted in launches, and a fill is one."""
-    if device.type == "cpu":
-        return torch.zeros(shape, dtype=dtype)
+    if device.type == "cpu" or Uploads.current is not None:
+        return torch.zeros(shape, dtype=dtype, device=device)
     return _pinned_zeros(shape, dtype).to(device, non_blocking=True)
 
 

@@ -44,6 +44,8 @@ def refresh_(
     normalize: bool,
     exact: bool,
     keep_finite: bool,
+    grad_factor: dict[torch.device, Tensor],
+    due: Tensor | None,
     backend: str,
 ) -> Refreshed:
     """Advance every importance, then lock the entries with the largest scores (EPI Alg. 1, lines 8-11).
@@ -58,6 +60,8 @@ def refresh_(
         normalize: rank (S - mu) / (nu - mu) of each layer; False ranks the raw S.
         exact: the exact k-th largest score; False: see `epi_kernels.ops.find_threshold`.
         keep_finite: see `epi_kernels.ops.importance_`.
+        grad_factor: device -> what multiplies every gradient first, float32 of one value; none there: 1.
+        due: float32 of one value; where it is 0 nothing changes and what is returned means nothing. None: 1.
         backend: "auto" or the name of one.
     """
     by_device: defaultdict[torch.device, list[int]] = defaultdict(list)
@@ -69,7 +73,7 @@ def refresh_(
     start = torch.tensor([[math.inf, -math.inf]]).repeat(layer_count, 1)
     start[list(set(untouched))] = 0.0
     for part in parts:
-        part.advance(start, keep_finite)
+        part.advance(start, keep_finite, grad_factor.get(part.device), _on(part.device, due))
     ranges = parts[0].ranges
     if len(parts) > 1:
         every = torch.stack([part.ranges.to(home) for part in parts])
@@ -77,11 +81,11 @@ def refresh_(
     score_ranges = ranges if normalize else None
 
     def histogram(selection: Tensor, shift: int, bins: int) -> Tensor:
-        counts = [part.histogram(score_ranges, selection, shift, bins).to(home) for part in parts]
+        counts = [part.histogram(score_ranges, selection, shift, bins, _on(part.device, due)).to(home) for part in parts]
         return counts[0] if len(counts) == 1 else torch.cat(counts)
 
     thresholds = ops.find_threshold(histogram, ranks, exact=exact, device=home, backend=backend)
-    counts = [part.lock(score_ranges, thresholds).to(home) for part in parts]
+    counts = [part.lock(score_ranges, thresholds, _on(part.device, due)).to(home) for part in parts]
     if len(counts) == 1:
         return Refreshed(ranges, thresholds, counts[0])
     # position of each candidate in the concatenation of the parts
@@ -104,8 +108,9 @@ class _Part:
         self.counter = counter
         self.backend = backend
 
-    def advance(self, start: Tensor, keep_finite: bool) -> None:
-        self.ranges = on_device(start, self.device)
+    def advance(self, start: Tensor, keep_finite: bool, grad_factor: Tensor | None, due: Tensor | None) -> None:
+        # a copy: what on_device returns may be kept for the next step
+        self.ranges = on_device(start, self.device).clone()
         ops.importance_(
             self.importances,
             self.grads,
@@ -114,30 +119,37 @@ class _Part:
             self.betas,
             self.layers,
             keep_finite,
+            grad_factor,
+            due,
             self.backend,
         )
 
-    def histogram(self, ranges: Tensor | None, selection: Tensor, shift: int, bins: int) -> Tensor:
+    def histogram(
+        self, ranges: Tensor | None, selection: Tensor, shift: int, bins: int, due: Tensor | None
+    ) -> Tensor:
         return ops.score_histogram(
             self.importances,
             self.layers,
-            self._here(ranges),
+            _on(self.device, ranges),
             self.budgets,
             selection.to(self.device),
             shift,
             bins,
+            due,
             self.backend,
         )
 
-    def lock(self, ranges: Tensor | None, thresholds: Tensor) -> Tensor:
+    def lock(self, ranges: Tensor | None, thresholds: Tensor, due: Tensor | None) -> Tensor:
         return ops.lock_(
             self.importances,
             self.layers,
-            self._here(ranges),
+            _on(self.device, ranges),
             self.budgets,
             thresholds.to(self.device),
+            due,
             self.backend,
         )
 
-    def _here(self, tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(self.device)
+
+def _on(device: torch.device, tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)

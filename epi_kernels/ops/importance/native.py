@@ -18,14 +18,19 @@ def importance_(
     betas: Tensor,
     layers: Sequence[int],
     keep_finite: bool,
+    grad_factor: Tensor | None,
+    due: Tensor | None,
 ) -> None:
     """Advance where there is a gradient, extend the ranges; contract: `epi_kernels.ops.importance_`."""
+    if due is not None and not due:
+        return
     flat = Flat(written=[importances], read=[grads])
     table = native.table_of(native.IMPORTANCE_TENSOR, importance=flat.written[0], grad=flat.read[0])
     table["betas"] = betas.float().numpy()
     table["layer"] = np.asarray(layers, np.int32)
     found = torch.empty(len(ranges), 2)
-    native.call("epi_importance", table, found.data_ptr(), len(ranges), keep_finite)
+    factor = 1.0 if grad_factor is None else grad_factor.item()
+    native.call("epi_importance", table, found.data_ptr(), len(ranges), factor, keep_finite)
     ranges[:, 0].clamp_(max=found[:, 0])
     ranges[:, 1].clamp_(min=found[:, 1])
     nonfinite += torch.from_numpy(table["nonfinite"].copy())

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from epi_kernels.ops.equations import advanced_importance, usable
+from epi_kernels.ops.equations import advanced_importance, multiplied, usable
 
 
 def importance_(
@@ -17,11 +17,16 @@ def importance_(
     betas: Tensor,
     layers: Sequence[int],
     keep_finite: bool,
+    grad_factor: Tensor | None,
+    due: Tensor | None,
 ) -> None:
     """Advance where there is a gradient, extend the ranges; contract: `epi_kernels.ops.importance_`."""
+    if due is not None and not due:
+        return
     for i, (importance, grad, layer) in enumerate(zip(importances, grads, layers, strict=True)):
         if grad is not None:
             beta, one_minus_beta = betas[i].tolist()
+            grad = multiplied(grad, grad_factor)
             after, bad = advanced_importance(importance, grad, beta, one_minus_beta, keep_finite=keep_finite)
             importance.copy_(after)
             nonfinite[i] += bad

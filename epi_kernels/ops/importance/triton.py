@@ -28,12 +28,20 @@ _SUMS_WIDTH = tl.constexpr(len(SUMS_FIELDS))
 
 @triton.jit
 def importance_kernel(
-    rows, pieces, betas, ranges, nonfinite, KEEP_FINITE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr
+    rows,
+    pieces,
+    betas,
+    ranges,
+    nonfinite,
+    grad_factor,
+    KEEP_FINITE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
 ):
     """Advance one piece of one tensor and merge its range into its layer's.
 
     rows: int64 [tensors, FIELDS]. betas: float32 [tensors, 2]. ranges: the bits of float32 [layers, 2] as int32, which
-    order as the values do, from (inf, -inf). nonfinite: int64 [tensors].
+    order as the values do, from (inf, -inf). nonfinite: int64 [tensors]. grad_factor: float32, or None.
     """
     tensor, start = located(pieces, BLOCK * TILES)
     row = rows + tensor * _WIDTH
@@ -45,13 +53,15 @@ def importance_kernel(
     if (left == BLOCK * TILES) & (tl.load(row + 5) != 0):
         for tile in range(TILES):
             bad, low, high = _advance_tile(
-                row, beta, one_minus_beta, start, tile * BLOCK, left, bad, low, high, KEEP_FINITE, BLOCK, True
-            )
+                row, beta, one_minus_beta, grad_factor, start, tile * BLOCK, left, bad, low, high,
+                KEEP_FINITE, BLOCK, True,
+            )  # fmt: skip
     else:
         for tile in range(tl.cdiv(left, BLOCK)):
             bad, low, high = _advance_tile(
-                row, beta, one_minus_beta, start, tile * BLOCK, left, bad, low, high, KEEP_FINITE, BLOCK, False
-            )
+                row, beta, one_minus_beta, grad_factor, start, tile * BLOCK, left, bad, low, high,
+                KEEP_FINITE, BLOCK, False,
+            )  # fmt: skip
     layer = ranges + 2 * tl.load(row + 4)
     tl.atomic_min(layer, tl.min(low), sem="relaxed")
     tl.atomic_max(layer + 1, tl.max(high), sem="relaxed")
@@ -62,7 +72,7 @@ def importance_kernel(
 
 @triton.jit
 def _advance_tile(
-    row, beta, one_minus_beta, start, first, left, bad, low, high,
+    row, beta, one_minus_beta, grad_factor, start, first, left, bad, low, high,
     KEEP_FINITE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Advance the tile at entry `first` of the piece; return the counts and bounds with it, entry by entry."""
@@ -71,6 +81,8 @@ def _advance_tile(
     importance = read(importance_at, at, left, FULL)
     if tl.load(row + 2) != 0:
         grad = read_as_float32(row + 2, tl.load(row + 3), start, at, left, FULL)
+        if grad_factor is not None:
+            grad *= tl.load(grad_factor)
         importance = advanced_importance(importance, grad, beta, one_minus_beta, KEEP_FINITE)
         bad += tl.where(is_finite(grad * grad), 0, 1)
         write(importance_at, at, importance, left, FULL)
@@ -110,7 +122,7 @@ def _add_tile(row, start, first, left, BLOCK: tl.constexpr, FULL: tl.constexpr):
 
 
 _TABLES = {"rows": "*i64", "pieces": "*i64"}
-_IMPORTANCE = {**_TABLES, "betas": "*fp32", "ranges": "*i32", "nonfinite": "*i64"}
+_IMPORTANCE = {**_TABLES, "betas": "*fp32", "ranges": "*i32", "nonfinite": "*i64", "grad_factor": None}
 VARIANTS = (
     # all three dtypes of a gradient are in the code: 128 bits of float32, 64 of the others
     Variant("importance", importance_kernel, {**_IMPORTANCE, "KEEP_FINITE": True}, 12, 35, {128: 2}, {128: 1}),
@@ -127,6 +139,8 @@ def importance_(
     betas: Tensor,
     layers: Sequence[int],
     keep_finite: bool,
+    grad_factor: Tensor | None,
+    due: Tensor | None,
 ) -> None:
     """Advance where there is a gradient, extend the ranges; contract: `epi_kernels.ops.importance_`."""
     flat = Flat(written=[importances], read=[grads])
@@ -139,11 +153,12 @@ def importance_(
         importance_kernel,
         table.pieces.numel(),
         ranges.device,
-        table.rows(),
+        table.rows(due),
         table.pieces,
         on_device(betas.float(), ranges.device),
         ranges.view(torch.int32),
         nonfinite,
+        grad_factor,
         keep_finite,
         tiles.BLOCK,
         tiles.TILES,

@@ -22,6 +22,7 @@ class Sweep(TableSweep):
         scalars: Tensor,
         nonfinite: Tensor,
         advanced: bool,
+        refreshed: Tensor | None,
         grad_factor: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
@@ -33,6 +34,7 @@ class Sweep(TableSweep):
             self._table.pieces.numel(),
             scalars.data_ptr(),
             nonfinite.data_ptr(),
+            None if refreshed is None else refreshed.data_ptr(),
             None if grad_factor is None else grad_factor.data_ptr(),
             None if found_inf is None else found_inf.data_ptr(),
             native.DTYPES[self._param_dtype],

@@ -41,7 +41,7 @@ class Sweep:
         nonfinite: Tensor,
         scalars: Tensor,
         rows: Sequence[int],
-        advanced: bool,
+        advanced: bool | Tensor,
         grad_factor: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
@@ -55,6 +55,6 @@ class Sweep:
             values[:, 0] *= grad_factor.item()  # the sign of the gradient, which multiplies it wherever it is used
         self._table["scalars"] = values[rows]
         self._table["nonfinite"] = 0
-        native.call("epi_masked_adamw", self._table, advanced)
+        native.call("epi_masked_adamw", self._table, bool(advanced))
         nonfinite += torch.from_numpy(self._table["nonfinite"].copy())
         self._flat.write_back()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from epi_kernels import lock
 from epi_kernels.contract import Scalars, arithmetic_dtype
-from epi_kernels.ops.equations import advanced_importance, first_moment, moved, second_moment
+from epi_kernels.ops.equations import advanced_importance, first_moment, moved, multiplied, second_moment
 
 
 class Sweep:
@@ -33,7 +33,7 @@ class Sweep:
         nonfinite: Tensor,
         scalars: Tensor,
         rows: Sequence[int],
-        advanced: bool,
+        advanced: bool | Tensor,
         grad_factor: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
@@ -42,9 +42,7 @@ class Sweep:
             return
         numbers = [Scalars(*row) for row in scalars.tolist()]
         for i, (grad, row) in enumerate(zip(grads, rows, strict=True)):
-            if grad_factor is not None:
-                grad = grad.to(arithmetic_dtype(grad.dtype)) * grad_factor
-            nonfinite[i] += _step(grad, numbers[row], advanced, *self._tensors[i])
+            nonfinite[i] += _step(multiplied(grad, grad_factor), numbers[row], bool(advanced), *self._tensors[i])
 
 
 def _step(

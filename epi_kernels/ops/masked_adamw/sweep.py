@@ -45,7 +45,7 @@ class TableSweep:
         nonfinite: Tensor,
         scalars: Tensor,
         rows: Sequence[int],
-        advanced: bool,
+        advanced: bool | Tensor,
         grad_factor: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
@@ -54,7 +54,9 @@ class TableSweep:
         self._table.point("grad", flat)
         self._table.set("scalars", rows)
         if self._table.pieces.numel():
-            self._launch(on_device(scalars.float(), self._device), nonfinite, advanced, grad_factor, found_inf)
+            there = scalars if scalars.device == self._device else on_device(scalars.float(), self._device)
+            known, flag = (advanced, None) if isinstance(advanced, bool) else (False, advanced)
+            self._launch(there.float(), nonfinite, known, flag, grad_factor, found_inf)
         self._flat.write_back()
 
     def _piece(self) -> int:
@@ -66,8 +68,12 @@ class TableSweep:
         scalars: Tensor,
         nonfinite: Tensor,
         advanced: bool,
+        refreshed: Tensor | None,
         grad_factor: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        """Launch the kernel over `_table`; scalars are float32 on the device."""
+        """Launch the kernel over `_table`; scalars are float32 on the device.
+
+        `refreshed`, one value on the device, stands for `advanced` where it is not 0.
+        """
         raise NotImplementedError

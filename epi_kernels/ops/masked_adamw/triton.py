@@ -35,6 +35,7 @@ def masked_adamw_kernel(
     pieces,
     scalars,
     nonfinite,
+    refreshed,
     grad_factor,
     found_inf,
     PARAM: tl.constexpr,
@@ -48,7 +49,7 @@ def masked_adamw_kernel(
     """Step one piece of one tensor.
 
     rows: int64 [tensors, FIELDS]. scalars: float32 [.., 11], contract.Scalars. nonfinite: int64 [tensors].
-    grad_factor, found_inf: float32, or None.
+    refreshed, grad_factor, found_inf: float32, or None. Where refreshed is not 0 it stands for ADVANCED.
     """
     tensor, start = located(pieces, BLOCK * TILES)
     row = rows + tensor * _WIDTH
@@ -61,13 +62,13 @@ def masked_adamw_kernel(
     if full:
         for tile in range(tiles):
             bad += _step_tile(
-                row, scalars, grad_factor, start, tile * BLOCK, left,
+                row, scalars, refreshed, grad_factor, start, tile * BLOCK, left,
                 PARAM, GRAD, LOCK_IN, AMSGRAD, ADVANCED, BLOCK, True,
             )  # fmt: skip
     else:
         for tile in range(tiles):
             bad += _step_tile(
-                row, scalars, grad_factor, start, tile * BLOCK, left,
+                row, scalars, refreshed, grad_factor, start, tile * BLOCK, left,
                 PARAM, GRAD, LOCK_IN, AMSGRAD, ADVANCED, BLOCK, False,
             )  # fmt: skip
     if (LOCK_IN == IMPORTANCE or LOCK_IN == EXP_AVG_SQ) and not ADVANCED:
@@ -80,6 +81,7 @@ def masked_adamw_kernel(
 def _step_tile(
     row,
     scalars,
+    refreshed,
     grad_factor,
     start,
     first,
@@ -127,7 +129,10 @@ def _step_tile(
     grad *= factor
     bad = tl.zeros([BLOCK], tl.int32)
     if (LOCK_IN == IMPORTANCE or LOCK_IN == EXP_AVG_SQ) and not ADVANCED:
-        bad += tl.where(lockable & (is_finite(grad * grad) == 0), 1, 0)
+        counted = lockable
+        if refreshed is not None:
+            counted = lockable & (tl.load(refreshed) == 0)
+        bad += tl.where(counted & (is_finite(grad * grad) == 0), 1, 0)
 
     m = first_moment(m, grad, tl.load(s + 3))
     write(exp_avg_at, at, m, left, FULL)
@@ -136,7 +141,10 @@ def _step_tile(
     plain = second_moment(magnitude(v), grad, beta2, one_minus_beta2)
     if LOCK_IN == EXP_AVG_SQ:
         if not ADVANCED:
-            v = advanced_importance(v, grad, beta2, one_minus_beta2, False)
+            after = advanced_importance(v, grad, beta2, one_minus_beta2, False)
+            if refreshed is not None:
+                after = tl.where(tl.load(refreshed) == 0, after, v)
+            v = after
         v = tl.where(lockable, v, plain)
         locked = lockable & is_locked(v)
     else:
@@ -146,7 +154,10 @@ def _step_tile(
     if LOCK_IN == IMPORTANCE:
         locked = is_locked(importance)
         if not ADVANCED:
-            importance = advanced_importance(importance, grad, tl.load(s + 9), tl.load(s + 10), True)
+            after = advanced_importance(importance, grad, tl.load(s + 9), tl.load(s + 10), True)
+            if refreshed is not None:
+                after = tl.where(tl.load(refreshed) == 0, after, importance)
+            importance = after
             if lockable:
                 write(importance_at, at, importance, left, FULL)
 
@@ -190,6 +201,7 @@ def _variant(
         "pieces": "*i64",
         "scalars": "*fp32",
         "nonfinite": "*i64",
+        "refreshed": None,
         "grad_factor": None,
         "found_inf": None,
         "PARAM": param,
@@ -215,6 +227,7 @@ VARIANTS = (
         grad_factor="*fp32",
         found_inf="*fp32",
     ),
+    _variant("EPI in a graph, float32", tl.float32, tl.float32, "importance", 97, refreshed="*fp32"),
     _variant("EPI, float32, AMSGrad", tl.float32, tl.float32, "importance", 99, amsgrad=True),
     _variant("EPI, bfloat16", tl.bfloat16, tl.bfloat16, "importance", 101),
     _variant("EPI, bfloat16 with float32 gradients", tl.bfloat16, tl.float32, "importance", 99),
@@ -236,6 +249,7 @@ class Sweep(TableSweep):
         scalars: Tensor,
         nonfinite: Tensor,
         advanced: bool,
+        refreshed: Tensor | None,
         grad_factor: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
@@ -247,6 +261,7 @@ class Sweep(TableSweep):
             self._table.pieces,
             scalars,
             nonfinite,
+            refreshed,
             grad_factor,
             found_inf,
             tiles.DTYPES[self._param_dtype],

@@ -24,6 +24,7 @@ def score_histogram(
     selection: Tensor,
     shift: int,
     bins: int,
+    due: Tensor | None,
 ) -> Tensor:
     """Count the scores of each budget by one digit of their bits; contract: `epi_kernels.ops.score_histogram`."""
     flat = Flat(written=[], read=[importances])
@@ -32,7 +33,7 @@ def score_histogram(
     cuda.call(
         "epi_cuda_score_histogram",
         selection.device,
-        table.rows().data_ptr(),
+        table.rows(due).data_ptr(),
         table.pieces.data_ptr(),
         table.pieces.numel(),
         None if ranges is None else ranges.data_ptr(),
@@ -57,7 +58,7 @@ def obstacle() -> str:
         counted = keys[keys >> shift >> (bins.bit_length() - 1) == prefix]
         expected = torch.bincount((counted >> shift) % bins, minlength=bins)
         selection = torch.tensor([[prefix, 1]], device="cuda")
-        found = score_histogram([values.cuda()], [0], layer_range.cuda(), [0], selection, shift, bins)
+        found = score_histogram([values.cuda()], [0], layer_range.cuda(), [0], selection, shift, bins, None)
         if not torch.equal(found[0, 0].cpu(), expected):
             return "on this GPU its counts differ from the reference's; please report it"
     return ""

@@ -20,11 +20,14 @@ def score_histogram(
     selection: Tensor,
     shift: int,
     bins: int,
+    due: Tensor | None,
 ) -> Tensor:
     """Count the scores of each budget by one digit of their bits; contract: `epi_kernels.ops.score_histogram`."""
+    counts = torch.zeros(1, len(selection), bins, dtype=torch.int64)
+    if due is not None and not due:
+        return counts
     flat = Flat(written=[], read=[importances])
     table = _table(flat.read[0], layers, ranges, budgets)
-    counts = torch.zeros(1, len(selection), bins, dtype=torch.int64)
     prefixes = selection[:, 0].contiguous()
     digit_bits = bins.bit_length() - 1
     native.call("epi_score_histogram", table, prefixes.data_ptr(), shift, digit_bits, counts.data_ptr())
@@ -45,8 +48,11 @@ def lock_(
     ranges: Tensor | None,
     budgets: Sequence[int],
     thresholds: Tensor,
+    due: Tensor | None,
 ) -> Tensor:
     """Lock every entry whose score reaches its budget's threshold; contract: `epi_kernels.ops.lock_`."""
+    if due is not None and not due:
+        return torch.zeros(len(importances), 3, dtype=torch.int64)
     flat = Flat(written=[importances])
     table = _table(flat.written[0], layers, ranges, budgets)
     thresholds = thresholds.contiguous()

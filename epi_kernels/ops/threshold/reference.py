@@ -20,9 +20,12 @@ def score_histogram(
     selection: Tensor,
     shift: int,
     bins: int,
+    due: Tensor | None,
 ) -> Tensor:
     """Count the scores of each budget by one digit of their bits; contract: `epi_kernels.ops.score_histogram`."""
     counts = torch.zeros(1, len(selection), bins, dtype=torch.int64, device=selection.device)
+    if due is not None and not due:
+        return counts
     for importance, layer, budget in zip(importances, layers, budgets, strict=True):
         layer_range = None if ranges is None else ranges[layer]
         for piece in _pieces(importance):
@@ -45,9 +48,12 @@ def lock_(
     ranges: Tensor | None,
     budgets: Sequence[int],
     thresholds: Tensor,
+    due: Tensor | None,
 ) -> Tensor:
     """Lock every entry whose score reaches its budget's threshold; contract: `epi_kernels.ops.lock_`."""
     counts = torch.zeros(len(importances), 3, dtype=torch.int64, device=thresholds.device)
+    if due is not None and not due:
+        return counts
     for i, (importance, layer, budget) in enumerate(zip(importances, layers, budgets, strict=True)):
         layer_range = None if ranges is None else ranges[layer]
         for piece in _pieces(importance):

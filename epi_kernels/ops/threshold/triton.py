@@ -193,6 +193,7 @@ def score_histogram(
     selection: Tensor,
     shift: int,
     bins: int,
+    due: Tensor | None,
 ) -> Tensor:
     """Count the scores of each budget by one digit of their bits; contract: `epi_kernels.ops.score_histogram`."""
     flat = Flat(written=[], read=[importances])
@@ -204,7 +205,7 @@ def score_histogram(
         score_histogram_kernel,
         table.pieces.numel(),
         selection.device,
-        table.rows(),
+        table.rows(due),
         table.pieces,
         ranges,
         selection,
@@ -233,6 +234,7 @@ def lock_(
     ranges: Tensor | None,
     budgets: Sequence[int],
     thresholds: Tensor,
+    due: Tensor | None,
 ) -> Tensor:
     """Lock every entry whose score reaches its budget's threshold; contract: `epi_kernels.ops.lock_`."""
     flat = Flat(written=[importances])
@@ -242,7 +244,7 @@ def lock_(
         lock_kernel,
         table.pieces.numel(),
         thresholds.device,
-        table.rows(),
+        table.rows(due),
         table.pieces,
         ranges,
         thresholds,
