@@ -49,8 +49,8 @@ class Scalars(NamedTuple):
 
         Args:
             group: lr, betas, eps, weight_decay and maximize as torch.optim.AdamW keeps them; importance_beta if any.
-            step: the parameter's own clock, after this step was counted. A float; or a float64 tensor of several clocks,
-                for which the numbers of the group may be tensors too: what depends on either is then a tensor.
+            step: the parameter's own clock, after this step was counted. A float; or float64 clocks in a
+                tensor, for which the numbers of the group may be tensors too: what depends on either is then a tensor.
         """
         lr, eps, weight_decay = group["lr"], group["eps"], group["weight_decay"]
         beta1, beta2 = group["betas"]

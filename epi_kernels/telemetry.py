@@ -1,8 +1,9 @@
 """What a refresh did: kept as it came from the device, turned into plain numbers when somebody reads it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -20,7 +21,7 @@ class Budget:
 class Record:
     """One refresh. Tensors stay on their device until `as_dict`."""
 
-    step: int
+    step: int | Tensor
     layers: list[str]
     layer_eligible: list[int]
     budgets: list[Budget]
@@ -29,7 +30,25 @@ class Record:
     ranges: Tensor  # [layers, 2]: minimum and maximum importance
     thresholds: Tensor  # [budgets]
     counts: Tensor  # [tensors, 3]: protected, newly locked, released
-    nonfinite: list[Tensor]  # copies on the CPU of all counters
+    nonfinite: list[Tensor]  # all counters, or copies of them on the CPU
+
+    def kept_where(self, due: Tensor, before: "Record | None") -> "Record":
+        """Return this record where `due` is not 0, and the one `before` it elsewhere; its tensors are then written.
+
+        Without one before, and `due` 0, the step is 0: there was no refresh.
+        """
+        fits = before is not None and (before.layers, before.budgets, before.layer_of) == (
+            self.layers,
+            self.budgets,
+            self.layer_of,
+        )
+        assert isinstance(self.step, Tensor)
+        if before is None or not fits:
+            return replace(self, step=self.step * (due != 0))
+        for name in ("step", "ranges", "thresholds", "counts"):
+            mine, theirs = getattr(self, name), getattr(before, name)
+            theirs.copy_(torch.where(due.to(mine.device) != 0, mine, theirs))
+        return before
 
     def as_dict(self) -> dict[str, Any]:
         """Return the record as `EPIAdamW.telemetry` documents it."""
@@ -40,7 +59,7 @@ class Record:
             per_budget[budget] += row[0]
         eligible, protected = sum(self.layer_eligible), sum(per_budget)
         return {
-            "step": self.step,
+            "step": int(self.step),
             "protected_share": protected / eligible if eligible else 0.0,
             "eligible": eligible,
             "budget": sum(budget.rank for budget in self.budgets),

@@ -213,7 +213,9 @@ def test_empty_lists(backend: str) -> None:
     ranges = torch.tensor([[math.inf, -math.inf]] * 2)
     ops.importance_(none, none, ranges, counts, torch.empty(0, 2, dtype=torch.float64), [], True, None, None, backend)
     assert ranges.tolist() == [[math.inf, -math.inf]] * 2
-    assert not ops.score_histogram(none, [], None, [], torch.zeros(2, 2, dtype=torch.int64), 19, 4096, None, backend).any()
+    assert not ops.score_histogram(
+        none, [], None, [], torch.zeros(2, 2, dtype=torch.int64), 19, 4096, None, backend
+    ).any()
     assert ops.lock_(none, [], None, [], torch.zeros(2), None, backend).shape == (0, 3)
 
 

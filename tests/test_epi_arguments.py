@@ -52,8 +52,6 @@ def test_every_argument_of_ours_is_checked_by_name_and_value(argument: str, valu
         ("master_weights", "split"),
         ("state_dtype", torch.bfloat16),
         ("process_group", object()),
-        ("capturable", True),
-        ("differentiable", True),
     ],
 )
 def test_what_this_version_lacks_is_named(argument: str, value: Any) -> None:
@@ -80,8 +78,16 @@ def test_a_group_is_checked_and_a_bad_one_is_not_added() -> None:
         optimizer.add_param_group({"params": named("b"), "isolation_ratio": 2})
     with pytest.raises(ValueError, match="mask_interval=7 in a parameter group; the optimizer has 500"):
         optimizer.add_param_group({"params": named("b"), "mask_interval": 7})
-    with pytest.raises(NotImplementedError, match="b is torch.complex64"):
-        optimizer.add_param_group({"params": [("b", Parameter(torch.ones(2, dtype=torch.complex64)))]})
+    with pytest.raises(NotImplementedError, match="b is torch.int64"):
+        optimizer.add_param_group({"params": [("b", torch.ones(2, dtype=torch.int64))]})
+    for argument, value, text in (
+        ("lr", -5.0, "Invalid learning rate: -5.0"),
+        ("eps", -1.0, "Invalid epsilon value: -1.0"),
+        ("betas", (0.9, 1.0), "Invalid beta parameter at index 1: 1.0"),
+        ("weight_decay", -1.0, "Invalid weight_decay value: -1.0"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            optimizer.add_param_group({"params": named("b"), argument: value})
     assert len(optimizer.param_groups) == 1
 
 

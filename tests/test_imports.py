@@ -39,13 +39,21 @@ TIERS = [
     ("epi_kernels.ops.threshold.rows", 1),
     ("epi_kernels.ops.", 2),  # ops/<stem>/<backend>
     ("epi_kernels.ops", 4),
-    ("epi_kernels.optim.refresh", 5),
+    ("epi_kernels.optim.groups", 0),
+    ("epi_kernels.optim.compiled", 0),
+    ("epi_kernels.optim.checkpoint", 1),
+    ("epi_kernels.optim.clocks", 1),
+    ("epi_kernels.optim.differentiable", 1),
+    ("epi_kernels.optim.scaling", 1),
+    ("epi_kernels.optim.complex", 5),
     ("epi_kernels.optim.nonfinite", 4),
-    ("epi_kernels.optim.base", 5),
-    ("epi_kernels.optim.", 6),
-    ("epi_kernels.optim", 7),
-    ("epi_kernels", 8),
-    ("epi_kernels.__main__", 9),
+    ("epi_kernels.optim.refresh", 5),
+    ("epi_kernels.optim.isolation", 6),
+    ("epi_kernels.optim.base", 6),
+    ("epi_kernels.optim.", 7),
+    ("epi_kernels.optim", 8),
+    ("epi_kernels", 9),
+    ("epi_kernels.__main__", 10),
 ]
 
 

@@ -61,7 +61,7 @@ class Table:
     def rows(self, due: Tensor | None = None) -> Tensor:
         """Return the rows on the device, int64 [tensors, fields]; sent there if anything has changed since.
 
-        Where `due`, float32 of one value on the device, is 0, every tensor has size 0: a launch then finds nothing to do.
+        Where `due`, float32 of one value on the device, is 0, every tensor has size 0: a launch finds nothing to do.
         """
         if self._there is None:
             if "aligned" in self._columns:

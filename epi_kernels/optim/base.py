@@ -6,22 +6,43 @@ dtypes. Subclasses say where the locks are.
 """
 
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _device_dtype_check_for_fused, _get_capturable_supported_devices
 
 from epi_kernels import dispatch
-from epi_kernels.contract import FLOATING, Scalars, arithmetic_dtype, check_lists
+from epi_kernels.contract import FLOATING, arithmetic_dtype, check_lists
 from epi_kernels.ops import Sweep
+from epi_kernels.ops.table import Uploads
+from epi_kernels.optim import compiled, differentiable
+from epi_kernels.optim.checkpoint import STATE_DTYPES, check_state, pairs_of, taken
+from epi_kernels.optim.clocks import DeviceClocks, HostClocks
+from epi_kernels.optim.complex import PairLocks, as_real
+from epi_kernels.optim.groups import Named
 from epi_kernels.optim.nonfinite import NonfiniteCounts
+from epi_kernels.optim.scaling import UNSCALED, Scaling, scaling_of
 
 # where the lock bit is -> the state that holds it, for locks that have one of their own
 LOCK_STATE = {"importance": "importance", "static": "frozen"}
 
+COMPLEX = (torch.complex64, torch.complex128)
+
+# torch's complaint about a capture that its own flags do not allow; the first name is that of torch >= 2.9
+_HEALTH_CHECK = next(
+    name
+    for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
+    if hasattr(torch.optim.Optimizer, name)
+)
+
 _NOTHING: dict[str, Tensor] = {}
+
+# (group, its parameters that take part)
+_Members = Iterable[tuple[dict[str, Any], Sequence[Tensor]]]
 
 
 @dataclass(slots=True)
@@ -32,19 +53,37 @@ class _Bundle:
     groups: list[int]  # of each, its position in param_groups
     sweep: Sweep
     counter: Tensor
+    pairs: PairLocks | None  # of complex parameters
+
+    def grads(self) -> list[Tensor]:
+        """Return the gradients as the sweep takes them."""
+        if self.pairs is None:
+            return [param.grad for param in self.params]  # type: ignore[misc]
+        return [as_real(param.grad) for param in self.params]  # type: ignore[arg-type]
 
 
-class LockedAdamW(torch.optim.AdamW):
+@dataclass
+class Prepared:
+    """What a step of some parameters needs that does not change from step to step, and what it was made from."""
+
+    seen: list[object] | None = None
+    bundles: list[_Bundle] = field(default_factory=list)
+    params: list[Tensor] = field(default_factory=list)  # of the bundles
+    clocks: HostClocks | DeviceClocks = field(default_factory=lambda: HostClocks([], []))
+
+
+class LockedAdamW(Named, torch.optim.AdamW):
     """torch.optim.AdamW with entries that can be locked, on the operations of this package.
 
     Not used itself: `EPIAdamW` and `MaskedAdamW` are. Arguments up to `fused` are torch's, with torch's errors.
     Arithmetic and state are float32 for float32, bfloat16 and float16 parameters, and float64 for float64.
     """
 
-    # what the last step has seen, and what it prepared for it; the clocks of all bundles, one after the other
-    _seen: list[object] | None
-    _bundles: list[_Bundle]
-    _clocks: Tensor
+    # settings of ours that are one for all groups: they stand in every group, so that a checkpoint holds them
+    _SHARED: tuple[str, ...] = ("clip_grad_norm",)
+
+    # keys of a parameter's state that a checkpoint may hold
+    _STATE: tuple[str, ...] = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
     def __init__(
         self,
@@ -60,14 +99,16 @@ class LockedAdamW(torch.optim.AdamW):
         capturable: bool,
         differentiable: bool,
         fused: bool | None,
+        clip_grad_norm: float | None,
         backend: str,
         settings: dict[str, Any],
     ) -> None:
         """Check every argument, then build torch's optimizer; `settings` are a subclass's defaults of its groups."""
         dispatch.check(backend)
-        require_default(capturable=(capturable, False), differentiable=(differentiable, False))
+        if clip_grad_norm is not None and not clip_grad_norm > 0.0:
+            raise ValueError(f"Invalid clip_grad_norm: {clip_grad_norm!r}; a norm > 0, or None for no clipping")
         self._backend = backend
-        self._settings = settings
+        self._settings = {"clip_grad_norm": clip_grad_norm, **settings}
         self._nonfinite = NonfiniteCounts()
         self._forget()
         super().__init__(
@@ -83,8 +124,7 @@ class LockedAdamW(torch.optim.AdamW):
             differentiable=differentiable,
             fused=fused,
         )
-        # a scaler then unscales and skips by itself; nothing of ours reads its found_inf
-        self._step_supports_amp_scaling = False
+        self._settle()
 
     # What a subclass says -------------------------------------------------------------------------------------------
 
@@ -100,18 +140,22 @@ class LockedAdamW(torch.optim.AdamW):
         """Return the settings of a group on which `_lock_in` depends."""
         return ()
 
-    def _before_update(self, clock: int) -> bool:
-        """Do what comes before the update of a step, all clocks counted and `clock` the largest.
+    def isolation_mask(self, param: Tensor) -> Tensor:
+        """Return which entries of `param` cannot move: a new bool tensor of its shape, True = locked."""
+        raise NotImplementedError
 
-        Return whether it has advanced the importance of the parameters that can be locked and require a gradient.
+    def _before_update(
+        self, clocks: HostClocks | DeviceClocks, params: Sequence[Tensor], scaling: Scaling
+    ) -> bool | Tensor:
+        """Do what comes before the update of a step of `params`, their clocks counted.
+
+        Return whether it has advanced the importance of those that can be locked and require a gradient; where the
+        device alone knows, as float32 of one value.
         """
         return False
 
     # The step --------------------------------------------------------------------------------------------------------
 
-    # torch.compile(optimizer.step) runs it as it is: addresses mean nothing to a tracer. torch.optim's own decorator;
-    # the public torch.compiler.disable imports the compiler, which takes seconds
-    @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step: `torch.optim.AdamW.step`, except that locked entries keep their bits.
@@ -120,40 +164,125 @@ class LockedAdamW(torch.optim.AdamW):
             closure: evaluated first, with gradients enabled; its value is returned.
 
         Raises:
-            RuntimeError: a gradient is sparse.
+            RuntimeError: a gradient is sparse; or a graph is being captured, and the step cannot be part of it.
             ValueError: a gradient does not fit its parameter.
 
         Either is raised before anything has changed.
         """
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            getattr(self, _HEALTH_CHECK)()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-
-        seen = self._look()
-        if seen != self._seen:
-            self._prepare()
-            self._seen = self._look()
-        if not self._bundles:
-            return loss
-        clocks = self._clocks.add_(1).tolist()
-        advanced = self._before_update(int(max(clocks)))
-        first = 0
-        for bundle in self._bundles:
-            keys = list(zip(bundle.groups, clocks[first:], strict=False))
-            first += len(keys)
-            row_of = {key: row for row, key in enumerate(dict.fromkeys(keys))}
-            bundle.sweep.step_(
-                [param.grad for param in bundle.params],  # type: ignore[misc]
-                bundle.counter,
-                torch.tensor([Scalars.of(self.param_groups[i], clock) for i, clock in row_of], dtype=torch.float64),
-                list(map(row_of.__getitem__, keys)),
-                advanced=advanced and bundle.params[0].requires_grad,
-            )
-        self._nonfinite.warn(self._name)
+        if compiling:
+            params = [param for group in self._groups for param in group["params"]]
+            compiled.step_(params, [param.grad for param in params], self._number)
+        else:
+            self.run_step()
         return loss
 
-    def _look(self) -> list[object]:
+    def step_tensors(self) -> list[Tensor]:
+        """Return every parameter; of `epi_kernels.optim.compiled`."""
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def run_step(self) -> None:
+        """Take a step by the parameters' gradients, as `step` does once it has them."""
+        if self.defaults["differentiable"]:
+            self._differentiable_step()
+            return
+        capturing = self._capturing()
+        prepared = self._prepared
+        self._bring_up_to_date(prepared, ((group, group["params"]) for group in self.param_groups), capturing)
+        if prepared.bundles:
+            with self._keeping_uploads(prepared, capturing):
+                scaling = self._scaling(prepared)
+                if prepared.clocks.count(scaling.found_inf):
+                    self._update(prepared, self._before_update(prepared.clocks, prepared.params, scaling), scaling)
+            self._nonfinite.warn(self._name)
+
+    def _scaling(self, prepared: Prepared) -> Scaling:
+        """Return what a scaler and clipping do to the gradients of this step."""
+        clip_grad_norm = self.param_groups[0]["clip_grad_norm"]
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if clip_grad_norm is None and grad_scale is None and found_inf is None:
+            return UNSCALED
+        grads = [grad for bundle in prepared.bundles for grad in bundle.grads()]
+        return scaling_of(grads, clip_grad_norm, grad_scale, found_inf)
+
+    def _update(self, prepared: Prepared, advanced: bool | Tensor, scaling: Scaling) -> None:
+        """Update the parameters, their clocks counted, and their importance unless it has `advanced` already."""
+        for number, bundle in enumerate(prepared.bundles):
+            scalars, rows = prepared.clocks.scalars(number, bundle.groups, self.param_groups)
+            device = bundle.params[0].device
+            # a refresh advances those alone that can be locked
+            so_far = advanced if bundle.params[0].requires_grad else False
+            if isinstance(so_far, Tensor):
+                so_far = so_far.to(device)
+            grads, factor = bundle.grads(), scaling.factor.get(device)
+            if bundle.pairs is not None:
+                if not so_far:
+                    betas = [self.param_groups[i].get("importance_beta", 0.0) for i in bundle.groups]
+                    complex_grads = [param.grad for param in bundle.params]
+                    bundle.pairs.advance_(complex_grads, bundle.counter, betas, factor, self._backend)  # type: ignore[arg-type]
+                bundle.pairs.repeat_()
+            bundle.sweep.step_(
+                grads,
+                bundle.counter,
+                scalars,
+                rows,
+                advanced=so_far,
+                grad_factor=factor,
+                found_inf=scaling.found_inf.get(device),
+            )
+
+    def _differentiable_step(self) -> None:
+        """Take a step that autograd can go back through: torch's own arithmetic, and the locks put over it."""
+        members = {param: group for group in self.param_groups for param in group["params"] if param.grad is not None}
+        for param, group in members.items():
+            differentiable.check(self._name(param), param, self._lock_in(param, group))
+            self._ensure_state(param, group)
+        clocks = HostClocks(
+            [[self.state[param]["step"].detach().clone() for param in members]], self._sleeping(members)
+        )
+        if not members or not clocks.count({}):
+            return
+        grads = [param.grad.detach() for param in members]
+        scaling = scaling_of(list(map(as_real, grads)), self.param_groups[0]["clip_grad_norm"], None, None)
+        advanced = self._before_update(clocks, list(members), scaling)
+        for param, group in members.items():
+            if not (advanced and param.requires_grad) and self._lock_in(param, group) == "importance":
+                counter = self._nonfinite.counter([param])
+                pairs = PairLocks([self.state[param]["importance"]], advances=True)
+                factor = scaling.factor.get(param.device)
+                pairs.advance_([param.grad.detach()], counter, [group["importance_beta"]], factor, self._backend)
+            locked = None if self._lock_in(param, group) == "none" else self.isolation_mask(param)
+            with torch.enable_grad():
+                differentiable.step_(param, self.state[param], group, locked, scaling.factor.get(param.device))
+
+    # Preparation -----------------------------------------------------------------------------------------------------
+
+    def _bring_up_to_date(self, prepared: Prepared, members: _Members, capturing: bool) -> None:
+        """Prepare anew if anything has changed since the last step.
+
+        Raises:
+            RuntimeError: a gradient is sparse, or a graph is being captured.
+        """
+        members = list(members)
+        seen = self._look(members)
+        if seen == prepared.seen:
+            return
+        if capturing:
+            raise RuntimeError(
+                "step() is being captured, and it is not the step of before: its tensors are not prepared, or "
+                "other parameters have a gradient now, or a state was loaded. Take a step outside of the capture "
+                "first, with the same parameters having gradients"
+            )
+        self._prepare(prepared, members)
+        prepared.seen = self._look(members)
+
+    def _look(self, members: _Members) -> list[object]:
         """Return what decides whether the bundles of the last step still hold: settings, addresses and layouts.
 
         This is all that a step does for each tensor; the rest of it was prepared.
@@ -163,9 +292,9 @@ class LockedAdamW(torch.optim.AdamW):
         """
         seen: list[object] = []
         state = self.state
-        for group in self.param_groups:
-            seen.append((group["amsgrad"], *self._lock_settings(group)))
-            for param in group["params"]:
+        for group, params in members:
+            seen.append((group["amsgrad"], group["capturable"], group["fused"], *self._lock_settings(group)))
+            for param in params:
                 grad = param.grad
                 if grad is None:
                     seen.append(None)
@@ -187,46 +316,78 @@ class LockedAdamW(torch.optim.AdamW):
 
     def _forget(self) -> None:
         """Let the next step prepare anew."""
-        self._seen = None
-        self._bundles = []
-        self._clocks = torch.empty(0)
+        self._prepared = Prepared()
+        self._uploads = Uploads()
 
-    def _prepare(self) -> None:
+    def _prepare(self, prepared: Prepared, members: _Members) -> None:
         """Check the parameters that have a gradient, create what state they lack, and bundle them into launches."""
-        self._forget()
-        members: dict[Tensor, int] = {}
-        for i, group in enumerate(self.param_groups):
-            for param in group["params"]:
+        prepared.seen, prepared.bundles = None, []
+        of_group: dict[Tensor, int] = {}
+        numbers = {id(group): i for i, group in enumerate(self.param_groups)}
+        for group, params in members:
+            for param in params:
                 if param.grad is not None:
-                    members.setdefault(param, i)
-        check_lists(params=list(members), grads=[param.grad for param in members])
+                    of_group.setdefault(param, numbers[id(group)])
+        check_lists(params=list(map(as_real, of_group)), grads=[as_real(param.grad) for param in of_group])  # type: ignore[arg-type]
+        for param, i in of_group.items():
+            self._check_layout(param, self.param_groups[i])
         bundles: defaultdict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
-        for param, i in members.items():
+        for param, i in of_group.items():
             self._ensure_state(param, self.param_groups[i])
             # what a refresh advances and what it does not cannot be in one launch
             key = (param.device, param.dtype, param.grad.dtype, param.requires_grad)  # type: ignore[union-attr]
             bundles[key].append(param)
-        self._gather_clocks([param for params in bundles.values() for param in params])
-        for params in bundles.values():
-            self._bundles.append(self._bundle(params, [members[param] for param in params]))
+        prepared.params = [param for bundle in bundles.values() for param in bundle]
+        self._gather_clocks(prepared, list(bundles.values()), of_group)
+        for bundle in bundles.values():
+            prepared.bundles.append(self._bundle(bundle, [of_group[param] for param in bundle]))
 
-    def _gather_clocks(self, params: list[Tensor]) -> None:
-        """Make every ``state["step"]`` an element of one vector: one addition then counts them all.
+    def _check_layout(self, param: Tensor, group: dict[str, Any]) -> None:
+        """Check what a step cannot do with a parameter.
 
-        291 tensors of their own took 0.8 ms to count, as long as the rest of the step's Python.
+        Raises:
+            RuntimeError: entries of the parameter share memory; `fused` is on and torch's kernels cannot take it.
+            AssertionError: `capturable` is on and it is on a device that has no graphs.
         """
-        steps = [self.state[param]["step"].cpu() for param in params]
-        if steps:
-            self._clocks = torch.stack([step.to(steps[0].dtype) for step in steps])
-            for param, step in zip(params, self._clocks, strict=True):
-                self.state[param]["step"] = step
+        if any(stride == 0 and size > 1 for size, stride in zip(param.shape, param.stride(), strict=True)):
+            raise RuntimeError(
+                f"{self._name(param)} is expanded: several of its entries are one place in memory, and a step would "
+                "write there several times; clone() it first"
+            )
+        if group["fused"]:
+            _device_dtype_check_for_fused(param)
+        if group["capturable"]:
+            supported = _get_capturable_supported_devices()
+            if param.device.type not in supported:
+                raise AssertionError(
+                    f"If capturable=True, params and state_steps must be on supported devices: {supported}."
+                )
+
+    def _gather_clocks(self, prepared: Prepared, bundles: list[list[Tensor]], members: dict[Tensor, int]) -> None:
+        """Make every ``state["step"]`` an element of the vectors of `prepared.clocks`."""
+        steps = [[self.state[param]["step"] for param in bundle] for bundle in bundles]
+        others = self._sleeping(members)
+        if any(self._clock_device(param, self.param_groups[i]) is not None for param, i in members.items()):
+            prepared.clocks = DeviceClocks(steps, others, [bundle[0].device for bundle in bundles])
+        else:
+            prepared.clocks = HostClocks(steps, others)
+        for param, step in zip(prepared.params, prepared.clocks.elements(), strict=True):
+            self.state[param]["step"] = step
+
+    def _sleeping(self, members: Iterable[Tensor]) -> list[Tensor]:
+        """Return the clocks of the parameters that do not take part in this step."""
+        awake = set(members)
+        return [state["step"] for param, state in self.state.items() if param not in awake and "step" in state]
+
+    def _clock_device(self, param: Tensor, group: dict[str, Any]) -> torch.device | None:
+        """Return the device on which the clock of `param` runs, or None: on the host."""
+        return param.device if group["capturable"] or (group["fused"] and param.device.type != "cpu") else None
 
     def _ensure_state(self, param: Tensor, group: dict[str, Any]) -> None:
         """Create what `param` lacks of torch's state and of ours."""
         state = self.state[param]
         if "step" not in state:
-            wide = torch.get_default_dtype() == torch.float64
-            state["step"] = torch.tensor(0.0, dtype=torch.float64 if wide else torch.float32)
+            state["step"] = self._clock(0.0, param, group)
             state["exp_avg"] = new_state(param, "exp_avg")
             state["exp_avg_sq"] = new_state(param, "exp_avg_sq")
         if group["amsgrad"] and "max_exp_avg_sq" not in state:
@@ -235,60 +396,77 @@ class LockedAdamW(torch.optim.AdamW):
         if lock_state is not None and lock_state not in state:
             state[lock_state] = self._new_lock(param)
 
+    def _clock(self, value: float | Tensor, param: Tensor, group: dict[str, Any]) -> Tensor:
+        """Return a ``state["step"]`` of `value`, where and in which dtype torch has it."""
+        device = self._clock_device(param, group)
+        if device is not None or group["fused"]:
+            dtype = torch.float32
+        else:
+            dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+        if isinstance(value, Tensor):
+            return value.to(device or value.device, torch.float32 if device else value.dtype)
+        return torch.tensor(value, dtype=dtype, device=device)
+
     def _bundle(self, params: list[Tensor], groups: list[int]) -> _Bundle:
         """Return the bundle of parameters of one device and pair of dtypes."""
         states = [self.state[param] for param in params]
         kinds = [self._lock_in(param, self.param_groups[i]) for param, i in zip(params, groups, strict=True)]
         # an optimizer locks in one way, or not at all
         lock_in = next((kind for kind in kinds if kind != "none"), "none")
+        locks = [
+            state[LOCK_STATE[kind]] if kind in LOCK_STATE else None for state, kind in zip(states, kinds, strict=True)
+        ]
+        pairs = None
+        if params[0].is_complex():
+            pairs = PairLocks(locks, advances=lock_in == "importance")
+            locks, lock_in = pairs.pairs, "none" if lock_in == "none" else "static"
         sweep = Sweep(
-            params,
-            [param.grad for param in params],  # type: ignore[misc]
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            list(map(as_real, params)),
+            [as_real(param.grad) for param in params],  # type: ignore[arg-type]
+            [as_real(state["exp_avg"]) for state in states],
+            [as_real(state["exp_avg_sq"]) for state in states],
             [
-                state["max_exp_avg_sq"] if self.param_groups[i]["amsgrad"] else None
+                as_real(state["max_exp_avg_sq"]) if self.param_groups[i]["amsgrad"] else None
                 for state, i in zip(states, groups, strict=True)
             ],
-            [
-                state[LOCK_STATE[kind]] if kind in LOCK_STATE else None
-                for state, kind in zip(states, kinds, strict=True)
-            ],
+            locks,
             lock_in,
             [kind != "none" for kind in kinds],
             self._backend,
         )
-        return _Bundle(params, groups, sweep, self._nonfinite.counter(params))
+        return _Bundle(params, groups, sweep, self._nonfinite.counter(params), pairs)
+
+    # Graphs ----------------------------------------------------------------------------------------------------------
+
+    def _capturing(self) -> bool:
+        """Return whether a CUDA graph is being captured.
+
+        Raises:
+            RuntimeError: it is, and a parameter that requires a gradient has none.
+        """
+        if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+            return False
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.requires_grad and param.grad is None:
+                    raise RuntimeError(
+                        f"step() is being captured, and {self._name(param)} has no gradient: replays would never move "
+                        "it. Capture a step in which every parameter has one, or let it require none"
+                    )
+        return True
+
+    def _keeping_uploads(self, prepared: Prepared, capturing: bool) -> AbstractContextManager[None]:
+        """Return a context in which what goes up to the device is kept for a graph, if this can be part of one."""
+        return self._uploads.step(capturing) if isinstance(prepared.clocks, DeviceClocks) else nullcontext()
 
     # Names, groups, state --------------------------------------------------------------------------------------------
 
-    def _position(self, param: Tensor) -> tuple[int, int]:
-        """Return (group, place in it) of a parameter.
-
-        Raises:
-            ValueError: `param` is not a parameter of this optimizer.
-        """
-        for i, group in enumerate(self.param_groups):
-            for j, other in enumerate(group["params"]):
-                if other is param:
-                    return i, j
-        raise ValueError(f"the tensor of shape {tuple(param.shape)} is not a parameter of this optimizer")
-
-    def _group_of(self, param: Tensor) -> dict[str, Any]:
-        """Return the group of a parameter, or raise as `_position` does."""
-        return self.param_groups[self._position(param)[0]]
-
-    def _name(self, param: Tensor) -> str:
-        """Return the parameter's name, or "<group>.<place>" where the optimizer was given none."""
-        i, j = self._position(param)
-        names = self.param_groups[i].get("param_names")
-        return str(names[j]) if names else f"{i}.{j}"
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group as torch does.
+        """Add a group as torch does; what it brings of its own is checked as the constructor's arguments are.
 
         Raises:
-            NotImplementedError: a parameter is complex, or a DTensor.
+            ValueError: a setting is out of its range, or differs where it is one for all groups.
+            NotImplementedError: a parameter is a DTensor, or of a dtype that is not taken.
             RuntimeError: the backend that was named cannot run on a parameter.
         """
         # torch's constructor calls this once for each group and knows nothing of the subclass's defaults
@@ -303,36 +481,87 @@ class LockedAdamW(torch.optim.AdamW):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Check a group that was just added; a subclass extends it."""
+        _check_torchs(group)
+        for key in self._SHARED:
+            if group[key] != self.defaults[key]:
+                raise ValueError(
+                    f"{key}={group[key]!r} in a parameter group; the optimizer has {self.defaults[key]!r}, "
+                    "and it is one for all groups"
+                )
         for param in group["params"]:
-            if param.dtype not in FLOATING:
+            if param.dtype not in (*FLOATING, *COMPLEX):
                 raise NotImplementedError(
-                    f"{self._name(param)} is {param.dtype}; this version takes {', '.join(map(str, FLOATING))}"
+                    f"{self._name(param)} is {param.dtype}; this version takes {', '.join(map(str, FLOATING))} and "
+                    f"{', '.join(map(str, COMPLEX))}"
                 )
             if type(param.data) is not Tensor:
                 raise NotImplementedError(
                     f"{self._name(param)} is a {type(param.data).__name__}; this version takes plain tensors only"
                 )
-            dispatch.explain(param.device, self._backend, param.dtype)  # raises where the backend cannot run
+            # raises where the backend cannot run
+            dispatch.explain(param.device, self._backend, as_real(param.detach()).dtype)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state as torch does, with the dtypes of this class: torch casts every state to its parameter's.
 
         What the state's groups lack of our settings (a plain torch.optim.AdamW state lacks all) stays as it is.
+
+        Raises:
+            ValueError: the state is of another optimizer, of other shapes, or incomplete; the message names the entry,
+                and the optimizer is as it was.
         """
-        groups = state_dict["param_groups"]
-        if len(groups) == len(self.param_groups):  # else torch says so
-            own = [{key: group[key] for key in self._settings} for group in self.param_groups]
-            merged = [{**ours, **theirs} for ours, theirs in zip(own, groups, strict=True)]
-            state_dict = {**state_dict, "param_groups": merged}
-        super().load_state_dict(state_dict)
-        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [param for group in self.param_groups for param in group["params"]]
-        for saved_id, param in zip(saved_ids, params, strict=True):
-            for key, value in state_dict["state"].get(saved_id, {}).items():
-                if key in _STATE_DTYPES:
-                    dtype = _STATE_DTYPES[key] or arithmetic_dtype(param.dtype)
-                    self.state[param][key] = value.to(device=param.device, dtype=dtype)
-        self._forget()
+        entries: dict[Tensor, dict[str, Any]] = {}
+        # a captured step has the addresses of its state; else the old one goes before the new one is made
+        captured = any(group["capturable"] for group in self.param_groups)
+        before = dict(self.state) if captured else {}
+
+        def check(_: Any, given: dict[str, Any]) -> dict[str, Any]:
+            check_state(given, self.param_groups, self._STATE)
+            groups = given["param_groups"]
+            if len(groups) == len(self.param_groups):  # else torch says so
+                own = [{key: group[key] for key in self._settings} for group in self.param_groups]
+                groups = [{**ours, **theirs} for ours, theirs in zip(own, groups, strict=True)]
+                self._check_loaded(groups)
+                if [len(g["params"]) for g in groups] == [len(g["params"]) for g in self.param_groups]:
+                    numbers = dict(pairs_of(groups, self.param_groups))
+                    entries.update({numbers[number]: entry for number, entry in given["state"].items()})
+            # the tensors are kept from torch, which would make a copy of them in the dtypes of the parameters
+            return {**given, "state": {}, "param_groups": groups}
+
+        def take(_: Any) -> None:
+            for param, entry in entries.items():
+                group = self._group_of(param)
+                state = taken(entry, param, before.get(param, {}))
+                if entry:
+                    state["step"] = self._clock(state["step"], param, group)
+                self.state[param] = state
+            self._settle()
+            self._after_load()
+
+        # the first after, and the last before, the hooks of the user
+        hooks = [
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(take, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _check_loaded(self, groups: list[dict[str, Any]]) -> None:
+        """Check the groups of a state to be loaded, completed with what it lacked; ValueError is for the caller."""
+
+    def _after_load(self) -> None:
+        """Do what a subclass does once a state is loaded."""
+
+    def _settle(self) -> None:
+        """Take over what the groups say now."""
+        # a scaler then leaves the gradients alone and the step reads its factor; else it unscales and skips by itself
+        self._step_supports_amp_scaling = any(group["fused"] for group in self.param_groups)
+        # the name under which a compiler follows the groups: of the other it believes that it is torch's optimizer's
+        self._groups = self.param_groups
+        self._number = compiled.register(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep: torch's part and our own attributes."""
@@ -342,24 +571,36 @@ class LockedAdamW(torch.optim.AdamW):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what `__getstate__` gave."""
         super().__setstate__(state)
+        for group in self.param_groups:
+            for key, value in self._settings.items():
+                group.setdefault(key, value)
         self._forget()
+        self._settle()
 
     # the attributes of ours that pickle and deepcopy keep
-    _KEPT: tuple[str, ...] = ("_backend", "_settings", "_nonfinite", "_step_supports_amp_scaling")
+    _KEPT: tuple[str, ...] = ("_backend", "_settings", "_nonfinite")
+
+
+def _check_torchs(group: dict[str, Any]) -> None:
+    """Check the settings of torch's that a group brings; torch itself checks them in the constructor alone.
+
+    Raises:
+        ValueError: with torch's text.
+    """
+    if not group["lr"] >= 0.0:
+        raise ValueError(f"Invalid learning rate: {group['lr']}")
+    if not group["eps"] >= 0.0:
+        raise ValueError(f"Invalid epsilon value: {group['eps']}")
+    for i, beta in enumerate(group["betas"]):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
+    if not group["weight_decay"] >= 0.0:
+        raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
 
 
 # entries from which on a state is staggered, and the entries (832 bytes) by which each follows the one before
 STAGGER_FROM = 1 << 14
 STAGGER = 208
-
-# state of ours and of torch that keeps its own dtype when loaded; None: that of the arithmetic
-_STATE_DTYPES: dict[str, torch.dtype | None] = {
-    "exp_avg": None,
-    "exp_avg_sq": None,
-    "max_exp_avg_sq": None,
-    "importance": torch.float32,
-    "frozen": torch.int8,
-}
 
 
 def new_state(param: Tensor, name: str) -> Tensor:
@@ -369,11 +610,11 @@ def new_state(param: Tensor, name: str) -> Tensor:
     the same one, and a sweep that goes through five of them in step finds their lines in the same sets of the cache:
     staggered, it took 2 to 5% less time. (Huge pages brought nothing beyond that.)
     """
-    dtype = _STATE_DTYPES[name] or arithmetic_dtype(param.dtype)
+    dtype = STATE_DTYPES[name] or arithmetic_dtype(param.dtype)
     if param.device.type != "cpu" or param.numel() < STAGGER_FROM:
         return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
     strides = torch.empty_like(param, device="meta", memory_format=torch.preserve_format).stride()
-    offset = STAGGER * (1 + list(_STATE_DTYPES).index(name))
+    offset = STAGGER * (1 + list(STATE_DTYPES).index(name))
     return torch.zeros(param.numel() + offset, dtype=dtype).as_strided(param.shape, strides, offset)
 
 

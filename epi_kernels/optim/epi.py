@@ -1,42 +1,20 @@
 """EPIAdamW: AdamW with evolving parameter isolation (EPI, arXiv 2604.14010, Alg. 1)."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from epi_kernels import contract, dispatch, lock
+from epi_kernels import dispatch, lock
 from epi_kernels.layers import Grouping, LayersArgument, check_saved
 from epi_kernels.optim.base import LockedAdamW, new_state, require_default
-from epi_kernels.optim.refresh import Candidate, refresh_
-from epi_kernels.telemetry import Budget, Record
-
-_CHOICES = {
-    "normalize": ("layer", "none"),
-    "scope": ("global", "layer"),
-    "threshold": ("exact", "histogram"),
-    "importance": ("ema", "exp_avg_sq"),
-}
-
-# settings of the whole optimizer: they stand in every group, so that a checkpoint holds them, and are equal in all
-_SHARED = ("mask_interval", "layers", "normalize", "scope", "threshold", "importance")
+from epi_kernels.optim.clocks import DeviceClocks, HostClocks
+from epi_kernels.optim.isolation import SHARED, Isolation, check_settings
+from epi_kernels.optim.scaling import Scaling
 
 
-@dataclass
-class _Plan:
-    """Who competes for protection in a refresh."""
-
-    layers: list[str]
-    layer_eligible: list[int]
-    budgets: list[Budget] = field(default_factory=list)
-    candidates: list[Candidate] = field(default_factory=list)
-    params: list[Tensor] = field(default_factory=list)  # of the candidates
-    untouched: list[int] = field(default_factory=list)
-
-
-class EPIAdamW(LockedAdamW):
+class EPIAdamW(Isolation, LockedAdamW):
     """AdamW that protects the most important entries, and chooses them again as training goes on.
 
     ::
@@ -115,6 +93,7 @@ class EPIAdamW(LockedAdamW):
         master_weights: str | None = None,
         state_dtype: torch.dtype | None = None,
         process_group: Any = None,
+        clip_grad_norm: float | None = None,
         backend: str = "auto",
     ) -> None:
         settings: dict[str, Any] = {
@@ -127,7 +106,7 @@ class EPIAdamW(LockedAdamW):
             "threshold": threshold,
             "importance": importance,
         }
-        _check_settings(settings)
+        check_settings(settings)
         if rounding not in ("nearest", "stochastic"):
             raise ValueError(f"Invalid rounding: {rounding!r}; choose one of ('nearest', 'stochastic')")
         require_default(
@@ -138,8 +117,7 @@ class EPIAdamW(LockedAdamW):
             process_group=(process_group, None),
         )
         self._grouping = Grouping(layers)
-        self._records: list[Record] = []
-        self._clock: int | None = None
+        self._records = []
         super().__init__(
             params,
             lr,
@@ -152,58 +130,10 @@ class EPIAdamW(LockedAdamW):
             capturable=capturable,
             differentiable=differentiable,
             fused=fused,
+            clip_grad_norm=clip_grad_norm,
             backend=backend,
             settings=settings,
         )
-
-    # Public ----------------------------------------------------------------------------------------------------------
-
-    def isolation_mask(self, param: Tensor) -> Tensor:
-        """Return which entries of `param` are protected: a new bool tensor of its shape, True = protected.
-
-        Raises:
-            ValueError: `param` is not a parameter of this optimizer.
-        """
-        signed = self._signed_importance(param, self._group_of(param))
-        return torch.zeros_like(param, dtype=torch.bool) if signed is None else lock.is_locked(signed)
-
-    def importance(self, param: Tensor) -> Tensor:
-        """Return the importance S of each entry of `param`: a new tensor of its shape, >= 0, in squared gradient units.
-
-        Raises:
-            ValueError: `param` is not a parameter of this optimizer.
-        """
-        signed = self._signed_importance(param, self._group_of(param))
-        return torch.zeros_like(param, dtype=torch.float32) if signed is None else lock.magnitude(signed)
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Choose the protected entries now, from the importance as it is; nothing else changes.
-
-        For task boundaries. With beta = 0.99 the importance remembers about 100 steps: what is protected is what the
-        task just trained uses.
-        """
-        self._refresh({})
-
-    def telemetry(self) -> list[dict[str, Any]]:
-        """Return what each refresh of this object did, oldest first; reading waits for the device, stepping does not.
-
-        A record is a dict of plain numbers and names:
-
-        - ``step``: the clock at the refresh; ``protected_share``: protected / eligible.
-        - ``eligible``, ``budget``, ``protected``: entries that compete, k, and entries protected; `protected` is below
-          `budget` only for want of scores above 0, and above it only by ties at the threshold.
-        - ``nonfinite``: NaN or infinite squared gradients so far, over all parameters.
-        - ``budgets``: for each, ``scope`` ("global" or the layer's name), ``isolation_ratio``, ``eligible``,
-          ``budget``, ``threshold`` (tau) and ``protected``.
-        - ``layers``: for each, ``layer``, ``eligible``, ``protected``, ``locked`` (newly), ``released``, and the range
-          of its importance, ``minimum`` and ``maximum``.
-        """
-        for device in {record.counts.device for record in self._records}:
-            if device.type != "cpu":
-                torch.accelerator.synchronize(device)
-        self._nonfinite.warn(self._name)
-        return [record.as_dict() for record in self._records]
 
     def __repr__(self) -> str:
         """Return torch's text and the grouping and backend in force."""
@@ -218,6 +148,9 @@ class EPIAdamW(LockedAdamW):
 
     # The step --------------------------------------------------------------------------------------------------------
 
+    _SHARED = (*LockedAdamW._SHARED, *SHARED)
+    _STATE = (*LockedAdamW._STATE, "importance")
+
     def _lock_in(self, param: Tensor, group: dict[str, Any]) -> str:
         if group["isolation_ratio"] == 0:
             return "none"
@@ -229,103 +162,33 @@ class EPIAdamW(LockedAdamW):
     def _lock_settings(self, group: dict[str, Any]) -> tuple[object, ...]:
         return (group["isolation_ratio"] == 0, group["importance"])
 
-    def _before_update(self, clock: int) -> bool:
-        """Refresh the masks where mask_interval says so; the clock is the largest step of any parameter."""
-        before = self._clock
-        if before is None:
-            stepped = {param for bundle in self._bundles for param in bundle.params}
-            before = int(max(float(s["step"]) - (p in stepped) for p, s in self.state.items() if "step" in s))
-        self._clock = max(before, clock)
-        interval = self.param_groups[0]["mask_interval"]
-        # a clock that stands still was refreshed, if due, when it reached this value
-        if interval is None or self._clock == before or self._clock % interval:
-            return False
-        self._refresh({param: param.grad for bundle in self._bundles for param in bundle.params})
-        return True
-
-    def _refresh(self, grads: dict[Tensor, Tensor | None]) -> None:
-        """Advance the importance where there is a gradient, and choose the protected entries."""
-        plan = self._plan(grads)
-        if not plan.candidates:
-            return
-        shared = self.param_groups[0]
-        found = refresh_(
-            plan.candidates,
-            plan.untouched,
-            layer_count=len(plan.layers),
-            ranks=[budget.rank for budget in plan.budgets],
-            counters=lambda where: self._nonfinite.counter([plan.params[i] for i in where]),
-            normalize=shared["normalize"] == "layer",
-            exact=shared["threshold"] == "exact",
-            keep_finite=shared["importance"] == "ema",
-            backend=self._backend,
-        )
-        self._records.append(
-            Record(
-                step=self._clock or 0,
-                layers=plan.layers,
-                layer_eligible=plan.layer_eligible,
-                budgets=plan.budgets,
-                layer_of=[candidate.layer for candidate in plan.candidates],
-                budget_of=[candidate.budget for candidate in plan.candidates],
-                ranges=found.ranges,
-                thresholds=found.thresholds,
-                counts=found.counts,
-                nonfinite=self._nonfinite.snapshot(self._name),
-            )
-        )
-
-    def _plan(self, grads: dict[Tensor, Tensor | None]) -> _Plan:
-        """Return who competes for protection, in which layer and for which budget."""
-        layers = self._grouping.of(self.param_groups)
-        index = {name: i for i, name in enumerate(dict.fromkeys(layers.values()))}
-        plan = _Plan(layers=list(index), layer_eligible=[0] * len(index))
-        budget_index: dict[tuple[str, float], int] = {}
-        eligible: list[int] = []
-        for param, group in self._eligible():
-            scope = layers[param] if group["scope"] == "layer" else "global"
-            budget = budget_index.setdefault((scope, group["isolation_ratio"]), len(budget_index))
-            eligible += [0] * (budget + 1 - len(eligible))
-            eligible[budget] += param.numel()
-            layer = index[layers[param]]
-            plan.layer_eligible[layer] += param.numel()
-            signed = self._signed_importance(param, group)
-            if signed is None:
-                # never had a gradient: its importance is 0, for which no memory is spent
-                plan.untouched.extend([layer] if param.numel() else [])
-                continue
-            beta = group["importance_beta"] if group["importance"] == "ema" else float(group["betas"][1])
-            plan.params.append(param)
-            plan.candidates.append(Candidate(signed, grads.get(param), beta, 1.0 - beta, layer, budget))
-        for (scope, ratio), budget in budget_index.items():
-            plan.budgets.append(Budget(scope, ratio, eligible[budget], contract.budget(ratio, eligible[budget])))
-        return plan
-
-    def _eligible(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-        """Yield the parameters whose entries may be protected, each once, with their groups."""
-        seen = set()
-        for group in self.param_groups:
-            for param in group["params"]:
-                if group["isolation_ratio"] > 0 and param.requires_grad and param not in seen:
-                    seen.add(param)
-                    yield param, group
-
     def _signed_importance(self, param: Tensor, group: dict[str, Any]) -> Tensor | None:
-        """Return the tensor whose sign bits are the mask of `param`; None: nothing of it is or can be protected yet."""
         lock_in = self._lock_in(param, group)
         return None if lock_in == "none" else self.state.get(param, {}).get(lock_in)
+
+    def _before_update(
+        self, clocks: HostClocks | DeviceClocks, params: Sequence[Tensor], scaling: Scaling
+    ) -> bool | Tensor:
+        """Refresh the masks where mask_interval says so; the clock is the largest step of any parameter."""
+        interval = self.param_groups[0]["mask_interval"]
+        due = interval is not None and clocks.due(interval)
+        if isinstance(due, Tensor):
+            self._refresh(params, scaling, clocks.latest, due)
+        elif due:
+            self._refresh(params, scaling, clocks.latest)
+        return due
 
     # Groups and state ------------------------------------------------------------------------------------------------
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        for key in _SHARED:
-            if group[key] != self.defaults[key]:
-                raise ValueError(
-                    f"{key}={group[key]!r} in a parameter group; the optimizer has {self.defaults[key]!r}, "
-                    "and it is one for all groups"
+        check_settings(group)
+        for param in group["params"]:
+            if param.is_complex() and self._lock_in(param, group) == "exp_avg_sq":
+                raise NotImplementedError(
+                    f"{self._name(param)} is {param.dtype}, whose second moment has two parts for each entry and no "
+                    "place for its lock; use importance='ema', or isolation_ratio=0 in its group"
                 )
-        _check_settings(group)
         self._grouping.resolve(named="param_names" in group)
         self._grouping.stamp(self.param_groups)
 
@@ -340,26 +203,24 @@ class EPIAdamW(LockedAdamW):
             packed["state"] = {key: _unlocked(entry) for key, entry in packed["state"].items()}
         return packed
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of EPIAdamW or of torch.optim.AdamW, whose importance then starts at 0.
+    def _check_loaded(self, groups: list[dict[str, Any]]) -> None:
+        check_saved(groups, self.param_groups)
+        for group in groups:
+            check_settings({**group, "layers": self._grouping.layers})
 
-        Settings that the state holds replace those of the constructor, as torch does with lr and betas.
-
-        Raises:
-            ValueError: the state was saved under another grouping of the parameters into layers.
-        """
-        check_saved(state_dict["param_groups"], self.param_groups)
-        super().load_state_dict(state_dict)
-        self.defaults.update({key: self.param_groups[0][key] for key in _SHARED if key != "layers"})
+    def _after_load(self) -> None:
+        self.defaults.update({key: self.param_groups[0][key] for key in self._SHARED if key != "layers"})
         self._grouping.stamp(self.param_groups)
-        self._clock = None
         if self.defaults["importance"] == "exp_avg_sq":
-            for state in self.state.values():
+            for param, state in self.state.items():
                 if "importance" in state:
                     locked = lock.is_locked(state.pop("importance"))
-                    state["exp_avg_sq"] = lock.with_lock(state["exp_avg_sq"], locked)
+                    signed = lock.with_lock(state["exp_avg_sq"], locked)
+                    # a captured step has the address of the one that is there; otherwise that is the state_dict's
+                    captured = self._group_of(param)["capturable"]
+                    state["exp_avg_sq"] = state["exp_avg_sq"].copy_(signed) if captured else signed
 
-    _KEPT = (*LockedAdamW._KEPT, "_grouping", "_records", "_clock")
+    _KEPT = (*LockedAdamW._KEPT, "_grouping", "_records", "_on_device")
 
 
 def _unlocked(entry: dict[str, Any]) -> dict[str, Any]:
@@ -367,25 +228,3 @@ def _unlocked(entry: dict[str, Any]) -> dict[str, Any]:
     if "exp_avg_sq" not in entry:
         return entry
     return {**entry, "exp_avg_sq": lock.magnitude(entry["exp_avg_sq"]), "importance": entry["exp_avg_sq"]}
-
-
-def _check_settings(settings: dict[str, Any]) -> None:
-    """Check our arguments.
-
-    Raises:
-        ValueError: naming the argument and its value.
-    """
-    ratio, beta, interval = settings["isolation_ratio"], settings["importance_beta"], settings["mask_interval"]
-    if not (_is_number(ratio) and 0.0 <= ratio < 1.0):
-        raise ValueError(f"Invalid isolation_ratio: {ratio!r}; it is a share of the entries, 0 <= p < 1")
-    if not (_is_number(beta) and 0.0 <= beta < 1.0):
-        raise ValueError(f"Invalid importance_beta: {beta!r}; 0 <= beta < 1")
-    if interval is not None and not (isinstance(interval, int) and not isinstance(interval, bool) and interval >= 1):
-        raise ValueError(f"Invalid mask_interval: {interval!r}; steps >= 1, or None for refresh() alone")
-    for name, allowed in _CHOICES.items():
-        if settings[name] not in allowed:
-            raise ValueError(f"Invalid {name}: {settings[name]!r}; choose one of {allowed}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from epi_kernels import lock
 from epi_kernels.optim.base import LockedAdamW
+from epi_kernels.optim.groups import position_of
 
 
 class MaskedAdamW(LockedAdamW):
@@ -57,6 +58,7 @@ class MaskedAdamW(LockedAdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        clip_grad_norm: float | None = None,
         backend: str = "auto",
     ) -> None:
         self._frozen: dict[Tensor, Tensor] = {}
@@ -72,6 +74,7 @@ class MaskedAdamW(LockedAdamW):
             capturable=capturable,
             differentiable=differentiable,
             fused=fused,
+            clip_grad_norm=clip_grad_norm,
             backend=backend,
             settings={},
         )
@@ -83,7 +86,7 @@ class MaskedAdamW(LockedAdamW):
         Raises:
             ValueError: `param` is not a parameter of this optimizer.
         """
-        self._position(param)  # raises where it has none
+        position_of(param, self.param_groups)  # raises where it has none
         signed = self.state.get(param, {}).get("frozen", self._frozen.get(param))
         return torch.zeros_like(param, dtype=torch.bool) if signed is None else lock.is_locked(signed)
 
@@ -117,4 +120,5 @@ class MaskedAdamW(LockedAdamW):
             locks[param] = lock.static_lock(mask).to(param.device)
         return locks
 
+    _STATE = (*LockedAdamW._STATE, "frozen")
     _KEPT = (*LockedAdamW._KEPT, "_frozen")

@@ -32,6 +32,10 @@ class NonfiniteCounts:
             self._counters[key] = (list(params), zeros((len(params),), torch.int64, params[0].device))
         return self._counters[key][1]
 
+    def counters(self) -> list[Tensor]:
+        """Return every counter itself."""
+        return [counter for _, counter in self._counters.values()]
+
     def snapshot(self, name_of: Callable[[Tensor], str]) -> list[Tensor]:
         """Return a copy of every counter on the CPU; those of an accelerator are right once it was waited for.
 

@@ -81,7 +81,9 @@ def refresh_(
     score_ranges = ranges if normalize else None
 
     def histogram(selection: Tensor, shift: int, bins: int) -> Tensor:
-        counts = [part.histogram(score_ranges, selection, shift, bins, _on(part.device, due)).to(home) for part in parts]
+        counts = [
+            part.histogram(score_ranges, selection, shift, bins, _on(part.device, due)).to(home) for part in parts
+        ]
         return counts[0] if len(counts) == 1 else torch.cat(counts)
 
     thresholds = ops.find_threshold(histogram, ranks, exact=exact, device=home, backend=backend)
@@ -124,9 +126,7 @@ class _Part:
             self.backend,
         )
 
-    def histogram(
-        self, ranges: Tensor | None, selection: Tensor, shift: int, bins: int, due: Tensor | None
-    ) -> Tensor:
+    def histogram(self, ranges: Tensor | None, selection: Tensor, shift: int, bins: int, due: Tensor | None) -> Tensor:
         return ops.score_histogram(
             self.importances,
             self.layers,
