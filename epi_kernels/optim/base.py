@@ -180,14 +180,14 @@ class LockedAdamW(Named, torch.optim.AdamW):
             params = [param for group in self._groups for param in group["params"]]
             compiled.step_(params, [param.grad for param in params], self._number)
         else:
-            self.run_step()
+            self._run_step()
         return loss
 
-    def step_tensors(self) -> list[Tensor]:
+    def _step_tensors(self) -> list[Tensor]:
         """Return every parameter; of `epi_kernels.optim.compiled`."""
         return [param for group in self.param_groups for param in group["params"]]
 
-    def run_step(self) -> None:
+    def _run_step(self) -> None:
         """Take a step by the parameters' gradients, as `step` does once it has them."""
         if self.defaults["differentiable"]:
             self._differentiable_step()

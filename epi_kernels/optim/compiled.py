@@ -15,10 +15,10 @@ from torch import Tensor
 class Stepping(Protocol):
     """An optimizer whose step can be an operation."""
 
-    def step_tensors(self) -> list[Tensor]:
+    def _step_tensors(self) -> list[Tensor]:
         """Return the parameters, in the order in which the operation gets them."""
 
-    def run_step(self) -> None:
+    def _run_step(self) -> None:
         """Take a step by the parameters' gradients."""
 
 
@@ -47,7 +47,7 @@ def step_(params: Sequence[Tensor], grads: Sequence[Tensor | None], optimizer: i
         optimizer: the number.
     """
     stepping = _optimizers[optimizer]
-    own = stepping.step_tensors()
+    own = stepping._step_tensors()
     # some compiler backends hand in copies, and copy them back afterwards
     copies = [(ours, given) for ours, given in zip(own, params, strict=True) if ours.data_ptr() != given.data_ptr()]
     before = [param.grad for param in own]
@@ -56,7 +56,7 @@ def step_(params: Sequence[Tensor], grads: Sequence[Tensor | None], optimizer: i
             ours.copy_(given)
         for param, grad in zip(own, grads, strict=True):
             param.grad = grad
-        stepping.run_step()
+        stepping._run_step()
         for ours, given in copies:
             given.copy_(ours)
     finally:
