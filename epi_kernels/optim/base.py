@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from epi_kernels.optim import compiled, differentiable
 from epi_kernels.optim.checkpoint import STATE_DTYPES, check_state, pairs_of, taken
 from epi_kernels.optim.clocks import DeviceClocks, HostClocks
 from epi_kernels.optim.complex import PairLocks, as_real
-from epi_kernels.optim.groups import Named
+from epi_kernels.optim.groups import Named, check_shared
 from epi_kernels.optim.nonfinite import NonfiniteCounts
 from epi_kernels.optim.scaling import UNSCALED, Scaling, scaling_of
 
@@ -72,6 +72,13 @@ class Prepared:
     clocks: HostClocks | DeviceClocks = field(default_factory=lambda: HostClocks([], []))
 
 
+class Released(Protocol):
+    """What steps each parameter by itself, before `step` is called."""
+
+    def end_iteration(self) -> None:
+        """Do what is left of a step."""
+
+
 class LockedAdamW(Named, torch.optim.AdamW):
     """torch.optim.AdamW with entries that can be locked, on the operations of this package.
 
@@ -81,6 +88,9 @@ class LockedAdamW(Named, torch.optim.AdamW):
 
     # settings of ours that are one for all groups: they stand in every group, so that a checkpoint holds them
     _SHARED: tuple[str, ...] = ("clip_grad_norm",)
+
+    # what takes the steps instead, parameter by parameter: see `epi_kernels.optim.release`
+    _released: Released | None = None
 
     # keys of a parameter's state that a checkpoint may hold
     _STATE: tuple[str, ...] = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -189,6 +199,9 @@ class LockedAdamW(Named, torch.optim.AdamW):
 
     def _run_step(self) -> None:
         """Take a step by the parameters' gradients, as `step` does once it has them."""
+        if self._released is not None:
+            self._released.end_iteration()
+            return
         if self.defaults["differentiable"]:
             self._differentiable_step()
             return
@@ -201,6 +214,17 @@ class LockedAdamW(Named, torch.optim.AdamW):
                 if prepared.clocks.count(scaling.found_inf):
                     self._update(prepared, self._before_update(prepared.clocks, prepared.params, scaling), scaling)
             self._nonfinite.warn(self._name)
+
+    def _step_alone(self, param: Tensor, group: int) -> None:
+        """Take the step of one parameter, of that group, by its gradient; no refresh."""
+        prepared = self._alone.setdefault(param, Prepared())
+        self._bring_up_to_date(prepared, [(self.param_groups[group], [param])], capturing=False)
+        if prepared.bundles and prepared.clocks.count({}):
+            self._update(prepared, False, UNSCALED)
+
+    def _between_iterations(self) -> None:
+        """Do what is due after every parameter has stepped alone."""
+        self._nonfinite.warn(self._name)
 
     def _scaling(self, prepared: Prepared) -> Scaling:
         """Return what a scaler and clipping do to the gradients of this step."""
@@ -317,6 +341,7 @@ class LockedAdamW(Named, torch.optim.AdamW):
     def _forget(self) -> None:
         """Let the next step prepare anew."""
         self._prepared = Prepared()
+        self._alone: dict[Tensor, Prepared] = {}
         self._uploads = Uploads()
 
     def _prepare(self, prepared: Prepared, members: _Members) -> None:
@@ -366,7 +391,7 @@ class LockedAdamW(Named, torch.optim.AdamW):
     def _gather_clocks(self, prepared: Prepared, bundles: list[list[Tensor]], members: dict[Tensor, int]) -> None:
         """Make every ``state["step"]`` an element of the vectors of `prepared.clocks`."""
         steps = [[self.state[param]["step"] for param in bundle] for bundle in bundles]
-        others = self._sleeping(members)
+        others = self._sleeping(members) if prepared is self._prepared else []  # alone it refreshes nothing
         if any(self._clock_device(param, self.param_groups[i]) is not None for param, i in members.items()):
             prepared.clocks = DeviceClocks(steps, others, [bundle[0].device for bundle in bundles])
         else:
@@ -482,12 +507,7 @@ class LockedAdamW(Named, torch.optim.AdamW):
     def _check_group(self, group: dict[str, Any]) -> None:
         """Check a group that was just added; a subclass extends it."""
         _check_torchs(group)
-        for key in self._SHARED:
-            if group[key] != self.defaults[key]:
-                raise ValueError(
-                    f"{key}={group[key]!r} in a parameter group; the optimizer has {self.defaults[key]!r}, "
-                    "and it is one for all groups"
-                )
+        check_shared(self._SHARED, group, self.defaults)
         for param in group["params"]:
             if param.dtype not in (*FLOATING, *COMPLEX):
                 raise NotImplementedError(

@@ -6,12 +6,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from epi_kernels import dispatch, lock
+from epi_kernels import lock
 from epi_kernels.layers import Grouping, LayersArgument, check_saved
 from epi_kernels.optim.base import LockedAdamW, new_state, require_default
 from epi_kernels.optim.clocks import DeviceClocks, HostClocks
 from epi_kernels.optim.isolation import SHARED, Isolation, check_settings
-from epi_kernels.optim.scaling import Scaling
+from epi_kernels.optim.scaling import UNSCALED, Scaling
 
 
 class EPIAdamW(Isolation, LockedAdamW):
@@ -137,14 +137,7 @@ class EPIAdamW(Isolation, LockedAdamW):
 
     def __repr__(self) -> str:
         """Return torch's text and the grouping and backend in force."""
-        layers = self._grouping.of(self.param_groups)
-        kinds = sorted({(param.device, param.dtype) for param in layers}, key=str)
-        chosen = [f"{dispatch.explain(device, self._backend, dtype)} on {device}" for device, dtype in kinds]
-        backends = "; ".join(dict.fromkeys(chosen))
-        return (
-            f"{super().__repr__()}\nIsolation: {len(layers)} tensors in {len(set(layers.values()))} layers "
-            f"by {self._grouping.name!r}; backend {backends}"
-        )
+        return f"{super().__repr__()}\n{self._isolation_text()}"
 
     # The step --------------------------------------------------------------------------------------------------------
 
@@ -177,6 +170,13 @@ class EPIAdamW(Isolation, LockedAdamW):
         elif due:
             self._refresh(params, scaling, clocks.latest)
         return due
+
+    def _between_iterations(self) -> None:
+        """Refresh where the step that was taken one by one brought the clock to a multiple of mask_interval."""
+        super()._between_iterations()
+        interval, clock = self.param_groups[0]["mask_interval"], self._latest_clock()
+        if interval is not None and clock % interval == 0:
+            self._refresh((), UNSCALED, clock)
 
     # Groups and state ------------------------------------------------------------------------------------------------
 

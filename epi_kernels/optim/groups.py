@@ -28,6 +28,20 @@ def name_of(param: Tensor, groups: Groups) -> str:
     return str(names[j]) if names else f"{i}.{j}"
 
 
+def check_shared(keys: Sequence[str], group: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Check that a group has the settings that are one for all groups.
+
+    Raises:
+        ValueError: it brings another; the message names it and both values.
+    """
+    for key in keys:
+        if group[key] != settings[key]:
+            raise ValueError(
+                f"{key}={group[key]!r} in a parameter group; the optimizer has {settings[key]!r}, "
+                "and it is one for all groups"
+            )
+
+
 class Named:
     """An optimizer that finds its parameters and speaks of them by name."""
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epi_kernels import contract, lock
+from epi_kernels import contract, dispatch, lock
 from epi_kernels.layers import Grouping
-from epi_kernels.optim.complex import squared_by_importance
+from epi_kernels.optim.complex import as_real, squared_by_importance
 from epi_kernels.optim.groups import Named
 from epi_kernels.optim.nonfinite import NonfiniteCounts
 from epi_kernels.optim.refresh import Candidate, refresh_
@@ -115,6 +115,17 @@ class Isolation(Named):
         return [record.as_dict() for record in records if record is not self._on_device or int(record.step)]
 
     # Inside ----------------------------------------------------------------------------------------------------------
+
+    def _isolation_text(self) -> str:
+        """Return one line on the grouping and the backend in force."""
+        layers = self._grouping.of(self.param_groups)
+        kinds = sorted({(param.device, as_real(param.detach()).dtype) for param in layers}, key=str)
+        chosen = [f"{dispatch.explain(device, self._backend, dtype)} on {device}" for device, dtype in kinds]
+        backends = "; ".join(dict.fromkeys(chosen))
+        return (
+            f"Isolation: {len(layers)} tensors in {len(set(layers.values()))} layers by {self._grouping.name!r}; "
+            f"backend {backends}"
+        )
 
     def _latest_clock(self) -> int:
         """Return the largest clock of any parameter."""

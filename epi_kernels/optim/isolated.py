@@ -1,0 +1,313 @@
+"""IsolatedOptimizer: evolving isolation (EPI, arXiv 2604.14010) around any torch optimizer."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from epi_kernels import dispatch, lock, ops
+from epi_kernels.layers import Grouping, LayersArgument, check_saved
+from epi_kernels.optim.base import LockedAdamW, new_state
+from epi_kernels.optim.checkpoint import pairs_of
+from epi_kernels.optim.complex import squared_by_importance
+from epi_kernels.optim.groups import check_shared
+from epi_kernels.optim.isolation import SHARED, Isolation, check_settings
+from epi_kernels.optim.nonfinite import NonfiniteCounts
+from epi_kernels.optim.scaling import UNSCALED
+
+# where a group keeps the number of steps, so that a checkpoint holds it
+_CLOCK = "isolation_clock"
+
+
+class IsolatedOptimizer(Isolation, torch.optim.Optimizer):
+    """Any torch optimizer, kept from moving the most important entries; they are chosen again as training goes on.
+
+    ::
+
+        S <- beta S + (1 - beta) g^2, and every mask_interval steps the top isolation_ratio of the scores: EPIAdamW
+        kept <- the protected entries of theta
+        base.step()
+        the protected entries of theta <- kept
+
+    For 8-bit optimizers, Muon, CPU offload and whatever else moves parameters by its own rule. Protected entries keep
+    their bits, whatever `base` does to them. It costs a pass over S and the gradients, 12 bytes for each entry, and
+    memory for S and the k protected values; where the base is AdamW, `EPIAdamW` does all of it in one pass.
+
+    It is a torch.optim.Optimizer with the base's groups and state: schedulers, scalers and training loops take it in
+    the base's place. `base` itself must no longer be stepped.
+
+    Args:
+        base: an optimizer, constructed over its parameters; with ``model.named_parameters()`` layers can be
+            transformer blocks. It takes its step without a closure.
+        isolation_ratio, importance_beta, mask_interval, layers, normalize, scope, threshold: as in `EPIAdamW`. A group
+            of `base` may carry ``isolation_ratio`` and ``importance_beta`` of its own.
+        backend: of the importance and the refresh: "auto", or the name of one, which then runs or raises.
+
+    A checkpoint is the base's, with ``importance`` in each parameter's state and the settings in the groups: it loads
+    into `base` alone too, where that ignores what it does not know.
+
+    Raises:
+        TypeError: `base` is not a torch.optim.Optimizer.
+        ValueError: an argument is out of its range; or `base` isolates by itself, or needs its closure several times.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+        >>> base = torch.optim.SGD(model.named_parameters(), lr=0.1, momentum=0.9)
+        >>> optimizer = IsolatedOptimizer(base, isolation_ratio=0.1, mask_interval=1)
+        >>> model(torch.randn(4, 8)).square().sum().backward()
+        >>> optimizer.step()
+        >>> int(sum(optimizer.isolation_mask(p).sum() for p in model.parameters()))  # floor(0.1 * 144)
+        14
+    """
+
+    def __init__(
+        self,
+        base: torch.optim.Optimizer,
+        *,
+        isolation_ratio: float = 0.01,
+        importance_beta: float = 0.99,
+        mask_interval: int | None = 500,
+        layers: LayersArgument = "auto",
+        normalize: Literal["layer", "none"] = "layer",
+        scope: Literal["global", "layer"] = "global",
+        threshold: Literal["exact", "histogram"] = "exact",
+        backend: str = "auto",
+    ) -> None:
+        _check_base(base)
+        dispatch.check(backend)
+        self._settings: dict[str, Any] = {
+            "isolation_ratio": isolation_ratio,
+            "importance_beta": importance_beta,
+            "mask_interval": mask_interval,
+            "layers": layers,
+            "normalize": normalize,
+            "scope": scope,
+            "threshold": threshold,
+            "importance": "ema",
+        }
+        check_settings(self._settings)
+        self.base = base
+        self._backend = backend
+        self._grouping = Grouping(layers)
+        self._records = []
+        self._nonfinite = NonfiniteCounts()
+        self._importances: dict[Tensor, Tensor] = {}
+        # it makes the hooks of an optimizer; the groups, the state and the defaults stay the base's
+        super().__init__([{"params": []}], {})
+        for group in base.param_groups:
+            self._take_group(group)
+        # a scaler then unscales the gradients before the step, which importance needs
+        self._step_supports_amp_scaling = False
+
+    # What belongs to the base ----------------------------------------------------------------------------------------
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base's groups."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        """Leave them: torch's constructor sets an empty list."""
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """The base's state; `importance` and `isolation_mask` show what this class adds."""
+        return self.base.state
+
+    @state.setter
+    def state(self, state: object) -> None:
+        """Leave it, as with the groups."""
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The base's defaults."""
+        return self.base.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: object) -> None:
+        """Leave them, as with the groups."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base; it may bring ``isolation_ratio`` and ``importance_beta``.
+
+        Raises:
+            ValueError: a setting is out of its range, or differs where it is one for all groups.
+        """
+        if not param_group["params"]:  # of torch's constructor
+            return
+        self.base.add_param_group(param_group)
+        try:
+            self._take_group(self.base.param_groups[-1])
+        except Exception:
+            self.base.param_groups.pop()
+            raise
+
+    def _take_group(self, group: dict[str, Any]) -> None:
+        """Check a group of the base and write the settings that it lacks into it."""
+        settings = {key: group.get(key, value) for key, value in self._settings.items()}
+        check_settings(settings)
+        check_shared(SHARED, settings, self._settings)
+        self._grouping.resolve(named="param_names" in group)
+        group.update({**settings, _CLOCK: group.get(_CLOCK, 0)})
+        self._grouping.stamp(self.param_groups)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Do what the base does."""
+        self.base.zero_grad(set_to_none)
+
+    # The step --------------------------------------------------------------------------------------------------------
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take a step of the base and put the protected entries back.
+
+        Args:
+            closure: evaluated first, with gradients enabled; its value is returned.
+
+        Raises:
+            RuntimeError: a gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = self.param_groups
+        stepping = {
+            param: group
+            for group in groups
+            for param in group["params"]
+            if param.grad is not None and group["isolation_ratio"] > 0
+        }
+        for param in stepping:
+            if param.grad.is_sparse:
+                raise RuntimeError(
+                    f"{self._name(param)} has a sparse gradient; importance needs dense ones. Give its group "
+                    "isolation_ratio=0"
+                )
+        if any(param.grad is not None for group in groups for param in group["params"]):
+            self._advance(stepping)
+        locks = [
+            (param, self._importances[param])
+            for group in groups
+            for param in group["params"]
+            if group["isolation_ratio"] > 0 and param in self._importances
+        ]
+        kept = [param[lock.is_locked(signed)] for param, signed in locks]
+        self.base.step()
+        for (param, signed), values in zip(locks, kept, strict=True):
+            if values.numel():
+                param.masked_scatter_(lock.is_locked(signed), values)
+        self._nonfinite.warn(self._name)
+        return loss
+
+    def _advance(self, stepping: dict[Tensor, dict[str, Any]]) -> None:
+        """Count the step and advance the importance; refresh if it is time."""
+        clock = self._latest_clock() + 1
+        for group in self.param_groups:
+            group[_CLOCK] = clock
+        for param in stepping:
+            if param not in self._importances:
+                self._importances[param] = new_state(param, "importance")
+        interval = self.param_groups[0]["mask_interval"]
+        if interval is not None and clock % interval == 0:
+            self._refresh([param for param in stepping if param.requires_grad], UNSCALED, clock)
+            stepping = {param: group for param, group in stepping.items() if not param.requires_grad}
+        for device in dict.fromkeys(param.device for param in stepping):
+            here = [param for param in stepping if param.device == device]
+            betas = [stepping[param]["importance_beta"] for param in here]
+            ops.importance_(
+                [self._importances[param] for param in here],
+                [squared_by_importance(param.grad) for param in here],  # type: ignore[arg-type]
+                torch.zeros(1, 2, device=device),  # nobody asks for a range between two refreshes
+                self._nonfinite.counter(here),
+                torch.tensor([(beta, 1.0 - beta) for beta in betas], dtype=torch.float64),
+                [0] * len(here),
+                True,
+                None,
+                None,
+                self._backend,
+            )
+
+    def _signed_importance(self, param: Tensor, group: dict[str, Any]) -> Tensor | None:
+        return self._importances.get(param) if group["isolation_ratio"] > 0 else None
+
+    def _latest_clock(self) -> int:
+        return int(self.param_groups[0][_CLOCK])
+
+    def __repr__(self) -> str:
+        """Return the base's text and the grouping and backend in force."""
+        return f"{type(self).__name__} of {self.base!r}\n{self._isolation_text()}"
+
+    # State -----------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the base's state with ``importance`` in the entry of each parameter that has one."""
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        packed = self.base.state_dict()
+        state = dict(packed["state"])
+        for number, param in pairs_of(packed["param_groups"], self.param_groups):
+            if param in self._importances:
+                state[number] = {**state.get(number, {}), "importance": self._importances[param]}
+        packed = {**packed, "state": state}
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            changed = post_hook(self, packed)
+            packed = packed if changed is None else changed
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of this class, or one of the base, whose importance then starts at 0.
+
+        Raises:
+            ValueError: it was saved under another grouping of the parameters into layers, or an importance has another
+                shape than its parameter; nothing has changed then.
+        """
+        state_dict = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        saved_groups, state = state_dict["param_groups"], dict(state_dict["state"])
+        importances = {}
+        if [len(g["params"]) for g in saved_groups] == [
+            len(g["params"]) for g in self.param_groups
+        ]:  # else the base says
+            check_saved(saved_groups, self.param_groups)
+            for number, param in pairs_of(saved_groups, self.param_groups):
+                if "importance" in state.get(number, {}):
+                    state[number] = {key: value for key, value in state[number].items() if key != "importance"}
+                    importances[param] = state_dict["state"][number]["importance"]
+                    if importances[param].shape != param.shape:
+                        raise ValueError(
+                            f"importance of {self._name(param)} has shape {tuple(importances[param].shape)} in the "
+                            f"state, and {tuple(param.shape)} here"
+                        )
+        # some bases take an entry that is there for one of their own
+        state = {number: entry for number, entry in state.items() if entry}
+        own = [{key: group[key] for key in (*self._settings, "layer_digest")} for group in self.param_groups]
+        self.base.load_state_dict({**state_dict, "state": state})
+        for group, settings in zip(self.param_groups, own, strict=True):
+            for key, value in {**settings, _CLOCK: 0}.items():
+                group.setdefault(key, value)
+        self._importances = {p: s.to(p.device, torch.float32) for p, s in importances.items()}
+        self._settings.update({key: self.param_groups[0][key] for key in SHARED if key != "layers"})
+        self._grouping.stamp(self.param_groups)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what pickle and deepcopy keep."""
+        kept = ("base", "_backend", "_settings", "_grouping", "_records", "_nonfinite", "_importances")
+        return {**{key: self.__dict__[key] for key in kept}, "_step_supports_amp_scaling": False}
+
+
+def _check_base(base: object) -> None:
+    if not isinstance(base, torch.optim.Optimizer):
+        raise TypeError(f"base is a {type(base).__name__}; pass a torch.optim.Optimizer")
+    if isinstance(base, (LockedAdamW, IsolatedOptimizer)):
+        raise ValueError(f"{type(base).__name__} locks entries by itself; pass it no further optimizer around it")
+    if isinstance(base, torch.optim.LBFGS):
+        raise ValueError("LBFGS moves the parameters several times in a step, by gradients of its own closure calls")

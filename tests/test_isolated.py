@@ -1,0 +1,252 @@
+"""IsolatedOptimizer: protected entries keep their bits under any torch optimizer, and all else is the base's.
+
+- Off, a run is the base's, bit for bit; on, protected entries stay and the others move as the base moves them.
+- Its masks are EPIAdamW's, given the same gradients.
+- Schedulers, scalers, checkpoints, pickling and groups work as with the base.
+"""
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from states import same_state
+from torch import Tensor
+from torch.nn import Parameter
+
+from epi_kernels import EPIAdamW, IsolatedOptimizer
+
+SHAPES = {"h.0.weight": (30, 7), "h.0.bias": (30,), "head.weight": (11, 5), "head.scale": ()}
+BASES: dict[str, Any] = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
+    "plain SGD": lambda p: torch.optim.SGD(p, lr=0.1),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01),
+    "AdamW fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01),
+    "Adafactor": lambda p: torch.optim.Adafactor(p, lr=0.1),
+    "NAdam": lambda p: torch.optim.NAdam(p, lr=0.01, weight_decay=0.1, decoupled_weight_decay=True),
+}
+each_base = pytest.mark.parametrize("make", BASES.values(), ids=BASES)
+
+
+def parameters(dtype: torch.dtype = torch.float32) -> dict[str, Parameter]:
+    generator = torch.Generator().manual_seed(3)
+    return {n: Parameter(torch.randn(s, generator=generator).to(dtype)) for n, s in SHAPES.items()}
+
+
+def train(params: dict[str, Parameter], optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+    for step in range(first, last + 1):
+        generator = torch.Generator().manual_seed(step)
+        for i, param in enumerate(params.values()):
+            grad = torch.randn(param.shape, generator=generator) * 10.0**-i
+            param.grad = None if (step + i) % 5 == 0 and i else grad.to(param.dtype)
+        optimizer.step()
+
+
+def isolated(params: dict[str, Parameter], make: Any, **settings: Any) -> IsolatedOptimizer:
+    return IsolatedOptimizer(make(params.items()), **{"isolation_ratio": 0.2, "mask_interval": 4, **settings})
+
+
+@each_base
+def test_off_it_is_the_base(make: Any) -> None:
+    ours, theirs = parameters(), parameters()
+    train(ours, isolated(ours, make, isolation_ratio=0.0), 1, 12)
+    train(theirs, make(theirs.items()), 1, 12)
+    for name in SHAPES:
+        assert torch.equal(ours[name], theirs[name])
+
+
+@each_base
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_the_protected_stay_and_the_others_move_as_the_base_moves_them(make: Any, dtype: torch.dtype) -> None:
+    params = parameters(dtype)
+    optimizer = isolated(params, make)
+    for step in range(1, 14):
+        before = {name: p.detach().clone() for name, p in params.items()}
+        twin = copy.deepcopy(optimizer.base)
+        twins = dict(zip(params, twin.param_groups[0]["params"], strict=True))
+        train(params, optimizer, step, step)
+        train(twins, twin, step, step)
+        for name, param in params.items():
+            mask = optimizer.isolation_mask(param)
+            assert torch.equal(param[mask], before[name][mask])
+            assert torch.equal(param[~mask], twins[name][~mask])
+    eligible = sum(p.numel() for p in params.values())
+    assert optimizer.telemetry()[-1]["protected"] == int(0.2 * eligible)
+    assert optimizer.telemetry()[-1]["step"] == 12
+
+
+@pytest.mark.parametrize("settings", [{}, {"scope": "layer"}, {"normalize": "none"}, {"layers": "tensor"}], ids=str)
+def test_masks_and_importance_are_those_of_epiadamw(settings: dict[str, Any], backend: str) -> None:
+    params, twins = parameters(), parameters()
+    optimizer = isolated(params, BASES["SGD"], backend=backend, **settings)
+    twin = EPIAdamW(twins.items(), isolation_ratio=0.2, mask_interval=4, backend=backend, **settings)
+    train(params, optimizer, 1, 10)
+    train(twins, twin, 1, 10)
+    for name in SHAPES:
+        assert torch.equal(optimizer.isolation_mask(params[name]), twin.isolation_mask(twins[name]))
+        assert torch.equal(optimizer.importance(params[name]), twin.importance(twins[name]))
+    assert [r["step"] for r in optimizer.telemetry()] == [r["step"] for r in twin.telemetry()] == [4, 8]
+
+
+def test_protected_bits_survive_a_base_that_writes_nan() -> None:
+    param = Parameter(torch.tensor([1.0, 2.0, -0.0, float("nan")]))
+    optimizer = IsolatedOptimizer(
+        torch.optim.SGD([param], lr=1.0), isolation_ratio=0.5, mask_interval=1, layers="tensor"
+    )
+    param.grad = torch.tensor([0.1, 0.2, 3.0, 4.0])
+    optimizer.step()
+    assert optimizer.isolation_mask(param).tolist() == [False, False, True, True]
+    before = param.detach().clone().view(torch.int32)
+    optimizer.param_groups[0]["mask_interval"] = None
+    param.grad = torch.full((4,), float("nan"))
+    with pytest.warns(RuntimeWarning, match="squared gradients were NaN"):
+        optimizer.step()
+    assert torch.equal(param.detach().view(torch.int32)[2:], before[2:])
+    assert param.isnan().tolist() == [True, True, False, True]
+
+
+def test_any_layout_and_complex_parameters() -> None:
+    strided = torch.randn(6, 10)[:, ::2].t().requires_grad_()
+    channels_last = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last).requires_grad_()
+    z = torch.randn(6, dtype=torch.complex64, requires_grad=True)
+    params = [strided, channels_last, z, torch.randn(0, 3, requires_grad=True)]
+    optimizer = IsolatedOptimizer(
+        torch.optim.SGD(params, lr=0.1), isolation_ratio=0.3, mask_interval=1, layers="tensor"
+    )
+    for _ in range(3):
+        for param in params:
+            param.grad = torch.randn(param.shape, dtype=param.dtype)
+        before = [p.detach().clone() for p in params]
+        optimizer.step()
+        for param, one in zip(params, before, strict=True):
+            mask = optimizer.isolation_mask(param)
+            assert torch.equal(param[mask], one[mask])
+            assert (param[~mask] != one[~mask]).all()
+    assert int(optimizer.isolation_mask(z).sum()) > 0
+
+
+def test_it_takes_a_base_s_place_for_schedulers_and_groups() -> None:
+    params = parameters()
+    base = BASES["SGD"](list(params.items())[:2])
+    optimizer = IsolatedOptimizer(base, isolation_ratio=0.2, mask_interval=2)
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    assert optimizer.param_groups is base.param_groups
+    optimizer.add_param_group({"params": list(params.items())[2:], "isolation_ratio": 0.0, "lr": 0.01})
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    train(params, optimizer, 1, 4)
+    scheduler.step()
+    assert [group["lr"] for group in base.param_groups] == [0.05, 0.005]
+    assert not optimizer.isolation_mask(params["head.weight"]).any()
+    assert optimizer.isolation_mask(params["h.0.weight"]).any()
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in params.values())
+    with pytest.raises(ValueError, match="Invalid isolation_ratio: 2"):
+        optimizer.add_param_group({"params": [("x", Parameter(torch.ones(1)))], "isolation_ratio": 2})
+    assert len(base.param_groups) == 2
+    assert "IsolatedOptimizer of SGD" in repr(optimizer)
+
+
+def test_under_a_scaler_importance_sees_unscaled_gradients_and_a_skipped_step_moves_nothing() -> None:
+    params, twins = parameters(), parameters()
+    optimizer, twin = isolated(params, BASES["AdamW fused"]), isolated(twins, BASES["AdamW fused"])
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for step in range(1, 6):
+        for p, q in zip(params.values(), twins.values(), strict=True):
+            q.grad = torch.randn(q.shape)
+            p.grad = q.grad * 1024.0
+        scaler.scale(torch.zeros(()))  # a scaler steps after it has scaled a loss
+        if step == 3:
+            params["head.weight"].grad[0, 0] = float("inf")
+            before = copy.deepcopy(optimizer.state_dict()), [p.detach().clone() for p in params.values()]
+        scaler.step(optimizer)
+        scaler.update(1024.0)
+        if step == 3:
+            assert same_state(optimizer.state_dict(), before[0])
+            assert same_state([p.detach() for p in params.values()], before[1])
+        else:
+            twin.step()
+    assert optimizer.telemetry()[-1]["step"] == 4
+    for name in SHAPES:
+        assert torch.equal(optimizer.importance(params[name]), twin.importance(twins[name]))
+
+
+@each_base
+def test_resumed_is_uninterrupted(make: Any) -> None:
+    straight = parameters()
+    train(straight, isolated(straight, make), 1, 22)
+    first = parameters()
+    before = isolated(first, make)
+    train(first, before, 1, 10)
+    file = io.BytesIO()
+    torch.save(before.state_dict(), file)
+    file.seek(0)
+    second = {n: Parameter(p.detach().clone()) for n, p in first.items()}
+    after = isolated(second, make, isolation_ratio=0.01)
+    after.load_state_dict(torch.load(file, weights_only=True))
+    train(second, after, 11, 22)
+    for name in SHAPES:
+        assert torch.equal(second[name], straight[name]), name
+
+
+@pytest.mark.parametrize("kind", [pickle, copy], ids=["pickle", "deepcopy"])
+def test_pickle_and_deepcopy_go_on_as_the_original(kind: Any) -> None:
+    params = parameters()
+    optimizer = isolated(params, torch.optim.Adagrad)
+    train(params, optimizer, 1, 10)
+    twin = copy.deepcopy(optimizer) if kind is copy else pickle.loads(pickle.dumps(optimizer))
+    twins = dict(zip(params, twin.param_groups[0]["params"], strict=True))
+    train(params, optimizer, 11, 20)
+    train(twins, twin, 11, 20)
+    for name in SHAPES:
+        assert torch.equal(params[name], twins[name]), name
+
+
+def test_states_of_the_base_load_and_the_base_loads_ours() -> None:
+    params = parameters()
+    base = BASES["SGD"](params.items())
+    train(params, base, 1, 3)
+    twins = {n: Parameter(p.detach().clone()) for n, p in params.items()}
+    optimizer = isolated(twins, BASES["SGD"])
+    optimizer.load_state_dict(copy.deepcopy(base.state_dict()))
+    assert optimizer.param_groups[0]["isolation_ratio"] == 0.2
+    train(params, base, 4, 5)
+    train(twins, optimizer, 4, 5)  # no refresh before its own fourth step
+    for name in SHAPES:
+        assert torch.equal(params[name], twins[name])
+    base.load_state_dict(optimizer.state_dict())
+    train(params, base, 6, 6)
+
+
+def test_a_state_that_does_not_fit_changes_nothing() -> None:
+    params = parameters()
+    optimizer = isolated(params, BASES["AdamW"])
+    train(params, optimizer, 1, 5)
+    wrong = copy.deepcopy(optimizer.state_dict())
+    wrong["state"][1]["importance"] = torch.zeros(3)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"importance of h.0.bias has shape \(3,\) in the state, and \(30,\) here"):
+        optimizer.load_state_dict(wrong)
+    assert same_state(optimizer.state_dict(), before)
+
+
+def test_what_cannot_be_isolated_is_refused_with_a_reason() -> None:
+    param = Parameter(torch.ones(4))
+    with pytest.raises(TypeError, match="base is a list; pass a torch.optim.Optimizer"):
+        IsolatedOptimizer([param])
+    with pytest.raises(ValueError, match="EPIAdamW locks entries by itself"):
+        IsolatedOptimizer(EPIAdamW([("w", param)]))
+    with pytest.raises(ValueError, match="LBFGS moves the parameters several times"):
+        IsolatedOptimizer(torch.optim.LBFGS([param]))
+    with pytest.raises(ValueError, match="Invalid importance_beta: 1.0"):
+        IsolatedOptimizer(torch.optim.SGD([param]), importance_beta=1.0)
+    table = torch.nn.Embedding(4, 2, sparse=True)
+    optimizer = IsolatedOptimizer(torch.optim.SGD(table.named_parameters()))
+    table(torch.tensor([1])).sum().backward()
+    before: Tensor = table.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="weight has a sparse gradient"):
+        optimizer.step()
+    assert torch.equal(table.weight, before)

@@ -1,0 +1,182 @@
+"""Gradient release: every parameter steps as its gradient is ready, to the same bits, and the gradient is freed.
+
+- Isolation off, and a fixed mask: the run without release, bit for bit. Evolving isolation: the same, with each mask
+  one update later, which an explicit loop shows.
+- At no time are there more gradients than one.
+- What cannot work is refused, with the reason.
+"""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from epi_kernels import EPIAdamW, MaskedAdamW
+from epi_kernels.optim import release_gradients
+
+
+def model_of() -> torch.nn.Module:
+    torch.manual_seed(1)
+    return torch.nn.Sequential(*[torch.nn.Linear(12, 12) for _ in range(4)])
+
+
+def loss_of(model: torch.nn.Module, step: int) -> Tensor:
+    torch.manual_seed(step)
+    return model(torch.randn(8, 12)).square().mean()
+
+
+def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        loss_of(model, step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+BUILD: dict[str, Any] = {
+    "isolation off": lambda m: EPIAdamW(m.named_parameters(), lr=0.01, isolation_ratio=0.0),
+    "amsgrad": lambda m: EPIAdamW(m.named_parameters(), lr=0.01, isolation_ratio=0.0, amsgrad=True, fused=True),
+    "MaskedAdamW": lambda m: MaskedAdamW(
+        m.named_parameters(), lr=0.01, frozen={"1.weight": torch.arange(144).view(12, 12) % 5 == 0}
+    ),
+}
+
+
+@pytest.mark.parametrize("build", BUILD.values(), ids=BUILD)
+def test_the_run_is_the_same_bit_for_bit(build: Any) -> None:
+    ours, theirs = model_of(), model_of()
+    optimizer = build(ours)
+    release_gradients(ours, optimizer)
+    train(ours, optimizer, range(10))
+    train(theirs, build(theirs), range(10))
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("importance", ["ema", "exp_avg_sq"])
+def test_masks_are_chosen_between_iterations_from_the_same_importance(importance: str) -> None:
+    ours, theirs = model_of(), model_of()
+    settings: dict[str, Any] = {"lr": 0.01, "isolation_ratio": 0.2, "importance": importance}
+    optimizer = EPIAdamW(ours.named_parameters(), mask_interval=3, **settings)
+    release_gradients(ours, optimizer)
+    train(ours, optimizer, range(10))
+    twin = EPIAdamW(theirs.named_parameters(), mask_interval=None, **settings)
+    for step in range(10):
+        train(theirs, twin, range(step, step + 1))
+        if (step + 1) % 3 == 0:
+            twin.refresh()
+    assert [record["step"] for record in optimizer.telemetry()] == [3, 6, 9]
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert torch.equal(optimizer.isolation_mask(p), twin.isolation_mask(q))
+    assert sum(int(optimizer.isolation_mask(p).sum()) for p in ours.parameters()) == int(0.2 * 624)
+
+
+def test_there_is_never_more_than_one_gradient() -> None:
+    model = model_of()
+    optimizer = BUILD["isolation off"](model)
+    release_gradients(model, optimizer)
+    most = 0
+
+    def count(*_: Any) -> None:
+        nonlocal most
+        most = max(most, sum(p.grad is not None for p in model.parameters()))
+
+    for param in model.parameters():
+        param.register_hook(count)
+        param.register_post_accumulate_grad_hook(count)
+    train(model, optimizer, range(3))
+    assert most <= 1
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_tied_weight_takes_one_step() -> None:
+    model = model_of()
+    model[3].weight = model[0].weight
+    optimizer = BUILD["isolation off"](model)
+    release_gradients(model, optimizer)
+    train(model, optimizer, range(3))
+    assert optimizer.state[model[0].weight]["step"].item() == 3.0
+
+
+def test_a_parameter_without_a_gradient_keeps_its_state_and_masks_go_on() -> None:
+    model = model_of()
+    optimizer = EPIAdamW(model.named_parameters(), isolation_ratio=0.2, mask_interval=2)
+    release_gradients(model, optimizer)
+    train(model, optimizer, range(4))
+    before = copy.deepcopy(optimizer.state[model[3].bias])
+    for step in range(4, 8):
+        torch.manual_seed(step)
+        model[:3](torch.randn(8, 12)).square().mean().backward()
+        optimizer.step()
+    assert all(torch.equal(optimizer.state[model[3].bias][k].abs(), v.abs()) for k, v in before.items())
+    assert [record["step"] for record in optimizer.telemetry()] == [2, 4, 6, 8]
+    optimizer.step()  # no gradient, no iteration: nothing is due again
+    assert len(optimizer.telemetry()) == 4
+
+
+def test_checkpoints_and_schedules_go_on_under_release() -> None:
+    straight, resumed = model_of(), model_of()
+    for model in (straight, resumed):
+        optimizer = EPIAdamW(model.named_parameters(), lr=0.01, isolation_ratio=0.2, mask_interval=3)
+        release_gradients(model, optimizer)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2)
+        for step in range(8):
+            train(model, optimizer, range(step, step + 1))
+            scheduler.step()
+            if model is resumed and step == 4:
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for p, q in zip(straight.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_accumulation_is_refused_before_anything_is_applied_twice() -> None:
+    model = model_of()
+    optimizer = BUILD["isolation off"](model)
+    release = release_gradients(model, optimizer)
+    loss_of(model, 0).backward()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="3.bias got a second gradient before optimizer.step()"):
+        loss_of(model, 1).backward()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    release.remove()
+    optimizer.zero_grad()
+    loss_of(model, 2).backward()
+    assert model[0].weight.grad is not None
+
+
+@pytest.mark.parametrize("fused", [None, True])
+def test_a_scaler_is_refused_with_the_reason(fused: bool | None) -> None:
+    model = model_of()
+    optimizer = EPIAdamW(model.named_parameters(), fused=fused)
+    release_gradients(model, optimizer)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(loss_of(model, 0)).backward()
+    with pytest.raises(RuntimeError, match="a gradient scaler cannot work with released gradients"):
+        scaler.step(optimizer)
+
+
+def test_what_cannot_work_is_refused_when_it_is_asked_for() -> None:
+    model = model_of()
+    names = list(model.named_parameters())
+    for kwargs, reason in (
+        ({"clip_grad_norm": 1.0}, "clip_grad_norm=1.0 needs the norm of all gradients"),
+        ({"differentiable": True}, "differentiable=True and released gradients"),
+        ({"capturable": True}, "capturable=True and released gradients"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            release_gradients(model, EPIAdamW(names, **kwargs))
+    with pytest.raises(TypeError, match="SGD cannot step a parameter alone"):
+        release_gradients(model, torch.optim.SGD(names))
+    with pytest.raises(ValueError, match="3.weight is not a parameter of the model"):
+        release_gradients(model[:3], EPIAdamW(names))
+    loss_of(model, 0).backward()
+    with pytest.raises(ValueError, match="0.weight has a gradient already"):
+        release_gradients(model, EPIAdamW(names))
+    model.zero_grad()
+    optimizer = EPIAdamW(names)
+    release_gradients(model, optimizer)
+    with pytest.raises(ValueError, match="releases its gradients already"):
+        release_gradients(model, optimizer)
