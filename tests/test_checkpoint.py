@@ -5,14 +5,18 @@ A state of torch.optim.AdamW loads, and ours loads into torch.optim.AdamW. pickl
 """
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from states import same_state
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.nn import Parameter
 
 from epi_kernels import EPIAdamW, MaskedAdamW
@@ -168,3 +172,157 @@ def test_states_keep_their_dtypes_under_bfloat16_parameters() -> None:
             "exp_avg_sq": torch.float32,
             "importance": torch.float32,
         }
+
+
+def trained(**settings: Any) -> tuple[EPIAdamW, dict[str, Parameter]]:
+    params = parameters()
+    optimizer = epi(params, **settings)
+    train(params, optimizer, 1, 10)
+    return optimizer, params
+
+
+def without(entry: str, key: str) -> Callable[[dict[str, Any]], None]:
+    return lambda state: state["state"][int(entry)].pop(key)
+
+
+def shaped(number: int, key: str, *shape: int) -> Callable[[dict[str, Any]], None]:
+    return lambda state: state["state"][number].update({key: torch.ones(shape)})
+
+
+MISFITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "another shape": (
+        shaped(0, "exp_avg", 7, 30),
+        r"exp_avg of blocks.0.weight has shape \(7, 30\) in the state, and \(30, 7\) here",
+    ),
+    "importance of another shape": (
+        shaped(1, "importance", 3),
+        r"importance of blocks.0.bias has shape \(3,\) in the state, and \(30,\) here",
+    ),
+    "a step for each entry": (
+        shaped(2, "step", 4),
+        r"step of head.weight has shape \(4,\) in the state, and \(\) here",
+    ),
+    "truncated: no second moment": (
+        without("1", "exp_avg_sq"),
+        "the state of blocks.0.bias has no exp_avg_sq and is not AdamW's; it has step, exp_avg, importance",
+    ),
+    "truncated: no step": (without("3", "step"), "the state of head.scale has no step"),
+    "truncated: no groups": (lambda s: s.pop("param_groups"), "the state has no 'param_groups'"),
+    "truncated: no state": (lambda s: s.pop("state"), "the state has no 'state'"),
+    "a group without betas": (
+        lambda s: s["param_groups"][0].pop("betas"),
+        "parameter group 0 of the state has no betas: it is not AdamW's",
+    ),
+    "an entry too many": (
+        lambda s: s["state"].update({7: s["state"][0]}),
+        "the state has an entry 7 that belongs to none of its 4 parameters",
+    ),
+    "a tensor that is none": (
+        lambda s: s["state"][0].update(exp_avg=[1.0]),
+        "exp_avg of blocks.0.weight is a list and not a tensor",
+    ),
+    "complex moments": (
+        lambda s: s["state"][0].update(exp_avg=torch.zeros(30, 7, dtype=torch.complex64)),
+        "exp_avg of blocks.0.weight is torch.complex64 in the state, and torch.float32 here",
+    ),
+    "an impossible setting": (
+        lambda s: s["param_groups"][0].update(isolation_ratio=3.0),
+        "Invalid isolation_ratio: 3.0",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), MISFITS.values(), ids=MISFITS)
+@pytest.mark.parametrize("importance", ["ema", "exp_avg_sq"])
+def test_a_state_that_does_not_fit_is_named_and_changes_nothing(
+    change: Callable[[dict[str, Any]], Any], message: str, importance: str
+) -> None:
+    optimizer, params = trained(importance=importance)
+    before = copy.deepcopy(optimizer.state_dict())
+    wrong = copy.deepcopy(optimizer.state_dict())
+    change(wrong)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(wrong)
+    assert same_state(optimizer.state_dict(), before)
+    train(params, optimizer, 11, 12)
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+        lambda p: torch.optim.SGD(p, lr=0.1),
+        torch.optim.Adagrad,
+        torch.optim.RMSprop,
+        torch.optim.Adamax,
+        torch.optim.NAdam,
+        torch.optim.Adafactor,
+        lambda p: masked(dict(zip(SHAPES, p, strict=True))),
+    ],
+    ids=["SGD", "plain SGD", "Adagrad", "RMSprop", "Adamax", "NAdam", "Adafactor", "MaskedAdamW"],
+)
+def test_the_state_of_another_optimizer_is_refused_and_changes_nothing(foreign: Callable[..., Any]) -> None:
+    params = parameters()
+    other = foreign(list(params.values()))
+    train(params, other, 1, 3)
+    optimizer, _ = trained()
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match="of the state has no betas|is not AdamW's|which this optimizer has not"):
+        optimizer.load_state_dict(other.state_dict())
+    assert same_state(optimizer.state_dict(), before)
+
+
+def test_a_truncated_file_loses_nothing(tmp_path: Any) -> None:
+    optimizer, _ = trained()
+    before = copy.deepcopy(optimizer.state_dict())
+    path = tmp_path / "state.pt"
+    torch.save(optimizer.state_dict(), path)
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises((RuntimeError, OSError)):
+        optimizer.load_state_dict(torch.load(path, weights_only=True))
+    assert same_state(optimizer.state_dict(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_loading_takes_the_tensors_and_makes_no_second_copy(dtype: torch.dtype) -> None:
+    params = parameters(dtype)
+    optimizer = epi(params)
+    train(params, optimizer, 1, 5)
+    saved = through_a_file(optimizer.state_dict())
+    other = epi(parameters(dtype))
+    other.load_state_dict(saved)
+    for entry, state in zip(saved["state"].values(), other.state.values(), strict=True):
+        for key in ("exp_avg", "exp_avg_sq", "importance"):
+            assert state[key].data_ptr() == entry[key].data_ptr()
+
+
+def test_the_old_state_is_gone_before_the_new_one_is_made() -> None:
+    optimizer, params = trained()
+    saved = through_a_file(optimizer.state_dict())
+    old = [weakref.ref(optimizer.state[p]["exp_avg"]) for p in params.values()]
+    gone: list[bool] = []
+    # a hook of the user's runs after the state is in place; by then the old one must have been let go
+    optimizer.register_load_state_dict_post_hook(lambda _: gone.extend(ref() is None for ref in old))
+    optimizer.load_state_dict(saved)
+    gc.collect()
+    assert gone == [True] * len(SHAPES)
+
+
+def test_dcp_calls_by_keyword_and_its_step_of_zeros_moves_nothing() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    optimizer = EPIAdamW(model.named_parameters(), lr=0.1, isolation_ratio=0.2, mask_interval=1)
+    before = [p.detach().clone() for p in model.parameters()]
+    empty = get_optimizer_state_dict(model, optimizer)  # takes the step
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert not any(optimizer.isolation_mask(p).any() or optimizer.importance(p).any() for p in model.parameters())
+    assert {"0.weight", "1.bias"} <= empty["state"].keys()
+
+    model(torch.randn(3, 4)).sum().backward()
+    optimizer.step()
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+    twin = copy.deepcopy(model)
+    other = EPIAdamW(twin.named_parameters(), lr=0.1, isolation_ratio=0.2, mask_interval=1)
+    set_optimizer_state_dict(twin, other, optim_state_dict=saved)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert same_state(optimizer.state[p], other.state[q])
+        assert torch.equal(optimizer.isolation_mask(p), other.isolation_mask(q))

@@ -1,0 +1,83 @@
+"""The runs of test_resume.py, and the process that goes on with them: ``python tests/resume.py <file>``."""
+
+import itertools
+import sys
+import warnings
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+
+from epi_kernels import EPIAdamW, IsolatedOptimizer, MaskedAdamW
+
+SHAPES = {"blocks.0.weight": (30, 7), "blocks.0.bias": (30,), "blocks.1.weight": (9, 8), "head.weight": (11, 5)}
+HALF, WHOLE = 50, 100  # in the middle of an interval of 7
+
+EPI = {
+    "off": {"isolation_ratio": 0.0},
+    "on": {},
+    "per layer": {"scope": "layer"},
+    "not normalized": {"normalize": "none"},
+    "tensors": {"layers": "tensor"},
+    "histogram": {"threshold": "histogram"},
+    "S = exp_avg_sq": {"importance": "exp_avg_sq"},
+    "no memory": {"importance_beta": 0.0},
+    "amsgrad": {"amsgrad": True},
+    "fused": {"fused": True},
+    "clipped": {"clip_grad_norm": 0.1},
+    "maximize": {"maximize": True},
+    "reference": {"backend": "reference"},
+}
+MODES = [*EPI, "masked", "isolated SGD", "isolated Adagrad"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64]
+RUNS = [
+    (mode, dtype)
+    for mode, dtype in itertools.product(MODES, DTYPES)
+    # refused: see test_drop_in.py
+    if not (dtype.is_complex and mode in ("S = exp_avg_sq", "fused"))
+]
+
+
+def parameters(dtype: torch.dtype) -> dict[str, Parameter]:
+    generator = torch.Generator().manual_seed(3)
+    return {n: Parameter(torch.randn(s, generator=generator).to(dtype)) for n, s in SHAPES.items()}
+
+
+def optimizer_of(mode: str, params: dict[str, Parameter]) -> torch.optim.Optimizer:
+    isolation: dict[str, Any] = {"isolation_ratio": 0.2, "mask_interval": 7}
+    if mode == "masked":
+        return MaskedAdamW(params.items(), lr=1e-2, frozen={"head.weight": torch.arange(55).view(11, 5) % 3 == 0})
+    if mode.startswith("isolated"):
+        base = torch.optim.SGD if mode == "isolated SGD" else torch.optim.Adagrad
+        return IsolatedOptimizer(base(params.items(), lr=1e-2), **isolation)
+    return EPIAdamW(params.items(), **{"lr": 1e-2, **isolation, **EPI[mode]})
+
+
+def train(params: dict[str, Parameter], optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+    """Take the steps from `first` to `last`, whose gradients depend on the step alone; some are missing."""
+    for step in range(first, last + 1):
+        generator = torch.Generator().manual_seed(step)
+        for i, param in enumerate(params.values()):
+            grad = torch.randn(param.shape, generator=generator, dtype=torch.float64).to(param.dtype) * 10.0**-i
+            param.grad = None if (step + i) % 5 == 0 and i else grad
+        optimizer.step()
+
+
+def go_on(path: str) -> None:
+    """Load every half run of a file, take the other half, and write the parameters into the file."""
+    saved = torch.load(path, weights_only=True)
+    for index, (mode, dtype) in enumerate(RUNS):
+        params = parameters(dtype)
+        with torch.no_grad():
+            for name, param in params.items():
+                param.copy_(saved[index]["params"][name])
+        optimizer = optimizer_of(mode, params)
+        optimizer.load_state_dict(saved[index]["optimizer"])
+        train(params, optimizer, HALF + 1, WHOLE)
+        saved[index] = {"params": {name: p.detach() for name, p in params.items()}, "optimizer": optimizer.state_dict()}
+    torch.save(saved, path)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("error")
+    go_on(sys.argv[1])
