@@ -6,9 +6,12 @@
 - EPIAdamW chooses the entries that it chooses on the CPU; 20 runs give the same bits.
 - A step is one kernel for each pair of dtypes, a refresh 8 more, whatever the number of tensors; neither waits for the
   device. Gradients that are not finite are reported all the same.
+- A captured step, replayed, is the step on the CPU: over refreshes, a schedule and a load; a capture that would leave a
+  parameter out is refused.
 - Entries beyond 2^31, by value; hot bins are counted exactly; compute-sanitizer finds nothing.
 """
 
+import copy
 import math
 import os
 import shutil
@@ -334,6 +337,107 @@ def test_gradients_that_are_not_finite_are_reported_without_waiting_and_then_for
 
 
 # Large and careful ---------------------------------------------------------------------------------------------------
+
+
+def trained_pair(**settings: Any) -> tuple[list[Parameter], EPIAdamW, list[Parameter], EPIAdamW]:
+    """Return parameters on the GPU with a capturable optimizer, and the same on the CPU."""
+    generator = torch.Generator().manual_seed(3)
+    cpu = [Parameter(torch.randn(shape, generator=generator)) for shape in ((300, 70), (70,), (9001,))]
+    gpu = [Parameter(p.detach().cuda()) for p in cpu]
+    for param in gpu:
+        param.grad = torch.zeros_like(param)
+    names = ["h.0.weight", "h.0.bias", "head.weight"]
+    common: dict[str, Any] = {"isolation_ratio": 0.1, "mask_interval": 3, **settings}
+    ours = EPIAdamW(zip(names, gpu, strict=True), lr=torch.tensor(0.01, device="cuda"), capturable=True, **common)
+    return gpu, ours, cpu, EPIAdamW(zip(names, cpu, strict=True), lr=0.01, backend="reference", **common)
+
+
+def give_both(gpu: list[Parameter], cpu: list[Parameter], number: int) -> None:
+    generator = torch.Generator().manual_seed(number)
+    for mine, theirs in zip(gpu, cpu, strict=True):
+        theirs.grad = torch.randn(theirs.shape, generator=generator)
+        mine.grad.copy_(theirs.grad)  # type: ignore[union-attr]
+
+
+def captured(optimizer: EPIAdamW) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    return graph
+
+
+@pytest.mark.filterwarnings("ignore:This instance was constructed with capturable=True:UserWarning")
+@pytest.mark.parametrize("settings", [{}, {"importance": "exp_avg_sq"}, {"clip_grad_norm": 50.0}], ids=str)
+def test_a_captured_step_over_refreshes_a_schedule_and_a_load(settings: dict[str, Any]) -> None:
+    gpu, optimizer, cpu, twin = trained_pair(**settings)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        give_both(gpu, cpu, 1)
+        optimizer.step()
+        twin.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = captured(optimizer)  # takes no step
+
+    def replay(first: int, last: int) -> None:
+        for number in range(first, last + 1):
+            give_both(gpu, cpu, number)
+            rate = 0.01 / number
+            optimizer.param_groups[0]["lr"].fill_(rate)
+            twin.param_groups[0]["lr"] = float(torch.tensor(rate))
+            graph.replay()
+            twin.step()
+            for mine, theirs in zip(gpu, cpu, strict=True):
+                if "clip_grad_norm" in settings:  # norms add up in another order
+                    torch.testing.assert_close(mine.cpu(), theirs, rtol=1e-5, atol=1e-6)
+                else:
+                    assert torch.equal(mine.cpu(), theirs)
+                    assert torch.equal(optimizer.isolation_mask(mine).cpu(), twin.isolation_mask(theirs))
+                assert optimizer.state[mine]["step"].item() == number
+
+    replay(2, 8)
+    assert optimizer.telemetry()[-1]["step"] == 6
+    saved = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(twin.state_dict())
+    weights = [p.detach().clone() for p in gpu]
+    for other in (70, 71):
+        give_both(gpu, cpu, other)
+        graph.replay()
+    optimizer.load_state_dict(saved[0])
+    twin.load_state_dict(saved[1])
+    for mine, theirs, weight in zip(gpu, cpu, weights, strict=True):
+        mine.data.copy_(weight)
+        theirs.data.copy_(weight)
+    replay(9, 14)
+
+
+@pytest.mark.filterwarnings("ignore:This instance was constructed with capturable=True:UserWarning")
+def test_a_capture_that_would_leave_a_parameter_out_is_refused() -> None:
+    gpu, optimizer, cpu, _ = trained_pair()
+    give_both(gpu, cpu, 1)
+    with pytest.raises(RuntimeError, match="it is not the step of before"):  # no step was taken yet
+        captured(optimizer)
+    optimizer.step()
+    gpu[1].grad = None
+    with pytest.raises(RuntimeError, match="h.0.bias has no gradient: replays would never move it"):
+        captured(optimizer)
+
+
+def test_a_fused_optimizer_under_a_scaler_does_not_wait_and_skips_by_itself() -> None:
+    gpu, _, cpu, twin = trained_pair()
+    names = ["h.0.weight", "h.0.bias", "head.weight"]
+    optimizer = EPIAdamW(zip(names, gpu, strict=True), lr=0.01, fused=True, isolation_ratio=0.1, mask_interval=3)
+    for number in range(1, 9):
+        give_both(gpu, cpu, number)
+        found = number in (2, 5)
+        optimizer.grad_scale = torch.tensor(1.0, device="cuda")
+        optimizer.found_inf = torch.tensor(float(found), device="cuda")
+        optimizer.step()
+        if not found:
+            twin.step()
+        for mine, theirs in zip(gpu, cpu, strict=True):
+            assert torch.equal(mine.cpu(), theirs)
+    assert optimizer.state[gpu[0]]["step"].device.type == "cuda"
+    assert optimizer.telemetry()[-1]["step"] == twin.telemetry()[-1]["step"] == 6
 
 
 def test_entries_beyond_two_to_the_31() -> None:

@@ -39,6 +39,8 @@ class Table:
 
     def __init__(self, fields: Sequence[str], sizes: Sequence[int], piece: int, device: torch.device) -> None:
         self.pieces = _pieces(tuple(sizes), piece, device)
+        if Uploads.current is not None:
+            Uploads.current.keep(self.pieces)
         self._columns = {name: i for i, name in enumerate(fields)}
         self._host = np.zeros((len(sizes), len(fields)), np.int64)
         self._addresses: set[int] = set()  # columns
@@ -90,9 +92,9 @@ def on_device(values: Tensor, device: torch.device) -> Tensor:
 class Uploads:
     """What went up to devices in the steps of one optimizer, for steps that a graph may capture.
 
-    A replayed graph copies again from the same pinned memory into the same device memory, and the host takes no part.
-    So both must live as long as the graph: what a captured step has used is kept for good. What is equal to something
-    of the last step is not sent again.
+    A replayed graph reads the same device memory, and copies into it again from the same pinned memory where the copy
+    was captured. So both must live as long as the graph: what a captured step has used is kept for good. What is
+    equal to something of the last step is not sent again.
     """
 
     # of the optimizer that is stepping, in this process: a step is not run by two threads at once
@@ -101,19 +103,24 @@ class Uploads:
     def __init__(self) -> None:
         self._now: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
         self._before: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
-        self._captured: list[dict[tuple[object, ...], tuple[Tensor, Tensor]]] = []
+        self._used: list[object] = []
+        self._captured: list[object] = []
 
     @contextmanager
     def step(self, capturing: bool) -> Iterator[None]:
         """Return a context in which all that `on_device` and `Table` send up is kept here."""
-        self._before, self._now = self._now, {}
+        self._before, self._now, self._used = self._now, {}, []
         outer, Uploads.current = Uploads.current, self
         try:
             yield
         finally:
             Uploads.current = outer
             if capturing:
-                self._captured.append(self._now)
+                self._captured += [self._now, self._used]
+
+    def keep(self, thing: object) -> None:
+        """Keep what the device reads in this step, if the step is captured."""
+        self._used.append(thing)
 
     def of(self, values: Tensor, device: torch.device) -> Tensor:
         """Return values of the CPU on `device`, to be read alone."""

@@ -6,8 +6,8 @@ dtypes. Subclasses say where the locks are.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -120,6 +120,7 @@ class LockedAdamW(Named, torch.optim.AdamW):
         self._backend = backend
         self._settings = {"clip_grad_norm": clip_grad_norm, **settings}
         self._nonfinite = NonfiniteCounts()
+        self._uploads = Uploads()
         self._forget()
         super().__init__(
             params,
@@ -209,11 +210,12 @@ class LockedAdamW(Named, torch.optim.AdamW):
         prepared = self._prepared
         self._bring_up_to_date(prepared, ((group, group["params"]) for group in self.param_groups), capturing)
         if prepared.bundles:
-            with self._keeping_uploads(prepared, capturing):
+            with self._keeping(prepared, capturing):
                 scaling = self._scaling(prepared)
                 if prepared.clocks.count(scaling.found_inf):
                     self._update(prepared, self._before_update(prepared.clocks, prepared.params, scaling), scaling)
-            self._nonfinite.warn(self._name)
+            if not capturing:
+                self._nonfinite.warn(self._name)
 
     def _step_alone(self, param: Tensor, group: int) -> None:
         """Take the step of one parameter, of that group, by its gradient; no refresh."""
@@ -342,7 +344,6 @@ class LockedAdamW(Named, torch.optim.AdamW):
         """Let the next step prepare anew."""
         self._prepared = Prepared()
         self._alone: dict[Tensor, Prepared] = {}
-        self._uploads = Uploads()
 
     def _prepare(self, prepared: Prepared, members: _Members) -> None:
         """Check the parameters that have a gradient, create what state they lack, and bundle them into launches."""
@@ -480,9 +481,15 @@ class LockedAdamW(Named, torch.optim.AdamW):
                     )
         return True
 
-    def _keeping_uploads(self, prepared: Prepared, capturing: bool) -> AbstractContextManager[None]:
-        """Return a context in which what goes up to the device is kept for a graph, if this can be part of one."""
-        return self._uploads.step(capturing) if isinstance(prepared.clocks, DeviceClocks) else nullcontext()
+    @contextmanager
+    def _keeping(self, prepared: Prepared, capturing: bool) -> Iterator[None]:
+        """Keep what the device reads in this step for as long as a graph may read it, if one is being captured."""
+        if isinstance(prepared.clocks, HostClocks):
+            yield
+            return
+        with self._uploads.step(capturing):
+            self._uploads.keep(prepared)
+            yield
 
     # Names, groups, state --------------------------------------------------------------------------------------------
 
@@ -534,6 +541,7 @@ class LockedAdamW(Named, torch.optim.AdamW):
         # a captured step has the addresses of its state; else the old one goes before the new one is made
         captured = any(group["capturable"] for group in self.param_groups)
         before = dict(self.state) if captured else {}
+        numbers = [dict(group) if captured else {} for group in self.param_groups]
 
         def check(_: Any, given: dict[str, Any]) -> dict[str, Any]:
             check_state(given, self.param_groups, self._STATE)
@@ -555,6 +563,10 @@ class LockedAdamW(Named, torch.optim.AdamW):
                 if entry:
                     state["step"] = self._clock(state["step"], param, group)
                 self.state[param] = state
+            for group, old in zip(self.param_groups, numbers, strict=True):
+                for key in ("lr", "eps", "weight_decay"):
+                    if isinstance(old.get(key), Tensor):
+                        group[key] = old[key].copy_(torch.as_tensor(group[key]))
             self._settle()
             self._after_load()
 
@@ -594,6 +606,8 @@ class LockedAdamW(Named, torch.optim.AdamW):
         for group in self.param_groups:
             for key, value in self._settings.items():
                 group.setdefault(key, value)
+        if "_uploads" not in self.__dict__:  # not while a state is loaded: a graph may read on
+            self._uploads = Uploads()
         self._forget()
         self._settle()
 

@@ -1,0 +1,227 @@
+"""With clocks on the device (capturable, or fused on a GPU) a step reads nothing back and is the same step.
+
+A GPU is not needed: the CPU stands in for the device that torch says has graphs. tests/test_gpu.py captures.
+
+- Parameters, moments, importance and masks are those of clocks on the host, bit for bit, over refreshes, schedules,
+  scalers, clipping, parameters that miss gradients, and resume.
+- A learning rate or weight decay in a tensor is read when the step runs, not when it was prepared.
+- A load writes into the state that is there: a captured step has its addresses.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from states import same_state
+from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from epi_kernels import EPIAdamW, MaskedAdamW
+from epi_kernels.optim import base
+from epi_kernels.optim.nonfinite import NonfiniteCounts
+
+SHAPES = {"h.0.weight": (30, 7), "h.0.bias": (30,), "h.1.weight": (9, 8), "head.scale": ()}
+KINDS: dict[str, Any] = {
+    "off": lambda p, **k: EPIAdamW(p.items(), **{"isolation_ratio": 0.0, **k}),
+    "ema": lambda p, **k: EPIAdamW(p.items(), **{"isolation_ratio": 0.2, "mask_interval": 3, **k}),
+    "exp_avg_sq": lambda p, **k: EPIAdamW(
+        p.items(), **{"isolation_ratio": 0.2, "mask_interval": 3, "importance": "exp_avg_sq", **k}
+    ),
+    "masked": lambda p, **k: MaskedAdamW(p.items(), frozen={"h.0.bias": torch.arange(30) % 2 == 0}, **k),
+}
+each_kind = pytest.mark.parametrize("build", KINDS.values(), ids=KINDS)
+
+
+@pytest.fixture(autouse=True)
+def graphs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "_get_capturable_supported_devices", lambda: ["cpu"])
+
+
+def parameters() -> dict[str, Parameter]:
+    generator = torch.Generator().manual_seed(3)
+    return {n: Parameter(torch.randn(s, generator=generator)) for n, s in SHAPES.items()}
+
+
+def give(params: dict[str, Parameter], step: int, missing: bool = False) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for i, param in enumerate(params.values()):
+        grad = torch.randn(param.shape, generator=generator)
+        param.grad = None if missing and (step + i) % 4 == 0 and i else grad
+
+
+def assert_same(params: dict[str, Parameter], optimizer: Any, twins: dict[str, Parameter], twin: Any) -> None:
+    for name, param in params.items():
+        assert torch.equal(param, twins[name]), name
+        assert same_state(optimizer.state[param], twin.state[twins[name]]), name
+
+
+def pair(
+    build: Callable[..., Any], backend: str, **kwargs: Any
+) -> tuple[dict[str, Parameter], Any, dict[str, Parameter], Any]:
+    params, twins = parameters(), parameters()
+    optimizer = build(params, capturable=True, backend=backend, **copy.deepcopy(kwargs))
+    return params, optimizer, twins, build(twins, backend=backend, **copy.deepcopy(kwargs))
+
+
+@each_kind
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"amsgrad": True, "maximize": True}, {"lr": torch.tensor(0.01), "betas": (0.8, 0.9)}, {"clip_grad_norm": 0.5}],
+    ids=["defaults", "amsgrad", "tensor lr", "clipped"],
+)
+def test_the_steps_are_those_of_clocks_on_the_host(build: Any, kwargs: dict[str, Any], backend: str) -> None:
+    params, optimizer, twins, twin = pair(build, backend, **kwargs)
+    for step in range(1, 8):
+        for ps, o in ((params, optimizer), (twins, twin)):
+            give(ps, step, missing=True)
+            o.step()
+        assert_same(params, optimizer, twins, twin)
+
+
+def test_groups_have_their_own_numbers(backend: str) -> None:
+    results = []
+    for capturable in (True, False):
+        params = parameters()
+        items = list(params.items())
+        groups = [
+            {"params": items[:2], "lr": 0.1, "isolation_ratio": 0.3},
+            {"params": items[2:3], "weight_decay": 0.5, "importance_beta": 0.5},
+            {"params": items[3:], "betas": (0.5, 0.6), "isolation_ratio": 0.0, "amsgrad": True},
+        ]
+        optimizer = EPIAdamW(groups, mask_interval=2, capturable=capturable, backend=backend)
+        for step in range(1, 6):
+            give(params, step)
+            optimizer.step()
+        results.append((params, optimizer))
+    assert_same(*results[0], *results[1])
+
+
+@pytest.mark.parametrize("number", ["lr", "weight_decay"])
+def test_a_number_in_a_tensor_is_read_when_the_step_runs(number: str, backend: str) -> None:
+    value = torch.tensor(0.1)
+    params, optimizer, twins, twin = pair(KINDS["ema"], backend)
+    optimizer.param_groups[0][number] = value
+    for step in range(1, 6):
+        give(params, step)
+        give(twins, step)
+        value.fill_(0.1 / step)  # what a scheduler does with a tensor
+        twin.param_groups[0][number] = float(value)
+        optimizer.step()
+        twin.step()
+        assert_same(params, optimizer, twins, twin)
+
+
+@each_kind
+def test_where_an_infinite_gradient_was_found_nothing_moves(build: Any, backend: str) -> None:
+    params, optimizer, twins, twin = pair(build, backend)
+    for step in range(1, 9):
+        give(params, step)
+        give(twins, step)
+        found = step in (1, 4)
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(float(found))
+        for param in params.values():
+            param.grad *= 4.0
+        before = copy.deepcopy(optimizer.state_dict()["state"]), [p.detach().clone() for p in params.values()]
+        optimizer.step()
+        if found:
+            assert same_state([p.detach() for p in params.values()], before[1])
+            assert same_state(optimizer.state_dict()["state"], before[0]) or step == 1  # the first makes the state
+        else:
+            twin.step()
+            assert_same(params, optimizer, twins, twin)
+
+
+def test_telemetry_has_the_last_refresh_alone(backend: str) -> None:
+    params, optimizer, twins, twin = pair(KINDS["ema"], backend)
+    assert optimizer.telemetry() == []
+    for step in range(1, 9):
+        give(params, step)
+        give(twins, step)
+        optimizer.step()
+        twin.step()
+        assert optimizer.telemetry() == twin.telemetry()[-1:]
+    assert optimizer.telemetry()[0]["step"] == 6
+
+
+def test_counts_of_gradients_that_are_not_finite(backend: str) -> None:
+    params, optimizer, twins, twin = pair(KINDS["ema"], backend)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        for step in range(1, 7):
+            for ps, o in ((params, optimizer), (twins, twin)):
+                give(ps, step)
+                ps["h.0.bias"].grad[step] = torch.inf
+                o.step()
+    assert optimizer.telemetry()[-1]["nonfinite"] == 6
+    assert twin.telemetry()[-1]["nonfinite"] == 6
+
+
+@each_kind
+def test_a_load_writes_into_the_state_that_is_there(build: Any, backend: str) -> None:
+    params, optimizer, twins, twin = pair(build, backend, lr=torch.tensor(0.01))
+    rate = optimizer.param_groups[0]["lr"]
+    for step in range(1, 5):
+        give(params, step)
+        give(twins, step)
+        optimizer.step()
+        twin.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    weights = {n: p.detach().clone() for n, p in params.items()}
+    addresses = [v.data_ptr() for s in optimizer.state.values() for v in s.values()]
+    for step in range(50, 53):
+        give(params, step)
+        rate.fill_(0.5)
+        optimizer.step()
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] is rate
+    for name, param in params.items():
+        param.data.copy_(weights[name])
+    for step in range(5, 9):
+        give(params, step)
+        give(twins, step)
+        optimizer.step()
+        twin.step()
+        assert_same(params, optimizer, twins, twin)
+    assert [v.data_ptr() for s in optimizer.state.values() for v in s.values()] == addresses
+
+
+class NoReading(TorchDispatchMode):
+    """Raises where a tensor becomes a number of Python's: on a GPU that waits, and in a graph it cannot be."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise AssertionError("a tensor was read")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["ema", "exp_avg_sq", "masked"])
+def test_nothing_is_read_back(kind: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend != "triton":
+        pytest.skip("a backend of the CPU reads what it must know")
+    params, optimizer, _, _ = pair(KINDS[kind], backend, clip_grad_norm=1.0, lr=torch.tensor(0.1))
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(0.0)
+    give(params, 1)
+    optimizer.step()
+    # it warns of what the CPU has counted, which is at hand, and of a GPU's counts later
+    monkeypatch.setattr(NonfiniteCounts, "warn", lambda *_: None)
+    with NoReading():
+        for step in range(2, 5):
+            give(params, step)
+            optimizer.step()
+    with pytest.raises(AssertionError, match="a tensor was read"), NoReading():
+        assert bool(Tensor([1.0]))
+
+
+def test_the_clock_is_where_torch_has_it() -> None:
+    params, optimizer, twins, _ = pair(KINDS["ema"], "auto")
+    give(params, 1)
+    optimizer.step()
+    assert {state["step"].dtype for state in optimizer.state.values()} == {torch.float32}
+    assert {state["step"].device for state in optimizer.state.values()} == {torch.device("cpu")}
+    theirs = torch.optim.AdamW(twins.values())
+    theirs.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert theirs.state[twins["head.scale"]]["step"].item() == 1.0
