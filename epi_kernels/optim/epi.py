@@ -32,9 +32,15 @@ class EPIAdamW(Isolation, LockedAdamW):
     Args:
         params: as torch.optim.AdamW takes them; ``model.named_parameters()`` lets layers be transformer blocks and
             messages speak of names.
-        lr, betas, eps, weight_decay, amsgrad, maximize, foreach, fused: as in torch.optim.AdamW. `foreach` and
-            `fused` are checked as torch does; `backend` decides what runs.
-        capturable, differentiable: not in this version.
+        lr, betas, eps, weight_decay, amsgrad, maximize, foreach: as in torch.optim.AdamW. `foreach` is checked as
+            torch does and changes nothing: `backend` decides what runs.
+        fused: as there, too. With True a torch.amp.GradScaler leaves the gradients to the step, which divides by the
+            scale and, where one is infinite, does nothing at all. It does not write the gradients. On a GPU the clocks
+            are then there, and nothing is read back.
+        capturable: lets a CUDA graph capture `step`; clocks and the decision to refresh are on the device. A number in
+            a tensor (lr, eps, weight_decay, betas) is read at every replay, any other is a constant of the graph.
+        differentiable: autograd goes back through the step, by torch's own arithmetic. For float32, float64 and
+            complex parameters, with ``importance="ema"``.
         isolation_ratio: p, share of the entries to protect, 0 <= p < 1. A group may carry its own: each ratio is then
             a budget of its own over its own groups, and 0 exempts a group (no importance, no state for it).
         importance_beta: smoothing of S, 0 <= beta < 1; 0 takes the last gradient alone. A group may carry its own.
@@ -47,6 +53,9 @@ class EPIAdamW(Isolation, LockedAdamW):
             times and may protect up to one histogram bin more (1/16 in the score; see `epi_kernels.ops`).
         importance: "ema" keeps S; "exp_avg_sq" takes AdamW's second moment for it (beta = betas[1]), without any
             state or traffic of its own. The lock bit then rides in the sign of ``exp_avg_sq``.
+        clip_grad_norm: the largest norm of all gradients together, as of torch.nn.utils.clip_grad_norm_: one pass over
+            them, and the factor is applied in the step, importance included, without writing the gradients. None: no
+            clipping.
         importance_dtype, rounding, master_weights, state_dtype, process_group: not in this version.
         backend: "auto", or the name of one, which then runs or raises.
 

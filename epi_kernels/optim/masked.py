@@ -23,10 +23,11 @@ class MaskedAdamW(LockedAdamW):
 
     Args:
         params: as torch.optim.AdamW takes them; ``model.named_parameters()`` for a mask by names.
-        lr, betas, eps, weight_decay, amsgrad, maximize, foreach, fused: as in torch.optim.AdamW.
-        capturable, differentiable: not in this version.
+        lr, betas, eps, weight_decay, amsgrad, maximize, foreach, fused, capturable, differentiable: as in
+            torch.optim.AdamW; see `EPIAdamW`.
         frozen: {name or Parameter: bool tensor of the parameter's shape}, True = never moves. Parameters that it does
             not name are free.
+        clip_grad_norm: as in `EPIAdamW`.
         backend: "auto", or the name of one, which then runs or raises.
 
     State of a parameter with a mask: torch's, and ``frozen``, int8, -1 where frozen.

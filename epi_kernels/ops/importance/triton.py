@@ -126,6 +126,15 @@ _IMPORTANCE = {**_TABLES, "betas": "*fp32", "ranges": "*i32", "nonfinite": "*i64
 VARIANTS = (
     # all three dtypes of a gradient are in the code: 128 bits of float32, 64 of the others
     Variant("importance", importance_kernel, {**_IMPORTANCE, "KEEP_FINITE": True}, 12, 35, {128: 2}, {128: 1}),
+    Variant(
+        "importance with a factor",
+        importance_kernel,
+        {**_IMPORTANCE, "KEEP_FINITE": True, "grad_factor": "*fp32"},
+        12,
+        36,
+        {128: 2},
+        {128: 1},
+    ),
     Variant("importance in v", importance_kernel, {**_IMPORTANCE, "KEEP_FINITE": False}, 12, 35, {128: 2}, {128: 1}),
     Variant("gradient sums", gradient_sums_kernel, _TABLES, 20, 17, {128: 3}, {128: 2}),
 )
