@@ -79,6 +79,22 @@ def test_on_the_protected_stay_and_the_others_move_as_the_base_moves_them(make: 
     assert optimizer.telemetry()[-1]["step"] == 12
 
 
+def test_around_muon_which_takes_matrices_alone() -> None:
+    params = {name: p for name, p in parameters().items() if p.dim() == 2}
+    twins = {name: Parameter(p.detach().clone()) for name, p in params.items()}
+    optimizer = isolated(params, lambda p: torch.optim.Muon(p, lr=0.1))
+    twin = torch.optim.Muon(twins.items(), lr=0.1)
+    for step in range(1, 6):
+        for name, q in twins.items():
+            q.data.copy_(params[name])
+        train(params, optimizer, step, step)
+        train(twins, twin, step, step)
+        for name, param in params.items():
+            free = ~optimizer.isolation_mask(param)
+            assert torch.equal(param[free], twins[name][free])
+    assert optimizer.telemetry()[-1]["protected"] == int(0.2 * sum(p.numel() for p in params.values()))
+
+
 @pytest.mark.parametrize("settings", [{}, {"scope": "layer"}, {"normalize": "none"}, {"layers": "tensor"}], ids=str)
 def test_masks_and_importance_are_those_of_epiadamw(settings: dict[str, Any], backend: str) -> None:
     params, twins = parameters(), parameters()
