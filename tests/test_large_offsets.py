@@ -54,7 +54,7 @@ def test_step(entries: int) -> None:
     table.set("aligned", [1])
     scalars, nonfinite = torch.tensor([ROW]), torch.zeros(1, dtype=torch.int64)
     kernels.masked_adamw_kernel[(1,)](
-        table.rows(), table.pieces, scalars, nonfinite, None, None,
+        table.rows(), table.pieces, scalars, nonfinite, None, None, None,
         tiles.DTYPES[torch.float32], tiles.DTYPES[torch.float32], 1, True, False, tiles.BLOCK, tiles.TILES,
     )  # fmt: skip
     assert torch.equal(tensors["exp_avg"], grad)
@@ -73,7 +73,7 @@ def test_importance_and_sums(entries: int) -> None:
     table.set("aligned", [1])
     ranges, nonfinite = torch.tensor([[math.inf, -math.inf]]), torch.zeros(1, dtype=torch.int64)
     kernels.importance_kernel[(1,)](
-        table.rows(), table.pieces, torch.tensor([[0.0, 1.0]]), ranges.view(torch.int32), nonfinite,
+        table.rows(), table.pieces, torch.tensor([[0.0, 1.0]]), ranges.view(torch.int32), nonfinite, None,
         True, tiles.BLOCK, tiles.TILES,
     )  # fmt: skip
     assert torch.equal(importance, grad.float().square())

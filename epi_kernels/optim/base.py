@@ -318,8 +318,10 @@ class LockedAdamW(Named, torch.optim.AdamW):
         """
         seen: list[object] = []
         state = self.state
+        scaler = getattr(self, "found_inf", None)
         for group, params in members:
-            seen.append((group["amsgrad"], group["capturable"], group["fused"], *self._lock_settings(group)))
+            flags = (group["amsgrad"], group["capturable"], group["fused"], scaler is not None and scaler.device)
+            seen.append((*flags, *self._lock_settings(group)))
             for param in params:
                 grad = param.grad
                 if grad is None:
@@ -373,6 +375,7 @@ class LockedAdamW(Named, torch.optim.AdamW):
 
         Raises:
             RuntimeError: entries of the parameter share memory; `fused` is on and torch's kernels cannot take it.
+            NotImplementedError: `capturable` is on and it is complex.
             AssertionError: `capturable` is on and it is on a device that has no graphs.
         """
         if any(stride == 0 and size > 1 for size, stride in zip(param.shape, param.stride(), strict=True)):
@@ -383,6 +386,10 @@ class LockedAdamW(Named, torch.optim.AdamW):
         if group["fused"]:
             _device_dtype_check_for_fused(param)
         if group["capturable"]:
+            if param.is_complex():
+                raise NotImplementedError(
+                    f"{self._name(param)} is {param.dtype}, and its locks go by way of the host; use capturable=False"
+                )
             supported = _get_capturable_supported_devices()
             if param.device.type not in supported:
                 raise AssertionError(
@@ -406,8 +413,14 @@ class LockedAdamW(Named, torch.optim.AdamW):
         return [state["step"] for param, state in self.state.items() if param not in awake and "step" in state]
 
     def _clock_device(self, param: Tensor, group: dict[str, Any]) -> torch.device | None:
-        """Return the device on which the clock of `param` runs, or None: on the host."""
-        return param.device if group["capturable"] or (group["fused"] and param.device.type != "cpu") else None
+        """Return the device on which the clock of `param` runs, or None: on the host.
+
+        torch has it on the device with `fused` too; here only where a scaler alone knows, on the device, whether there
+        is a step to count. A refresh that the device decides is launched at every step, and does nothing at most.
+        """
+        found_inf = getattr(self, "found_inf", None)
+        skips_there = found_inf is not None and found_inf.device.type != "cpu"
+        return param.device if group["capturable"] or skips_there else None
 
     def _ensure_state(self, param: Tensor, group: dict[str, Any]) -> None:
         """Create what `param` lacks of torch's state and of ours."""

@@ -3,8 +3,8 @@
 The clocks of all bundles of a step are elements of a few vectors, so that one addition counts them all: 291 tensors of
 their own took 0.8 ms to count, as long as the rest of the step's Python.
 
-On the host, counting gives numbers. On the device (``capturable``, or ``fused`` on an accelerator) it gives tensors,
-and nothing waits for them: a captured step goes on counting with every replay.
+On the host, counting gives numbers. On the device (``capturable``, or under a scaler that knows only there whether a
+step is skipped) it gives tensors, and nothing waits for them: a captured step goes on counting with every replay.
 """
 
 from collections.abc import Sequence

@@ -35,8 +35,8 @@ class EPIAdamW(Isolation, LockedAdamW):
         lr, betas, eps, weight_decay, amsgrad, maximize, foreach: as in torch.optim.AdamW. `foreach` is checked as
             torch does and changes nothing: `backend` decides what runs.
         fused: as there, too. With True a torch.amp.GradScaler leaves the gradients to the step, which divides by the
-            scale and, where one is infinite, does nothing at all. It does not write the gradients. On a GPU the clocks
-            are then there, and nothing is read back.
+            scale and, where one is infinite, does nothing at all. It does not write the gradients, and on a GPU
+            nothing is read back.
         capturable: lets a CUDA graph capture `step`; clocks and the decision to refresh are on the device. A number in
             a tensor (lr, eps, weight_decay, betas) is read at every replay, any other is a constant of the graph.
         differentiable: autograd goes back through the step, by torch's own arithmetic. For float32, float64 and

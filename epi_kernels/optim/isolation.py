@@ -95,8 +95,8 @@ class Isolation(Named):
 
         A record is a dict of plain numbers and names:
 
-        With clocks on the device (``capturable``, or ``fused`` on a GPU) the host does not know which steps refreshed,
-        and the list has the last one alone.
+        With ``capturable``, or ``fused`` and a scaler on a GPU, the device alone knows which steps refreshed, and the
+        list has the last one.
 
         - ``step``: the clock at the refresh; ``protected_share``: protected / eligible.
         - ``eligible``, ``budget``, ``protected``: entries that compete, k, and entries protected; `protected` is below

@@ -111,8 +111,7 @@ class _Part:
         self.backend = backend
 
     def advance(self, start: Tensor, keep_finite: bool, grad_factor: Tensor | None, due: Tensor | None) -> None:
-        # a copy: what on_device returns may be kept for the next step
-        self.ranges = on_device(start, self.device).clone()
+        self.ranges = on_device(start, self.device)
         ops.importance_(
             self.importances,
             self.grads,

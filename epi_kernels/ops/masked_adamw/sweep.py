@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from epi_kernels.ops.flat import Flat
@@ -54,9 +55,10 @@ class TableSweep:
         self._table.point("grad", flat)
         self._table.set("scalars", rows)
         if self._table.pieces.numel():
-            there = scalars if scalars.device == self._device else on_device(scalars.float(), self._device)
+            # float32: computed on the device, where the clocks are
+            there = scalars if scalars.dtype == torch.float32 else on_device(scalars.float(), self._device)
             known, flag = (advanced, None) if isinstance(advanced, bool) else (False, advanced)
-            self._launch(there.float(), nonfinite, known, flag, grad_factor, found_inf)
+            self._launch(there, nonfinite, known, flag, grad_factor, found_inf)
         self._flat.write_back()
 
     def _piece(self) -> int:
