@@ -73,8 +73,8 @@ EPI_EXPORT int32_t epi_cuda_device_error(void);
  * refreshed: on the device; where it is not 0 it stands for `advanced`. NULL: 0. */
 EPI_EXPORT int32_t epi_cuda_masked_adamw(const int64_t* rows, const int64_t* pieces, int64_t piece_count,
                                          const float* scalars, int64_t* nonfinite, const float* refreshed,
-                                         const float* grad_factor, const float* found_inf, int32_t param_dtype, int32_t grad_dtype,
-                                         int32_t lock_in, int32_t advanced, void* stream);
+                                         const float* grad_factor, const float* found_inf, int32_t param_dtype,
+                                         int32_t grad_dtype, int32_t lock_in, int32_t advanced, void* stream);
 
 /* Count scores by the `digit_bits` bits above the lowest `shift` where the bits above are the budget's prefix.
  *

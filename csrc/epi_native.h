@@ -114,7 +114,8 @@ EPI_EXPORT int32_t epi_limit_simd_level(int32_t level);
 /* One AdamW step. `advanced`: this step's squared gradient is in the signed tensor already. */
 EPI_EXPORT void epi_masked_adamw(epi_adamw_tensor* tensors, int64_t count, int32_t advanced, int32_t threads);
 
-/* Advance the importance by the gradient times `grad_factor`; ranges: [layer_count][2], written, (inf, -inf) for a layer without entries. */
+/* Advance the importance by the gradient times `grad_factor`; ranges: [layer_count][2], written, (inf, -inf) for a
+ * layer without entries. */
 EPI_EXPORT void epi_importance(epi_importance_tensor* tensors, int64_t count, float* ranges, int64_t layer_count,
                                float grad_factor, int32_t keep_finite, int32_t threads);
 

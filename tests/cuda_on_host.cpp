@@ -20,9 +20,9 @@ extern "C" int32_t masked_adamw(const int64_t* rows, const int64_t* pieces, int6
             const int64_t number = pieces[block];
             const auto& row = reinterpret_cast<const epi_cuda_adamw_row*>(rows)[tensor_of(number)];
             const Piece piece = piece_of(number, SWEEP_PIECE, row.size, row.aligned != 0);
-            const Step how = step_of(row, reinterpret_cast<const epi_scalars*>(scalars)[row.scalars],
-                                     grad_factor ? *grad_factor : 1.0f, lock_in,
-                                     advanced || (refreshed && *refreshed != 0.0f));
+            const Step how =
+                step_of(row, reinterpret_cast<const epi_scalars*>(scalars)[row.scalars],
+                        grad_factor ? *grad_factor : 1.0f, lock_in, advanced || (refreshed && *refreshed != 0.0f));
             for (int32_t thread = 0; thread < THREADS; ++thread)
                 nonfinite[piece.tensor] += sweep<decltype(param), decltype(grad)>(row, piece, how, thread, THREADS);
         }

@@ -10,8 +10,8 @@ namespace {
 constexpr int64_t PIECE = 2048;
 
 template <bool keep_finite>
-int32_t advance(float* __restrict importance, const float* __restrict grad, int64_t size, float grad_factor,
-                float beta, float one_minus_beta) {
+int32_t advance(float* __restrict importance, const float* __restrict grad, int64_t size, float grad_factor, float beta,
+                float one_minus_beta) {
     int32_t nonfinite = 0;
     for (int64_t i = 0; i < size; ++i) {
         const float g = grad[i] * grad_factor;
