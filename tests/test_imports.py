@@ -39,6 +39,8 @@ TIERS = [
     ("epi_kernels.ops.threshold.rows", 1),
     ("epi_kernels.ops.", 2),  # ops/<stem>/<backend>
     ("epi_kernels.ops", 4),
+    ("epi_kernels.importance", 5),
+    ("epi_kernels.select", 5),
     ("epi_kernels.optim.groups", 0),
     ("epi_kernels.optim.compiled", 0),
     ("epi_kernels.optim.checkpoint", 1),
@@ -48,6 +50,7 @@ TIERS = [
     ("epi_kernels.optim.complex", 5),
     ("epi_kernels.optim.nonfinite", 4),
     ("epi_kernels.optim.refresh", 5),
+    ("epi_kernels.optim.drop_in", 2),
     ("epi_kernels.optim.isolation", 6),
     ("epi_kernels.optim.base", 6),
     ("epi_kernels.optim.", 7),

@@ -6,38 +6,28 @@ dtypes. Subclasses say where the locks are.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import _device_dtype_check_for_fused, _get_capturable_supported_devices
 
-from epi_kernels import dispatch
-from epi_kernels.contract import FLOATING, arithmetic_dtype, check_lists
+from epi_kernels.contract import arithmetic_dtype, check_lists
 from epi_kernels.ops import Sweep
 from epi_kernels.ops.table import Uploads
-from epi_kernels.optim import compiled, differentiable
-from epi_kernels.optim.checkpoint import STATE_DTYPES, check_state, pairs_of, taken
+from epi_kernels.optim import differentiable
+from epi_kernels.optim.checkpoint import STATE_DTYPES
 from epi_kernels.optim.clocks import DeviceClocks, HostClocks
 from epi_kernels.optim.complex import PairLocks, as_real
-from epi_kernels.optim.groups import Named, check_shared
+from epi_kernels.optim.drop_in import DropInAdamW
 from epi_kernels.optim.nonfinite import NonfiniteCounts
 from epi_kernels.optim.scaling import UNSCALED, Scaling, scaling_of
 
 # where the lock bit is -> the state that holds it, for locks that have one of their own
 LOCK_STATE = {"importance": "importance", "static": "frozen"}
-
-COMPLEX = (torch.complex64, torch.complex128)
-
-# torch's complaint about a capture that its own flags do not allow; the first name is that of torch >= 2.9
-_HEALTH_CHECK = next(
-    name
-    for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
-    if hasattr(torch.optim.Optimizer, name)
-)
 
 _NOTHING: dict[str, Tensor] = {}
 
@@ -72,70 +62,22 @@ class Prepared:
     clocks: HostClocks | DeviceClocks = field(default_factory=lambda: HostClocks([], []))
 
 
-class Released(Protocol):
-    """What steps each parameter by itself, before `step` is called."""
-
-    def end_iteration(self) -> None:
-        """Do what is left of a step."""
-
-
-class LockedAdamW(Named, torch.optim.AdamW):
+class LockedAdamW(DropInAdamW):
     """torch.optim.AdamW with entries that can be locked, on the operations of this package.
 
     Not used itself: `EPIAdamW` and `MaskedAdamW` are. Arguments up to `fused` are torch's, with torch's errors.
     Arithmetic and state are float32 for float32, bfloat16 and float16 parameters, and float64 for float64.
     """
 
-    # settings of ours that are one for all groups: they stand in every group, so that a checkpoint holds them
-    _SHARED: tuple[str, ...] = ("clip_grad_norm",)
+    _SHARED = (*DropInAdamW._SHARED, "clip_grad_norm")
+    _DTYPES = (*DropInAdamW._DTYPES, torch.complex64, torch.complex128)
 
-    # what takes the steps instead, parameter by parameter: see `epi_kernels.optim.release`
-    _released: Released | None = None
-
-    # keys of a parameter's state that a checkpoint may hold
-    _STATE: tuple[str, ...] = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor,
-        betas: tuple[float | Tensor, float | Tensor],
-        eps: float,
-        weight_decay: float,
-        amsgrad: bool,
-        *,
-        maximize: bool,
-        foreach: bool | None,
-        capturable: bool,
-        differentiable: bool,
-        fused: bool | None,
-        clip_grad_norm: float | None,
-        backend: str,
-        settings: dict[str, Any],
-    ) -> None:
+    def __init__(self, *torchs: Any, clip_grad_norm: float | None, settings: dict[str, Any], **others: Any) -> None:
         """Check every argument, then build torch's optimizer; `settings` are a subclass's defaults of its groups."""
-        dispatch.check(backend)
         if clip_grad_norm is not None and not clip_grad_norm > 0.0:
             raise ValueError(f"Invalid clip_grad_norm: {clip_grad_norm!r}; a norm > 0, or None for no clipping")
-        self._backend = backend
-        self._settings = {"clip_grad_norm": clip_grad_norm, **settings}
         self._nonfinite = NonfiniteCounts()
-        self._uploads = Uploads()
-        self._forget()
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            maximize=maximize,
-            foreach=foreach,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-        )
-        self._settle()
+        super().__init__(*torchs, settings={"clip_grad_norm": clip_grad_norm, **settings}, **others)
 
     # What a subclass says -------------------------------------------------------------------------------------------
 
@@ -166,37 +108,6 @@ class LockedAdamW(Named, torch.optim.AdamW):
         return False
 
     # The step --------------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step: `torch.optim.AdamW.step`, except that locked entries keep their bits.
-
-        Args:
-            closure: evaluated first, with gradients enabled; its value is returned.
-
-        Raises:
-            RuntimeError: a gradient is sparse; or a graph is being captured, and the step cannot be part of it.
-            ValueError: a gradient does not fit its parameter.
-
-        Either is raised before anything has changed.
-        """
-        compiling = torch.compiler.is_compiling()
-        if not compiling:
-            getattr(self, _HEALTH_CHECK)()
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if compiling:
-            params = [param for group in self._groups for param in group["params"]]
-            compiled.step_(params, [param.grad for param in params], self._number)
-        else:
-            self._run_step()
-        return loss
-
-    def _step_tensors(self) -> list[Tensor]:
-        """Return every parameter; of `epi_kernels.optim.compiled`."""
-        return [param for group in self.param_groups for param in group["params"]]
 
     def _run_step(self) -> None:
         """Take a step by the parameters' gradients, as `step` does once it has them."""
@@ -346,6 +257,8 @@ class LockedAdamW(Named, torch.optim.AdamW):
         """Let the next step prepare anew."""
         self._prepared = Prepared()
         self._alone: dict[Tensor, Prepared] = {}
+        if "_uploads" not in self.__dict__:  # not while a state is loaded: a graph may read on
+            self._uploads = Uploads()
 
     def _prepare(self, prepared: Prepared, members: _Members) -> None:
         """Check the parameters that have a gradient, create what state they lack, and bundle them into launches."""
@@ -435,17 +348,6 @@ class LockedAdamW(Named, torch.optim.AdamW):
         if lock_state is not None and lock_state not in state:
             state[lock_state] = self._new_lock(param)
 
-    def _clock(self, value: float | Tensor, param: Tensor, group: dict[str, Any]) -> Tensor:
-        """Return a ``state["step"]`` of `value`, where and in which dtype torch has it."""
-        device = self._clock_device(param, group)
-        if device is not None or group["fused"]:
-            dtype = torch.float32
-        else:
-            dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-        if isinstance(value, Tensor):
-            return value.to(device or value.device, torch.float32 if device else value.dtype)
-        return torch.tensor(value, dtype=dtype, device=device)
-
     def _bundle(self, params: list[Tensor], groups: list[int]) -> _Bundle:
         """Return the bundle of parameters of one device and pair of dtypes."""
         states = [self.state[param] for param in params]
@@ -504,145 +406,7 @@ class LockedAdamW(Named, torch.optim.AdamW):
             self._uploads.keep(prepared)
             yield
 
-    # Names, groups, state --------------------------------------------------------------------------------------------
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group as torch does; what it brings of its own is checked as the constructor's arguments are.
-
-        Raises:
-            ValueError: a setting is out of its range, or differs where it is one for all groups.
-            NotImplementedError: a parameter is a DTensor, or of a dtype that is not taken.
-            RuntimeError: the backend that was named cannot run on a parameter.
-        """
-        # torch's constructor calls this once for each group and knows nothing of the subclass's defaults
-        for key, value in self._settings.items():
-            self.defaults.setdefault(key, value)
-        super().add_param_group(param_group)
-        try:
-            self._check_group(self.param_groups[-1])
-        except Exception:
-            self.param_groups.pop()
-            raise
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        """Check a group that was just added; a subclass extends it."""
-        _check_torchs(group)
-        check_shared(self._SHARED, group, self.defaults)
-        for param in group["params"]:
-            if param.dtype not in (*FLOATING, *COMPLEX):
-                raise NotImplementedError(
-                    f"{self._name(param)} is {param.dtype}; this version takes {', '.join(map(str, FLOATING))} and "
-                    f"{', '.join(map(str, COMPLEX))}"
-                )
-            if type(param.data) is not Tensor:
-                raise NotImplementedError(
-                    f"{self._name(param)} is a {type(param.data).__name__}; this version takes plain tensors only"
-                )
-            # raises where the backend cannot run
-            dispatch.explain(param.device, self._backend, as_real(param.detach()).dtype)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state as torch does, with the dtypes of this class: torch casts every state to its parameter's.
-
-        What the state's groups lack of our settings (a plain torch.optim.AdamW state lacks all) stays as it is.
-
-        Raises:
-            ValueError: the state is of another optimizer, of other shapes, or incomplete; the message names the entry,
-                and the optimizer is as it was.
-        """
-        entries: dict[Tensor, dict[str, Any]] = {}
-        # a captured step has the addresses of its state; else the old one goes before the new one is made
-        captured = any(group["capturable"] for group in self.param_groups)
-        before = dict(self.state) if captured else {}
-        numbers = [dict(group) if captured else {} for group in self.param_groups]
-
-        def check(_: Any, given: dict[str, Any]) -> dict[str, Any]:
-            check_state(given, self.param_groups, self._STATE)
-            groups = given["param_groups"]
-            if len(groups) == len(self.param_groups):  # else torch says so
-                own = [{key: group[key] for key in self._settings} for group in self.param_groups]
-                groups = [{**ours, **theirs} for ours, theirs in zip(own, groups, strict=True)]
-                self._check_loaded(groups)
-                if [len(g["params"]) for g in groups] == [len(g["params"]) for g in self.param_groups]:
-                    numbers = dict(pairs_of(groups, self.param_groups))
-                    entries.update({numbers[number]: entry for number, entry in given["state"].items()})
-            # the tensors are kept from torch, which would make a copy of them in the dtypes of the parameters
-            return {**given, "state": {}, "param_groups": groups}
-
-        def take(_: Any) -> None:
-            for param, entry in entries.items():
-                group = self._group_of(param)
-                state = taken(entry, param, before.get(param, {}))
-                if entry:
-                    state["step"] = self._clock(state["step"], param, group)
-                self.state[param] = state
-            for group, old in zip(self.param_groups, numbers, strict=True):
-                for key in ("lr", "eps", "weight_decay"):
-                    if isinstance(old.get(key), Tensor):
-                        group[key] = old[key].copy_(torch.as_tensor(group[key]))
-            self._settle()
-            self._after_load()
-
-        # the first after, and the last before, the hooks of the user
-        hooks = [
-            self.register_load_state_dict_pre_hook(check),
-            self.register_load_state_dict_post_hook(take, prepend=True),
-        ]
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _check_loaded(self, groups: list[dict[str, Any]]) -> None:
-        """Check the groups of a state to be loaded, completed with what it lacked; ValueError is for the caller."""
-
-    def _after_load(self) -> None:
-        """Do what a subclass does once a state is loaded."""
-
-    def _settle(self) -> None:
-        """Take over what the groups say now."""
-        # a scaler then leaves the gradients alone and the step reads its factor; else it unscales and skips by itself
-        self._step_supports_amp_scaling = any(group["fused"] for group in self.param_groups)
-        # the name under which a compiler follows the groups: of the other it believes that it is torch's optimizer's
-        self._groups = self.param_groups
-        self._number = compiled.register(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what pickle and deepcopy keep: torch's part and our own attributes."""
-        own = {key: value for key, value in self.__dict__.items() if key in self._KEPT}
-        return {**super().__getstate__(), **own}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take what `__getstate__` gave."""
-        super().__setstate__(state)
-        for group in self.param_groups:
-            for key, value in self._settings.items():
-                group.setdefault(key, value)
-        if "_uploads" not in self.__dict__:  # not while a state is loaded: a graph may read on
-            self._uploads = Uploads()
-        self._forget()
-        self._settle()
-
-    # the attributes of ours that pickle and deepcopy keep
-    _KEPT: tuple[str, ...] = ("_backend", "_settings", "_nonfinite")
-
-
-def _check_torchs(group: dict[str, Any]) -> None:
-    """Check the settings of torch's that a group brings; torch itself checks them in the constructor alone.
-
-    Raises:
-        ValueError: with torch's text.
-    """
-    if not group["lr"] >= 0.0:
-        raise ValueError(f"Invalid learning rate: {group['lr']}")
-    if not group["eps"] >= 0.0:
-        raise ValueError(f"Invalid epsilon value: {group['eps']}")
-    for i, beta in enumerate(group["betas"]):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
-    if not group["weight_decay"] >= 0.0:
-        raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
+    _KEPT = (*DropInAdamW._KEPT, "_nonfinite")
 
 
 # entries from which on a state is staggered, and the entries (832 bytes) by which each follows the one before

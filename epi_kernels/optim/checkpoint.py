@@ -1,6 +1,6 @@
 """The state of an optimizer of torch's form, checked before any of it is taken, and taken without a second copy."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,13 +23,19 @@ _NEEDED = ("step", "exp_avg", "exp_avg_sq")
 _NEEDED_IN_GROUP = ("lr", "betas", "eps", "weight_decay", "params")
 
 
-def check_state(state_dict: dict[str, Any], groups: Groups, known: Sequence[str]) -> None:
+def check_state(
+    state_dict: dict[str, Any],
+    groups: Groups,
+    known: Sequence[str],
+    shape_of: Callable[[str, Tensor, dict[str, Any]], tuple[int, ...]],
+) -> None:
     """Check that a saved state is AdamW's and fits the parameters of `groups`.
 
     Args:
         state_dict: in torch's form.
         groups: the optimizer's own.
         known: the keys of a parameter's state that the optimizer can take.
+        shape_of: (key, parameter, entry) -> the shape that it must have there.
 
     Raises:
         ValueError: the state is of another optimizer, of other shapes or incomplete; the message names the entry.
@@ -52,10 +58,16 @@ def check_state(state_dict: dict[str, Any], groups: Groups, known: Sequence[str]
                 "incomplete, or was changed"
             )
         if entry:
-            _check_entry(entry, params[saved_id], name_of(params[saved_id], groups), known)
+            _check_entry(entry, params[saved_id], name_of(params[saved_id], groups), known, shape_of)
 
 
-def _check_entry(entry: dict[str, Any], param: Tensor, name: str, known: Sequence[str]) -> None:
+def _check_entry(
+    entry: dict[str, Any],
+    param: Tensor,
+    name: str,
+    known: Sequence[str],
+    shape_of: Callable[[str, Tensor, dict[str, Any]], tuple[int, ...]],
+) -> None:
     missing = [key for key in _NEEDED if key not in entry]
     if missing:
         raise ValueError(
@@ -73,7 +85,7 @@ def _check_entry(entry: dict[str, Any], param: Tensor, name: str, known: Sequenc
             continue
         if not isinstance(value, Tensor):
             raise ValueError(f"{key} of {name} is a {type(value).__name__} and not a tensor")
-        wanted = () if key == "step" else tuple(param.shape)
+        wanted = () if key == "step" else shape_of(key, param, entry)
         if tuple(value.shape) != wanted:
             raise ValueError(f"{key} of {name} has shape {tuple(value.shape)} in the state, and {wanted} here")
         if key != "step" and value.is_complex() != (_dtype_of(key, param).is_complex):

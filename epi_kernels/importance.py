@@ -1,0 +1,403 @@
+"""Importance of every entry of a model for a task, from one pass over its data at fixed parameters.
+
+PIECE (arXiv 2511.15375) trains the entries that score highest: Fisher information (Eq. 4) or the second-order score
+(Eq. 10), both from one gradient per example. `update_magnitude` and `output_magnitude` are the criteria of CPI-FT's
+static isolation and of MIGU. `epi_kernels.select.top_k` makes a mask of any of them.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from epi_kernels import ops
+
+# fewer gradients than this cannot rank entries: with one, Eq. 10 gives the same score to all
+FEWEST = 8
+
+# entries of per-example gradients that `vmap` holds at a time
+_AT_ONCE = 1 << 26
+
+LossFunction = Callable[[nn.Module, Any], Tensor]
+Method = Literal["auto", "vmap", "loop"]
+
+
+def fisher(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss_fn: LossFunction,
+    *,
+    method: Method = "auto",
+    microbatch: int = 1,
+    dtype: torch.dtype = torch.float32,
+    progress: bool = True,
+    backend: str = "auto",
+) -> dict[str, Tensor]:
+    """Return the empirical Fisher information of every entry: the mean over examples of the squared gradient.
+
+    ::
+
+        F = 1/N sum_i g_i^2,        g_i the gradient of the loss of example i          PIECE (arXiv 2511.15375) Eq. 4
+
+    Parameters, gradients and the mode of the model (train or eval) are left as they are. No example is skipped.
+
+    Args:
+        model: whose parameters that require a gradient are scored; they must have none now.
+        batches: of the new task: each any nesting of lists, tuples and dicts of tensors whose first dimension counts
+            the examples.
+        loss_fn: (model, batch) -> the mean loss over the examples of a batch, 0-d.
+        method: of getting a gradient for each example. "vmap" has many at a time and needs a model that torch.func can
+            take, and memory for them; "loop" goes one by one and holds no gradient longer than it takes to add it.
+            "auto" is vmap where the gradients of two examples or more have room and the model allows it, else loop.
+        microbatch: B examples to a gradient, for speed: an approximation. The mean of squares of such gradients is too
+            small by the noise that cancels within one; for independent examples of equal weight
+            ``F = B E[g^2] - (B - 1) E[g]^2`` corrects that, and is what is returned. 1: exact.
+        dtype: of the two accumulators: float32, or bfloat16, rounded stochastically, for half the memory.
+        progress: show a progress bar, if tqdm is installed.
+        backend: of the accumulation: "auto", or the name of one, which then runs or raises.
+
+    Returns:
+        {name: float32 tensor of the parameter's shape, >= 0}, in squared gradient units.
+
+    Raises:
+        ValueError: there are fewer than 8 gradients; a batch does not divide into micro-batches; a parameter has a
+            gradient; or an argument is out of its range.
+        RuntimeError: a parameter got two gradients in one backward pass, as reentrant checkpointing makes them.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> x = torch.arange(16.0).view(8, 2)
+        >>> fisher(model, [x], lambda model, batch: model(batch).mean(), progress=False)
+        {'weight': tensor([[70., 85.]])}
+    """
+    sums = _gradient_sums(model, batches, loss_fn, method, microbatch, dtype, progress, backend)
+    return {name: sums.second_moment(name) for name in list(sums.squares)}
+
+
+def second_order(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss_fn: LossFunction,
+    *,
+    xi: float | None = None,
+    method: Method = "auto",
+    microbatch: int = 1,
+    dtype: torch.dtype = torch.float32,
+    progress: bool = True,
+    backend: str = "auto",
+) -> dict[str, Tensor]:
+    """Return the second-order score of every entry: how far its gradients agree, in units of their size.
+
+    ::
+
+        S = |1/N sum_i g_i| / sqrt(1/N sum_i g_i^2 + xi)                        PIECE (arXiv 2511.15375) Eq. 10
+
+    Args:
+        model: as in `fisher`, and so are all others but `xi`.
+        batches: see there.
+        loss_fn: see there.
+        xi: > 0. It decides the ranking, and the paper gives none. None is 1/N, with which the ranking is that of the
+            authors' released code, ``|sum g| / sqrt(sum g^2 + 1)``.
+        method: see there.
+        microbatch: see there.
+        dtype: see there.
+        progress: see there.
+        backend: see there.
+
+    Returns:
+        {name: float32 tensor of the parameter's shape}, in [0, 1).
+
+    Raises:
+        ValueError: `xi` is not above 0; and as `fisher`.
+        RuntimeError: as `fisher`.
+    """
+    if xi is not None and not xi > 0.0:
+        raise ValueError(f"Invalid xi: {xi!r}; a number > 0, or None for 1/N")
+    sums = _gradient_sums(model, batches, loss_fn, method, microbatch, dtype, progress, backend)
+    offset = 1.0 / sums.examples if xi is None else xi
+    scores = {}
+    for name in list(sums.sums):
+        deviation = sums.second_moment(name).add_(offset).sqrt_()
+        scores[name] = sums.mean(name).abs_().div_(deviation)
+    return scores
+
+
+def update_magnitude(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return how far training has moved every entry, |after - before|: the criterion of CPI-FT's static isolation.
+
+    Args:
+        before: {name: parameter}, as ``dict(model.named_parameters())`` or a state_dict gives it.
+        after: the same after a probing run; what is not floating point is left out.
+
+    Returns:
+        {name: float32 tensor of the parameter's shape}.
+
+    Raises:
+        ValueError: the names or a shape differ.
+    """
+    if before.keys() != after.keys():
+        raise ValueError(f"before and after differ in {', '.join(sorted(before.keys() ^ after.keys()))}")
+    for name in before:
+        if before[name].shape != after[name].shape:
+            raise ValueError(f"{name} has shape {tuple(before[name].shape)} before, {tuple(after[name].shape)} after")
+    return {
+        name: (after[name].detach().float() - before[name].detach().to(after[name].device).float()).abs_()
+        for name in before
+        if after[name].is_floating_point()
+    }
+
+
+@torch.no_grad()
+def output_magnitude(
+    model: nn.Module, batches: Iterable[Any], *, forward: Callable[[nn.Module, Any], Any] | None = None
+) -> dict[str, Tensor]:
+    """Return, for the weight of every linear layer, the L1 norm of the layer's output in the row's channel.
+
+    The criterion of MIGU (arXiv 2406.17245), which trains the rows with the largest outputs in each layer:
+    ``top_k(scores, ratio, scope="layer")``.
+
+    Args:
+        model: its torch.nn.Linear layers are looked at.
+        batches: of the new task.
+        forward: (model, batch) -> anything; runs the model. None: ``model(batch)``.
+
+    Returns:
+        {name of a weight: float32 tensor of its shape}, a row the same number throughout (an expanded view).
+
+    Raises:
+        ValueError: no linear layer was run.
+    """
+    norms: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
+
+    def added(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
+            norm = output.detach().float().abs().flatten(0, -2).sum(0) if output.dim() > 1 else output.float().abs()
+            norms[name] = norms[name] + norm if name in norms else norm
+
+        return hook
+
+    handles = []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            name = f"{path}.weight" if path else "weight"
+            weights[name] = module.weight
+            handles.append(module.register_forward_hook(added(name)))
+    try:
+        for batch in batches:
+            model(batch) if forward is None else forward(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not norms:
+        raise ValueError("no torch.nn.Linear of the model was run: there is nothing to score")
+    return {name: norm[:, None].expand(weights[name].shape) for name, norm in norms.items()}
+
+
+class _Sums:
+    """Sums of gradients and of their squares by name, and what follows from them."""
+
+    def __init__(self, params: Mapping[str, Tensor], microbatch: int, dtype: torch.dtype, backend: str) -> None:
+        self.sums = {name: torch.zeros_like(param, dtype=dtype) for name, param in params.items()}
+        self.squares = {name: torch.zeros_like(param, dtype=dtype) for name, param in params.items()}
+        self.gradients = 0
+        self.microbatch = microbatch
+        self._backend = backend
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    @property
+    def examples(self) -> int:
+        return self.gradients * self.microbatch
+
+    def add_one(self, name: str, grad: Tensor) -> None:
+        """Add one gradient of a parameter."""
+        if self.sums[name].dtype == torch.float32:
+            ops.gradient_sums_([self.sums[name]], [self.squares[name]], [grad], self._backend)
+        else:
+            wide = grad.float()
+            self._round_into(self.sums[name], wide)
+            self._round_into(self.squares[name], wide.square())
+
+    def add_many(self, name: str, grads: Tensor) -> None:
+        """Add gradients that are stacked in a first dimension."""
+        wide = grads.float()
+        for total, more in ((self.sums[name], wide.sum(0)), (self.squares[name], wide.square_().sum(0))):
+            if total.dtype == torch.float32:
+                total += more
+            else:
+                self._round_into(total, more)
+
+    def _round_into(self, total: Tensor, more: Tensor) -> None:
+        """Add in float32 and round to bfloat16, up or down with the probability that keeps the mean."""
+        # to the nearest, a sum stands still once what is added is below 1/512 of it
+        device = total.device
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(0)
+        bits = (total.float() + more).view(torch.int32)
+        noise = torch.randint(0, 1 << 16, bits.shape, generator=self._generators[device], device=device)
+        total.copy_((bits + noise.int() & -(1 << 16)).view(torch.float32))
+
+    def mean(self, name: str) -> Tensor:
+        """Return E[g], and let the sum go."""
+        return self.sums.pop(name).float().div_(self.gradients)
+
+    def second_moment(self, name: str) -> Tensor:
+        """Return E[g_i^2] of single examples, and let the sum go."""
+        found = self.squares.pop(name).float().div_(self.gradients)
+        if self.microbatch > 1:
+            mean = self.sums[name].float().div(self.gradients)
+            found.mul_(self.microbatch).sub_(mean.square_(), alpha=self.microbatch - 1).clamp_(min=0.0)
+        return found
+
+
+def _gradient_sums(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss_fn: LossFunction,
+    method: Method,
+    microbatch: int,
+    dtype: torch.dtype,
+    progress: bool,
+    backend: str,
+) -> _Sums:
+    """Return the sums over all gradients of all batches."""
+    if method not in ("auto", "vmap", "loop"):
+        raise ValueError(f"Invalid method: {method!r}; choose one of ('auto', 'vmap', 'loop')")
+    if microbatch < 1:
+        raise ValueError(f"Invalid microbatch: {microbatch!r}; examples to a gradient, >= 1")
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"Invalid dtype: {dtype}; accumulate in torch.float32 or torch.bfloat16")
+    params = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    for name, param in params.items():
+        if param.grad is not None:
+            raise ValueError(f"{name} has a gradient, which would be added to; call model.zero_grad() first")
+    sums = _Sums(params, microbatch, dtype, backend)
+    at_once = _AT_ONCE // max(1, sum(param.numel() for param in params.values()))
+    way = method if method != "auto" else "vmap" if microbatch == 1 and at_once > 1 else "loop"
+    for batch in _shown(batches, progress):
+        count = _examples_in(batch)
+        if count % microbatch:
+            raise ValueError(f"a batch has {count} examples, which do not divide into micro-batches of {microbatch}")
+        if way == "vmap":
+            try:
+                _add_by_vmap(sums, model, params, loss_fn, batch, microbatch, max(1, at_once))
+            except (RuntimeError, NotImplementedError):
+                # data-dependent control flow, an operation without a batching rule
+                if method == "vmap" or sums.gradients:
+                    raise
+                way = "loop"
+        if way == "loop":
+            _add_by_loop(sums, params, model, loss_fn, batch, microbatch)
+    if sums.gradients < FEWEST:
+        raise ValueError(
+            f"{sums.gradients} gradients cannot rank entries: at least {FEWEST} are needed, and hundreds are wise; "
+            "pass more batches, or a smaller microbatch"
+        )
+    return sums
+
+
+def _add_by_vmap(
+    sums: _Sums,
+    model: nn.Module,
+    params: Mapping[str, Tensor],
+    loss_fn: LossFunction,
+    batch: Any,
+    microbatch: int,
+    at_once: int,
+) -> None:
+    loss = _Loss(model, loss_fn)
+
+    def gradient(values: dict[str, Tensor], example: Any) -> dict[str, Tensor]:
+        return torch.func.grad(
+            lambda given: torch.func.functional_call(loss, {f"model.{k}": v for k, v in given.items()}, (example,))
+        )(values)
+
+    values = {name: param.detach() for name, param in params.items()}
+    count = _examples_in(batch) // microbatch
+    for first in range(0, count, at_once):
+        some = min(at_once, count - first)
+        examples = pytree.tree_map_only(
+            Tensor,
+            lambda t: t[first * microbatch : (first + some) * microbatch].unflatten(0, (some, microbatch)),  # noqa: B023
+            batch,
+        )
+        grads = torch.func.vmap(gradient, in_dims=(None, 0), randomness="different")(values, examples)
+        for name, grad in grads.items():
+            sums.add_many(name, grad)
+        sums.gradients += some
+
+
+def _add_by_loop(
+    sums: _Sums, params: Mapping[str, Tensor], model: nn.Module, loss_fn: LossFunction, batch: Any, microbatch: int
+) -> None:
+    with _accumulating(sums, params) as added:
+        for first in range(0, _examples_in(batch), microbatch):
+            added.clear()
+            example = pytree.tree_map_only(Tensor, lambda t: t[first : first + microbatch], batch)  # noqa: B023
+            with torch.enable_grad():
+                loss_fn(model, example).backward()
+            sums.gradients += 1
+
+
+@contextmanager
+def _accumulating(sums: _Sums, params: Mapping[str, Tensor]) -> Iterator[set[str]]:
+    """Let every gradient be added to the sums and freed as it is ready; yield the names added so far."""
+    added: set[str] = set()
+
+    def adder(name: str) -> Callable[[Tensor], None]:
+        def hook(param: Tensor) -> None:
+            grad, param.grad = param.grad, None
+            if name in added:
+                raise RuntimeError(
+                    f"{name} got two gradients in one backward pass, and the square of their sum is not known any "
+                    "more; checkpoint with use_reentrant=False"
+                )
+            added.add(name)
+            with torch.no_grad():
+                sums.add_one(name, grad)  # type: ignore[arg-type]
+
+        return hook
+
+    handles = [param.register_post_accumulate_grad_hook(adder(name)) for name, param in params.items()]
+    try:
+        yield added
+    finally:
+        for handle in handles:
+            handle.remove()
+        for param in params.values():
+            param.grad = None
+
+
+class _Loss(nn.Module):
+    """A loss as a module, so that torch.func can call it with other parameters."""
+
+    def __init__(self, model: nn.Module, loss_fn: LossFunction) -> None:
+        super().__init__()
+        self.model = model
+        self.loss_fn = loss_fn
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.loss_fn(self.model, batch)
+
+
+def _examples_in(batch: Any) -> int:
+    sizes = {leaf.shape[0] if leaf.dim() else 0 for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)}
+    if len(sizes) != 1 or sizes == {0}:
+        raise ValueError(
+            f"the tensors of a batch have the first dimensions {sorted(sizes)}; each must count the same examples"
+        )
+    return int(sizes.pop())
+
+
+def _shown(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
+    """Return the batches behind a progress bar, where that is wanted and can be had."""
+    if progress:
+        try:
+            from tqdm.auto import tqdm
+        except ImportError:
+            return batches
+        return tqdm(batches, desc="importance", unit="batch")
+    return batches

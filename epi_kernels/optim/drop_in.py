@@ -1,0 +1,288 @@
+"""torch.optim.AdamW in all that a program sees of it but the step: groups, state, checkpoints, hooks, compilation."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from epi_kernels import dispatch
+from epi_kernels.contract import FLOATING
+from epi_kernels.optim import compiled
+from epi_kernels.optim.checkpoint import check_state, pairs_of, taken
+from epi_kernels.optim.groups import Named, check_shared
+
+# torch's complaint about a capture that its own flags do not allow; the first name is that of torch >= 2.9
+_HEALTH_CHECK = next(
+    name
+    for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
+    if hasattr(torch.optim.Optimizer, name)
+)
+
+
+class Released(Protocol):
+    """What steps each parameter by itself, before `step` is called."""
+
+    def end_iteration(self) -> None:
+        """Do what is left of a step."""
+
+
+class DropInAdamW(Named, torch.optim.AdamW):
+    """torch.optim.AdamW whose step is another's.
+
+    Not used itself. Arguments up to `fused` are torch's, with torch's errors.
+    """
+
+    # settings of ours that are one for all groups: they stand in every group, so that a checkpoint holds them
+    _SHARED: tuple[str, ...] = ()
+
+    # keys of a parameter's state that a checkpoint may hold
+    _STATE: tuple[str, ...] = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+    # of parameters
+    _DTYPES: tuple[torch.dtype, ...] = FLOATING
+
+    # what takes the steps instead, parameter by parameter: see `epi_kernels.optim.release`
+    _released: Released | None = None
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor,
+        betas: tuple[float | Tensor, float | Tensor],
+        eps: float,
+        weight_decay: float,
+        amsgrad: bool,
+        *,
+        maximize: bool,
+        foreach: bool | None,
+        capturable: bool,
+        differentiable: bool,
+        fused: bool | None,
+        backend: str,
+        settings: dict[str, Any],
+    ) -> None:
+        """Check every argument, then build torch's optimizer; `settings` are a subclass's defaults of its groups."""
+        dispatch.check(backend)
+        self._backend = backend
+        self._settings = settings
+        self._forget()
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        self._settle()
+
+    # What a subclass says -------------------------------------------------------------------------------------------
+
+    def _run_step(self) -> None:
+        """Take a step by the parameters' gradients, as `step` does once it has them."""
+        raise NotImplementedError
+
+    def _step_alone(self, param: Tensor, group: int) -> None:
+        """Take the step of one parameter, of that group, by its gradient."""
+        raise NotImplementedError
+
+    def _between_iterations(self) -> None:
+        """Do what is due after every parameter has stepped alone."""
+
+    def _forget(self) -> None:
+        """Let the next step prepare anew."""
+
+    def _state_shape(self, key: str, param: Tensor, entry: dict[str, Any]) -> tuple[int, ...]:
+        """Return the shape that `key` of a parameter's state has in a saved `entry`."""
+        return tuple(param.shape)
+
+    def _check_loaded(self, groups: list[dict[str, Any]]) -> None:
+        """Check the groups of a state to be loaded, completed with what it lacked; ValueError is for the caller."""
+
+    def _after_load(self) -> None:
+        """Do what a subclass does once a state is loaded."""
+
+    # The step --------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step: `torch.optim.AdamW.step`, except that locked entries keep their bits.
+
+        Args:
+            closure: evaluated first, with gradients enabled; its value is returned.
+
+        Raises:
+            RuntimeError: a gradient is sparse; or a graph is being captured, and the step cannot be part of it.
+            ValueError: a gradient does not fit its parameter.
+
+        Either is raised before anything has changed.
+        """
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            getattr(self, _HEALTH_CHECK)()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if compiling:
+            params = [param for group in self._groups for param in group["params"]]
+            compiled.step_(params, [param.grad for param in params], self._number)
+        else:
+            self._run_step()
+        return loss
+
+    def _step_tensors(self) -> list[Tensor]:
+        """Return every parameter; of `epi_kernels.optim.compiled`."""
+        return [param for group in self.param_groups for param in group["params"]]
+
+    # Groups and state ------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group as torch does; what it brings of its own is checked as the constructor's arguments are.
+
+        Raises:
+            ValueError: a setting is out of its range, or differs where it is one for all groups.
+            NotImplementedError: a parameter is a DTensor, or of a dtype that is not taken.
+            RuntimeError: the backend that was named cannot run on a parameter.
+        """
+        # torch's constructor calls this once for each group and knows nothing of the subclass's defaults
+        for key, value in self._settings.items():
+            self.defaults.setdefault(key, value)
+        super().add_param_group(param_group)
+        try:
+            self._check_group(self.param_groups[-1])
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Check a group that was just added; a subclass extends it."""
+        _check_torchs(group)
+        check_shared(self._SHARED, group, self.defaults)
+        for param in group["params"]:
+            if param.dtype not in self._DTYPES:
+                raise NotImplementedError(
+                    f"{self._name(param)} is {param.dtype}; this class takes {', '.join(map(str, self._DTYPES))}"
+                )
+            if type(param.data) is not Tensor:
+                raise NotImplementedError(
+                    f"{self._name(param)} is a {type(param.data).__name__}; this version takes plain tensors only"
+                )
+            # raises where the backend cannot run
+            dispatch.explain(param.device, self._backend, param.dtype.to_real() if param.is_complex() else param.dtype)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state as torch does, with the dtypes of this class: torch casts every state to its parameter's.
+
+        What the state's groups lack of our settings (a plain torch.optim.AdamW state lacks all) stays as it is.
+
+        Raises:
+            ValueError: the state is of another optimizer, of other shapes, or incomplete; the message names the entry,
+                and the optimizer is as it was.
+        """
+        entries: dict[Tensor, dict[str, Any]] = {}
+        # a captured step has the addresses of its state; else the old one goes before the new one is made
+        captured = any(group["capturable"] for group in self.param_groups)
+        before = dict(self.state) if captured else {}
+        numbers = [dict(group) if captured else {} for group in self.param_groups]
+
+        def check(_: Any, given: dict[str, Any]) -> dict[str, Any]:
+            check_state(given, self.param_groups, self._STATE, self._state_shape)
+            groups = given["param_groups"]
+            if len(groups) == len(self.param_groups):  # else torch says so
+                own = [{key: group[key] for key in self._settings} for group in self.param_groups]
+                groups = [{**ours, **theirs} for ours, theirs in zip(own, groups, strict=True)]
+                self._check_loaded(groups)
+                if [len(g["params"]) for g in groups] == [len(g["params"]) for g in self.param_groups]:
+                    numbers = dict(pairs_of(groups, self.param_groups))
+                    entries.update({numbers[number]: entry for number, entry in given["state"].items()})
+            # the tensors are kept from torch, which would make a copy of them in the dtypes of the parameters
+            return {**given, "state": {}, "param_groups": groups}
+
+        def take(_: Any) -> None:
+            for param, entry in entries.items():
+                group = self._group_of(param)
+                state = taken(entry, param, before.get(param, {}))
+                if entry:
+                    state["step"] = self._clock(state["step"], param, group)
+                self.state[param] = state
+            for group, old in zip(self.param_groups, numbers, strict=True):
+                for key in ("lr", "eps", "weight_decay"):
+                    if isinstance(old.get(key), Tensor):
+                        group[key] = old[key].copy_(torch.as_tensor(group[key]))
+            self._settle()
+            self._after_load()
+
+        # the first after, and the last before, the hooks of the user
+        hooks = [
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(take, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _clock_device(self, param: Tensor, group: dict[str, Any]) -> torch.device | None:
+        """Return the device on which the clock of `param` runs, or None: on the host."""
+        return None
+
+    def _clock(self, value: float | Tensor, param: Tensor, group: dict[str, Any]) -> Tensor:
+        """Return a ``state["step"]`` of `value`, where and in which dtype torch has it."""
+        device = self._clock_device(param, group)
+        if device is not None or group["fused"]:
+            dtype = torch.float32
+        else:
+            dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+        if isinstance(value, Tensor):
+            return value.to(device or value.device, torch.float32 if device else value.dtype)
+        return torch.tensor(value, dtype=dtype, device=device)
+
+    def _settle(self) -> None:
+        """Take over what the groups say now."""
+        # a scaler then leaves the gradients alone and the step reads its factor; else it unscales and skips by itself
+        self._step_supports_amp_scaling = any(group["fused"] for group in self.param_groups)
+        # the name under which a compiler follows the groups: of the other it believes that it is torch's optimizer's
+        self._groups = self.param_groups
+        self._number = compiled.register(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what pickle and deepcopy keep: torch's part and our own attributes."""
+        own = {key: value for key, value in self.__dict__.items() if key in self._KEPT}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what `__getstate__` gave."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, value in self._settings.items():
+                group.setdefault(key, value)
+        self._forget()
+        self._settle()
+
+    # the attributes of ours that pickle and deepcopy keep
+    _KEPT: tuple[str, ...] = ("_backend", "_settings")
+
+
+def _check_torchs(group: dict[str, Any]) -> None:
+    """Check the settings of torch's that a group brings; torch itself checks them in the constructor alone.
+
+    Raises:
+        ValueError: with torch's text.
+    """
+    if not group["lr"] >= 0.0:
+        raise ValueError(f"Invalid learning rate: {group['lr']}")
+    if not group["eps"] >= 0.0:
+        raise ValueError(f"Invalid epsilon value: {group['eps']}")
+    for i, beta in enumerate(group["betas"]):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
+    if not group["weight_decay"] >= 0.0:
+        raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
