@@ -41,6 +41,8 @@ TIERS = [
     ("epi_kernels.ops", 4),
     ("epi_kernels.importance", 5),
     ("epi_kernels.select", 5),
+    ("epi_kernels.delta", 0),
+    ("epi_kernels.optim.refusals", 0),
     ("epi_kernels.optim.groups", 0),
     ("epi_kernels.optim.compiled", 0),
     ("epi_kernels.optim.checkpoint", 1),

@@ -26,6 +26,9 @@ STEP_FLOAT64 = 1e-12
 # 1e-2, each off by a few parts in 1e-7 of itself, and a rounding of 6e-8 of the parameter at each.
 RUN_OF_12 = 2e-5
 
+# A score of PIECE against a loop over examples in float64, relative: gradients of float32, summed in float32.
+SCORE_ERROR = 1e-4
+
 
 def step_ulps(ours: Tensor, theirs: Tensor, before: Tensor) -> tuple[float, float]:
     """Return the largest difference of two float32 results of one step, in ulp of the largest number of the step.

@@ -427,14 +427,3 @@ def new_state(param: Tensor, name: str) -> Tensor:
     strides = torch.empty_like(param, device="meta", memory_format=torch.preserve_format).stride()
     offset = STAGGER * (1 + list(STATE_DTYPES).index(name))
     return torch.zeros(param.numel() + offset, dtype=dtype).as_strided(param.shape, strides, offset)
-
-
-def require_default(**arguments: tuple[object, object]) -> None:
-    """Check that arguments which this version only knows by name have their default, {name: (value, default)}.
-
-    Raises:
-        NotImplementedError: one has not; the message names it.
-    """
-    for name, (value, default) in arguments.items():
-        if value != default:
-            raise NotImplementedError(f"{name}={value!r} is not part of this version; leave it at {default!r}")

@@ -28,6 +28,7 @@ def check_state(
     groups: Groups,
     known: Sequence[str],
     shape_of: Callable[[str, Tensor, dict[str, Any]], tuple[int, ...]],
+    check_entry: Callable[[dict[str, Any], Tensor, str], None],
 ) -> None:
     """Check that a saved state is AdamW's and fits the parameters of `groups`.
 
@@ -36,6 +37,7 @@ def check_state(
         groups: the optimizer's own.
         known: the keys of a parameter's state that the optimizer can take.
         shape_of: (key, parameter, entry) -> the shape that it must have there.
+        check_entry: (entry, parameter, its name); raises ValueError for what else is wrong.
 
     Raises:
         ValueError: the state is of another optimizer, of other shapes or incomplete; the message names the entry.
@@ -58,7 +60,9 @@ def check_state(
                 "incomplete, or was changed"
             )
         if entry:
-            _check_entry(entry, params[saved_id], name_of(params[saved_id], groups), known, shape_of)
+            name = name_of(params[saved_id], groups)
+            check_entry(entry, params[saved_id], name)
+            _check_entry(entry, params[saved_id], name, known, shape_of)
 
 
 def _check_entry(
@@ -88,8 +92,8 @@ def _check_entry(
         wanted = () if key == "step" else shape_of(key, param, entry)
         if tuple(value.shape) != wanted:
             raise ValueError(f"{key} of {name} has shape {tuple(value.shape)} in the state, and {wanted} here")
-        if key != "step" and value.is_complex() != (_dtype_of(key, param).is_complex):
-            raise ValueError(f"{key} of {name} is {value.dtype} in the state, and {_dtype_of(key, param)} here")
+        if key != "step" and value.is_complex() != _dtype_of(key, param, value).is_complex:
+            raise ValueError(f"{key} of {name} is {value.dtype} in the state, and {_dtype_of(key, param, value)} here")
 
 
 def pairs_of(saved_groups: Groups, groups: Groups) -> Iterator[tuple[Any, Tensor]]:
@@ -111,9 +115,11 @@ def taken(entry: dict[str, Any], param: Tensor, before: dict[str, Tensor]) -> di
         elif key == "step":
             state[key] = value  # whoever takes it knows where a clock runs
         else:
-            state[key] = value.to(device=param.device, dtype=_dtype_of(key, param))
+            state[key] = value.to(device=param.device, dtype=_dtype_of(key, param, value))
     return state
 
 
-def _dtype_of(key: str, param: Tensor) -> torch.dtype:
+def _dtype_of(key: str, param: Tensor, value: Tensor) -> torch.dtype:
+    if key == "indices":
+        return value.dtype
     return STATE_DTYPES[key] or arithmetic_dtype(param.dtype)

@@ -102,6 +102,9 @@ class DropInAdamW(Named, torch.optim.AdamW):
         """Return the shape that `key` of a parameter's state has in a saved `entry`."""
         return tuple(param.shape)
 
+    def _check_entry(self, entry: dict[str, Any], param: Tensor, name: str) -> None:
+        """Check a parameter's saved state beyond its keys and shapes; ValueError is for the caller."""
+
     def _check_loaded(self, groups: list[dict[str, Any]]) -> None:
         """Check the groups of a state to be loaded, completed with what it lacked; ValueError is for the caller."""
 
@@ -193,7 +196,7 @@ class DropInAdamW(Named, torch.optim.AdamW):
         numbers = [dict(group) if captured else {} for group in self.param_groups]
 
         def check(_: Any, given: dict[str, Any]) -> dict[str, Any]:
-            check_state(given, self.param_groups, self._STATE, self._state_shape)
+            check_state(given, self.param_groups, self._STATE, self._state_shape, self._check_entry)
             groups = given["param_groups"]
             if len(groups) == len(self.param_groups):  # else torch says so
                 own = [{key: group[key] for key in self._settings} for group in self.param_groups]

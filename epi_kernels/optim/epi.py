@@ -8,9 +8,10 @@ from torch import Tensor
 
 from epi_kernels import lock
 from epi_kernels.layers import Grouping, LayersArgument, check_saved
-from epi_kernels.optim.base import LockedAdamW, new_state, require_default
+from epi_kernels.optim.base import LockedAdamW, new_state
 from epi_kernels.optim.clocks import DeviceClocks, HostClocks
 from epi_kernels.optim.isolation import SHARED, Isolation, check_settings
+from epi_kernels.optim.refusals import require_default
 from epi_kernels.optim.scaling import UNSCALED, Scaling
 
 

@@ -1,8 +1,9 @@
 """Parameters found and named in torch's parameter groups."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Groups = Sequence[dict[str, Any]]
@@ -26,6 +27,41 @@ def name_of(param: Tensor, groups: Groups) -> str:
     i, j = position_of(param, groups)
     names = groups[i].get("param_names")
     return str(names[j]) if names else f"{i}.{j}"
+
+
+def masks_of(masks: Mapping[str | Tensor, Tensor], groups: Groups, argument: str) -> dict[Tensor, Tensor]:
+    """Return the mask of each parameter that `masks` names, after checking every key and mask.
+
+    Args:
+        masks: {name or Parameter: bool tensor of the parameter's shape}.
+        groups: torch's.
+        argument: what the caller calls `masks`.
+
+    Raises:
+        ValueError: a name or Parameter is unknown, or its mask is not bool or has another shape.
+    """
+    by_name = {
+        name: param
+        for group in groups
+        for name, param in zip(group.get("param_names", ()), group["params"], strict=False)
+    }
+    params = {param for group in groups for param in group["params"]}
+    found = {}
+    for key, mask in masks.items():
+        param = by_name.get(key) if isinstance(key, str) else key
+        if param is None:
+            known = f"known are {', '.join(by_name)}" if by_name else "pass model.named_parameters() to use names"
+            raise ValueError(f"{argument} has the unknown name {key!r}; {known}")
+        if param not in params:
+            raise ValueError(f"{argument} has a tensor of shape {tuple(param.shape)} that is not a parameter here")
+        name = name_of(param, groups)
+        moves = {"frozen": "never moves", "trainable": "moves"}[argument]
+        if mask.dtype != torch.bool:
+            raise ValueError(f"{argument}[{name!r}] is {mask.dtype}; pass a bool tensor, True = {moves}")
+        if mask.shape != param.shape:
+            raise ValueError(f"{argument}[{name!r}] has shape {tuple(mask.shape)}, the parameter {tuple(param.shape)}")
+        found[param] = mask
+    return found
 
 
 def check_shared(keys: Sequence[str], group: dict[str, Any], settings: dict[str, Any]) -> None:

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from epi_kernels import dispatch, lock, ops
 from epi_kernels.layers import Grouping, LayersArgument, check_saved
-from epi_kernels.optim.base import LockedAdamW, new_state
+from epi_kernels.optim.base import new_state
 from epi_kernels.optim.checkpoint import pairs_of
 from epi_kernels.optim.complex import squared_by_importance
+from epi_kernels.optim.drop_in import DropInAdamW
 from epi_kernels.optim.groups import check_shared
 from epi_kernels.optim.isolation import SHARED, Isolation, check_settings
 from epi_kernels.optim.nonfinite import NonfiniteCounts
@@ -307,7 +308,7 @@ class IsolatedOptimizer(Isolation, torch.optim.Optimizer):
 def _check_base(base: object) -> None:
     if not isinstance(base, torch.optim.Optimizer):
         raise TypeError(f"base is a {type(base).__name__}; pass a torch.optim.Optimizer")
-    if isinstance(base, (LockedAdamW, IsolatedOptimizer)):
+    if isinstance(base, (DropInAdamW, IsolatedOptimizer)):
         raise ValueError(f"{type(base).__name__} locks entries by itself; pass it no further optimizer around it")
     if isinstance(base, torch.optim.LBFGS):
         raise ValueError("LBFGS moves the parameters several times in a step, by gradients of its own closure calls")

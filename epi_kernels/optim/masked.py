@@ -8,7 +8,7 @@ from torch import Tensor
 
 from epi_kernels import lock
 from epi_kernels.optim.base import LockedAdamW
-from epi_kernels.optim.groups import position_of
+from epi_kernels.optim.groups import masks_of, position_of
 
 
 class MaskedAdamW(LockedAdamW):
@@ -79,7 +79,8 @@ class MaskedAdamW(LockedAdamW):
             backend=backend,
             settings={},
         )
-        self._frozen = self._locks(frozen)
+        masks = masks_of(frozen, self.param_groups, "frozen")
+        self._frozen = {param: lock.static_lock(mask).to(param.device) for param, mask in masks.items()}
 
     def isolation_mask(self, param: Tensor) -> Tensor:
         """Return which entries of `param` are frozen: a new bool tensor of its shape.
@@ -96,30 +97,6 @@ class MaskedAdamW(LockedAdamW):
 
     def _new_lock(self, param: Tensor) -> Tensor:
         return self._frozen[param]
-
-    def _locks(self, frozen: Mapping[str | Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        """Return the lock of each parameter that `frozen` names, after checking every key and mask."""
-        by_name = {
-            name: param
-            for group in self.param_groups
-            for name, param in zip(group.get("param_names", ()), group["params"], strict=False)
-        }
-        params = {param for group in self.param_groups for param in group["params"]}
-        locks = {}
-        for key, mask in frozen.items():
-            param = by_name.get(key) if isinstance(key, str) else key
-            if param is None:
-                known = f"known are {', '.join(by_name)}" if by_name else "pass model.named_parameters() to use names"
-                raise ValueError(f"frozen has the unknown name {key!r}; {known}")
-            if param not in params:
-                raise ValueError(f"frozen has a tensor of shape {tuple(param.shape)} that is not a parameter here")
-            name = self._name(param)
-            if mask.dtype != torch.bool:
-                raise ValueError(f"frozen[{name!r}] is {mask.dtype}; pass a bool tensor, True = never moves")
-            if mask.shape != param.shape:
-                raise ValueError(f"frozen[{name!r}] has shape {tuple(mask.shape)}, the parameter {tuple(param.shape)}")
-            locks[param] = lock.static_lock(mask).to(param.device)
-        return locks
 
     _STATE = (*LockedAdamW._STATE, "frozen")
     _KEPT = (*LockedAdamW._KEPT, "_frozen")

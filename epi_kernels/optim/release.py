@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from epi_kernels.optim.base import LockedAdamW
+from epi_kernels.optim.drop_in import DropInAdamW
 
 
 class GradientRelease:
     """What `release_gradients` has set up; `remove` takes it back."""
 
-    def __init__(self, model: torch.nn.Module, optimizer: LockedAdamW) -> None:
+    def __init__(self, model: torch.nn.Module, optimizer: DropInAdamW) -> None:
         _check(model, optimizer)
         self._optimizer = optimizer
         self._stepped: set[Tensor] = set()
@@ -59,7 +59,7 @@ class GradientRelease:
             self._optimizer._between_iterations()
 
 
-def release_gradients(model: torch.nn.Module, optimizer: LockedAdamW) -> GradientRelease:
+def release_gradients(model: torch.nn.Module, optimizer: DropInAdamW) -> GradientRelease:
     """Let every parameter take its step during backward(), as soon as its gradient is ready, and free the gradient.
 
     The memory of the gradients goes from that of the whole model to that of the largest few tensors. The loop stays as
@@ -69,7 +69,7 @@ def release_gradients(model: torch.nn.Module, optimizer: LockedAdamW) -> Gradien
 
     Args:
         model: whose parameters get the gradients.
-        optimizer: an `EPIAdamW` or a `MaskedAdamW` of parameters of `model`.
+        optimizer: an `EPIAdamW`, `MaskedAdamW` or `SparseAdamW` of parameters of `model`.
 
     Returns:
         What takes it back: ``release.remove()``.
@@ -94,9 +94,11 @@ def release_gradients(model: torch.nn.Module, optimizer: LockedAdamW) -> Gradien
     return GradientRelease(model, optimizer)
 
 
-def _check(model: torch.nn.Module, optimizer: LockedAdamW) -> None:
-    if not isinstance(optimizer, LockedAdamW):
-        raise TypeError(f"{type(optimizer).__name__} cannot step a parameter alone; use EPIAdamW or MaskedAdamW")
+def _check(model: torch.nn.Module, optimizer: DropInAdamW) -> None:
+    if not isinstance(optimizer, DropInAdamW):
+        raise TypeError(
+            f"{type(optimizer).__name__} cannot step a parameter alone; use EPIAdamW, MaskedAdamW or SparseAdamW"
+        )
     if optimizer._released is not None:
         raise ValueError("the optimizer releases its gradients already; remove() that release first")
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
@@ -105,7 +107,7 @@ def _check(model: torch.nn.Module, optimizer: LockedAdamW) -> None:
             "step by its own. Use it without release"
         )
     for group in optimizer.param_groups:
-        if group["clip_grad_norm"] is not None:
+        if group.get("clip_grad_norm") is not None:
             raise ValueError(
                 f"clip_grad_norm={group['clip_grad_norm']} needs the norm of all gradients before the first is "
                 "applied, and released gradients are gone by then; use clip_grad_norm=None"

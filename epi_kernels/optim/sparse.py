@@ -1,0 +1,221 @@
+"""SparseAdamW: AdamW of selected entries alone, with state for them alone (PIECE, arXiv 2511.15375)."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epi_kernels import ops
+from epi_kernels.contract import Scalars, arithmetic_dtype
+from epi_kernels.optim.drop_in import DropInAdamW
+from epi_kernels.optim.groups import masks_of, position_of
+from epi_kernels.optim.refusals import require_default
+
+# positions fit int32 below this
+_NARROW = 1 << 31
+
+
+class SparseAdamW(DropInAdamW):
+    """AdamW that moves the selected entries and no others; time and memory go with the entries selected.
+
+    ::
+
+        theta <- AdamW's update where selected, else theta                PIECE (arXiv 2511.15375) Alg. 1
+
+    An entry that is not selected keeps its bits: it gets no update and no weight decay, whatever its gradient, NaN
+    included. The selected ones move as under AdamW with the other gradients at 0, bit for bit. The moments are
+    compact: 12 bytes for each selected entry, positions included. With `release_gradients` a gradient is gathered and
+    freed as it is ready, and at no time are there all of them.
+
+    Args:
+        params: as torch.optim.AdamW takes them; ``model.named_parameters()`` for masks by names.
+        lr, betas, eps, weight_decay, maximize, foreach, fused: as in torch.optim.AdamW. `foreach` and `fused` are
+            checked as torch does and change nothing.
+        amsgrad, capturable, differentiable: not in this version.
+        trainable: {name or Parameter: bool tensor of the parameter's shape}, True = moves, as
+            `epi_kernels.select.top_k` makes it. Parameters that it does not name do not move.
+        backend: "auto", or the name of one, which then runs or raises.
+
+    State of a parameter with k > 0 selected entries: ``step``, ``exp_avg`` and ``exp_avg_sq`` [k], and ``indices`` [k],
+    the positions in row-major order, int32 (int64 from 2^31 entries on). A checkpoint brings its selection along.
+
+    Raises:
+        ValueError: a name or Parameter is unknown, or its mask is not bool or has another shape.
+        NotImplementedError: an argument or a parameter's kind is not in this version.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = SparseAdamW([weight], lr=0.1, trainable={weight: torch.tensor([True, False])})
+        >>> weight.grad = torch.ones(2)
+        >>> optimizer.step()
+        >>> weight.data
+        tensor([0.8990, 1.0000])
+    """
+
+    _STATE = ("exp_avg", "exp_avg_sq", "indices")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        trainable: Mapping[str | Tensor, Tensor],
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        backend: str = "auto",
+    ) -> None:
+        require_default(
+            amsgrad=(amsgrad, False), capturable=(capturable, False), differentiable=(differentiable, False)
+        )
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            backend=backend,
+            settings={},
+        )
+        self.select(trainable)
+
+    # Selection -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def select(self, trainable: Mapping[str | Tensor, Tensor]) -> None:
+        """Start over with another selection and fresh moments: the next task of a sequence.
+
+        Args:
+            trainable: as in the constructor.
+
+        Raises:
+            ValueError: as the constructor; the selection is then as it was.
+        """
+        chosen = masks_of(trainable, self.param_groups, "trainable")
+        self.state.clear()
+        for param, mask in chosen.items():
+            positions = mask.to(param.device).reshape(-1).nonzero()[:, 0]
+            if not positions.numel():
+                continue
+            group = self.param_groups[position_of(param, self.param_groups)[0]]
+            dtype = arithmetic_dtype(param.dtype)
+            self.state[param] = {
+                "step": self._clock(0.0, param, group),
+                "exp_avg": torch.zeros(len(positions), dtype=dtype, device=param.device),
+                "exp_avg_sq": torch.zeros(len(positions), dtype=dtype, device=param.device),
+                "indices": positions if param.numel() >= _NARROW else positions.int(),
+            }
+
+    def trainable_mask(self, param: Tensor) -> Tensor:
+        """Return which entries of `param` move: a new bool tensor of its shape.
+
+        Raises:
+            ValueError: `param` is not a parameter of this optimizer.
+        """
+        position_of(param, self.param_groups)  # raises where it has none
+        mask = torch.zeros(param.numel(), dtype=torch.bool, device=param.device)
+        if param in self.state:
+            mask[self.state[param]["indices"].long()] = True
+        return mask.view(param.shape)
+
+    @torch.no_grad()
+    def delta(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return what this task may have changed: {name: (positions, values)} of the selected entries, on the CPU.
+
+        Put onto the model as it was when the task began, it is the model as it is, bit for bit: `epi_kernels.delta`.
+        The names are the optimizer's: construct it with ``model.named_parameters()``.
+        """
+        return {
+            self._name(param): (state["indices"].cpu(), param.take(state["indices"].long()).cpu())
+            for param, state in self.state.items()
+        }
+
+    def __repr__(self) -> str:
+        """Return torch's text and how much is selected."""
+        selected = sum(len(state["indices"]) for state in self.state.values())
+        total = sum(param.numel() for group in self.param_groups for param in group["params"])
+        return f"{super().__repr__()}\nSelected: {selected} of {total} entries, in {len(self.state)} tensors"
+
+    # The step --------------------------------------------------------------------------------------------------------
+
+    def _run_step(self) -> None:
+        if self._released is not None:
+            self._released.end_iteration()
+            return
+        bundles: defaultdict[tuple[Any, ...], list[tuple[Tensor, int]]] = defaultdict(list)
+        for i, group in enumerate(self.param_groups):
+            for param in group["params"]:
+                if param.grad is None or param not in self.state:
+                    continue
+                self._check_grad(param)
+                bundles[param.device, param.dtype, param.grad.dtype].append((param, i))
+        for members in bundles.values():
+            self._step_bundle(members)
+
+    def _step_alone(self, param: Tensor, group: int) -> None:
+        if param in self.state:
+            self._check_grad(param)
+            self._step_bundle([(param, group)])
+
+    def _check_grad(self, param: Tensor) -> None:
+        grad = param.grad
+        assert grad is not None
+        if grad.is_sparse:
+            raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
+        if grad.shape != param.shape:
+            raise ValueError(
+                f"the gradient of {self._name(param)} has shape {tuple(grad.shape)}, it has {tuple(param.shape)}"
+            )
+
+    def _step_bundle(self, members: list[tuple[Tensor, int]]) -> None:
+        """Step parameters of one device and pair of dtypes, each with its group."""
+        states = [self.state[param] for param, _ in members]
+        keys = []
+        for (_, group), state in zip(members, states, strict=True):
+            state["step"] += 1
+            keys.append((group, float(state["step"])))
+        row_of = {key: row for row, key in enumerate(dict.fromkeys(keys))}
+        ops.sparse_adamw_(
+            [param for param, _ in members],
+            [param.grad for param, _ in members],
+            [state["indices"] for state in states],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            torch.tensor([Scalars.of(self.param_groups[i], clock) for i, clock in row_of], dtype=torch.float64),
+            [row_of[key] for key in keys],
+            self._backend,
+        )
+
+    # State -----------------------------------------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        super()._settle()
+        # a scaler unscales and skips by itself: the gradients that would be left to the step are dense
+        self._step_supports_amp_scaling = False
+
+    def _state_shape(self, key: str, param: Tensor, entry: dict[str, Any]) -> tuple[int, ...]:
+        return tuple(torch.as_tensor(entry.get("indices", ())).shape)
+
+    def _check_entry(self, entry: dict[str, Any], param: Tensor, name: str) -> None:
+        indices = entry.get("indices")
+        if not isinstance(indices, Tensor) or indices.dtype not in (torch.int32, torch.int64) or indices.dim() != 1:
+            raise ValueError(f"the state of {name} has no 1-D integer indices: it is not SparseAdamW's")
+        if len(indices) and not (int(indices[0]) >= 0 and int(indices[-1]) < param.numel()):
+            raise ValueError(
+                f"indices of {name} go from {int(indices[0])} to {int(indices[-1])} in the state, and it has "
+                f"{param.numel()} entries here"
+            )

@@ -1,0 +1,254 @@
+"""The importance estimators of PIECE, and those of its baselines.
+
+- Scores equal a loop over examples in float64 to SCORE_ERROR, by every method; micro-batches, corrected, come close and
+  uncorrected would not.
+- A case by hand; 16-bit accumulators keep the mean; the model is left as it was.
+- Too few examples, ragged batches and reentrant checkpointing are refused.
+"""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from tolerances import SCORE_ERROR
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from epi_kernels.importance import fisher, output_magnitude, second_order, update_magnitude
+
+
+class _Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 8)
+        self.block = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.LayerNorm(16), nn.Linear(16, 8))
+        self.head = nn.Linear(8, 11, bias=False)
+        self.head.weight = self.embedding.weight  # tied
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        return self.head(x + self.block(x) * self.scale)
+
+
+def loss_of(model: nn.Module, batch: Any) -> Tensor:
+    logits = model(batch["tokens"])
+    return functional.cross_entropy(logits.flatten(0, -2), batch["targets"].flatten())
+
+
+def data(count: int = 24, size: int = 6) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        {name: torch.randint(11, (size, 5), generator=generator) for name in ("tokens", "targets")}
+        for _ in range(count // size)
+    ]
+
+
+def truth(model: nn.Module, batches: list[dict[str, Tensor]], microbatch: int = 1) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return {name: (mean of g, mean of g^2)} in float64, gradient by gradient."""
+    model = model.double()
+    names = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    found = {n: (torch.zeros_like(p), torch.zeros_like(p)) for n, p in names.items()}
+    count = 0
+    for batch in batches:
+        for first in range(0, len(batch["tokens"]), microbatch):
+            example = {k: v[first : first + microbatch] for k, v in batch.items()}
+            grads = torch.autograd.grad(loss_of(model, example), list(names.values()))
+            count += 1
+            for (total, squares), grad in zip(found.values(), grads, strict=True):
+                total += grad
+                squares += grad.square()
+    return {n: (total / count, squares / count) for n, (total, squares) in found.items()}
+
+
+def net() -> _Net:
+    torch.manual_seed(0)
+    return _Net()
+
+
+def error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Return the largest difference, relative to the largest score of its tensor."""
+    assert found.keys() == expected.keys()
+    return max(float((found[n].double() - expected[n]).abs().max() / expected[n].max()) for n in expected)
+
+
+@pytest.mark.parametrize("method", ["auto", "vmap", "loop"])
+def test_fisher_is_the_mean_of_squared_gradients_of_examples(method: Any, backend: str) -> None:
+    expected = {name: squares for name, (_, squares) in truth(net(), data()).items()}
+    found = fisher(net(), data(), loss_of, method=method, progress=False, backend=backend)
+    assert error(found, expected) <= SCORE_ERROR
+    assert all(values.dtype == torch.float32 for values in found.values())
+    # in units of each entry, where there is anything to it
+    for name, values in found.items():
+        big = expected[name] > 1e-12
+        assert ((values.double() - expected[name]).abs()[big] / expected[name][big]).max() <= SCORE_ERROR
+
+
+@pytest.mark.parametrize("method", ["vmap", "loop"])
+@pytest.mark.parametrize("xi", [None, 1e-3, 1.0])
+def test_second_order_is_equation_10(method: Any, xi: float | None, backend: str) -> None:
+    offset = 1 / 24 if xi is None else xi
+    expected = {n: mean.abs() / (squares + offset).sqrt() for n, (mean, squares) in truth(net(), data()).items()}
+    found = second_order(net(), data(), loss_of, xi=xi, method=method, progress=False, backend=backend)
+    assert error(found, expected) <= SCORE_ERROR
+
+
+def test_second_order_ranks_as_the_released_code() -> None:
+    found = second_order(net(), data(), loss_of, progress=False)
+    for name, (mean, squares) in truth(net(), data()).items():
+        released = (24 * mean).abs() / (24 * squares + 1).sqrt()
+        torch.testing.assert_close(found[name].double() * math.sqrt(24), released, rtol=1e-4, atol=1e-6)
+
+
+def test_by_hand() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    x = torch.tensor([[1.0], [2.0], [-3.0], [0.0], [1.0], [2.0], [-3.0], [4.0]])  # g_i = x_i
+    assert fisher(model, [x], lambda m, b: m(b).mean(), progress=False)["weight"].item() == 44 / 8
+    found = second_order(model, [x], lambda m, b: m(b).mean(), xi=0.5, progress=False)["weight"].item()
+    assert found == pytest.approx(0.5 / math.sqrt(6.0), rel=1e-6)
+
+
+@pytest.mark.parametrize("method", ["vmap", "loop"])
+def test_micro_batches_are_corrected_for_the_noise_that_cancels_in_them(method: Any) -> None:
+    batches = data(960, 48)
+    exact = fisher(net(), batches, loss_of, progress=False)
+    found = fisher(net(), batches, loss_of, microbatch=4, method=method, progress=False)
+    for name, values in found.items():
+        ratio = float(values.sum() / exact[name].sum())
+        assert 0.8 < ratio < 1.25, (name, ratio)
+        # as the formula says, from the same gradients
+        mean, squares = truth(net(), batches[:3], 4)[name]
+        some = fisher(net(), batches[:3], loss_of, microbatch=4, method=method, progress=False)[name]
+        expected = (4 * squares - 3 * mean.square()).clamp(min=0)
+        assert float((some.double() - expected).abs().max() / expected.max()) <= SCORE_ERROR
+    uncorrected = truth(net(), batches, 4)
+    assert float(uncorrected["block.0.weight"][1].sum() / exact["block.0.weight"].sum()) < 0.6
+
+
+def test_16_bit_accumulators_keep_the_mean() -> None:
+    batches = data(480, 48)
+    exact = fisher(net(), batches, loss_of, progress=False)
+    found = fisher(net(), batches, loss_of, dtype=torch.bfloat16, progress=False, method="loop")
+    for name, values in found.items():
+        assert float(values.sum() / exact[name].sum()) == pytest.approx(1.0, abs=0.02)
+    # to the nearest, 480 times 1/512 of the first would have changed nothing
+    model = nn.Linear(1, 1, bias=False)
+    x = torch.cat([torch.tensor([[16.0]]), torch.full((479, 1), 0.5)])
+    found = fisher(model, [x], lambda m, b: m(b).mean(), dtype=torch.bfloat16, method="loop", progress=False)
+    assert found["weight"].item() * 480 == pytest.approx(256 + 479 / 4, rel=0.05)
+
+
+def test_a_model_that_vmap_cannot_take_goes_by_the_loop() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x) if x.sum() > 0 else -2 * self.linear(x)  # data-dependent
+
+    torch.manual_seed(0)
+    model, x = Branches(), torch.randn(16, 3)
+    found = fisher(model, [x], lambda m, b: m(b).mean(), progress=False)
+    weight = torch.where(x.sum(1, keepdim=True) > 0, 1.0, -2.0) * x
+    torch.testing.assert_close(found["linear.weight"][0], weight.square().mean(0))
+    with pytest.raises(RuntimeError):
+        fisher(model, [x], lambda m, b: m(b).mean(), method="vmap", progress=False)
+
+
+@pytest.mark.parametrize("method", ["vmap", "loop"])
+def test_the_model_is_left_as_it_was(method: Any) -> None:
+    model = net()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    model.train()
+    fisher(model, data(), loss_of, method=method, progress=False)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert all(p.grad is None and not p._post_accumulate_grad_hooks for p in model.parameters())
+    assert model.training
+    loss_of(model, data()[0]).backward()
+    assert model.scale.grad is not None
+
+
+def test_no_more_than_one_gradient_is_held() -> None:
+    model, most = net(), 0
+
+    def count(*_: Any) -> None:
+        nonlocal most
+        most = max(most, sum(p.grad is not None for p in model.parameters()))
+
+    for param in model.parameters():
+        if param.requires_grad:
+            param.register_hook(count)
+    fisher(model, data(), loss_of, method="loop", progress=False)
+    assert most <= 1
+
+
+def test_a_progress_bar_is_shown_on_request(capsys: pytest.CaptureFixture[str]) -> None:
+    fisher(net(), data(), loss_of)
+    assert "importance: 100%" in capsys.readouterr().err
+    fisher(net(), data(), loss_of, progress=False)
+    assert not capsys.readouterr().err
+
+
+class _Reentrant(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = checkpoint(self.linear, x.requires_grad_(), use_reentrant=True)
+        return checkpoint(self.linear, x, use_reentrant=True)
+
+
+def test_what_cannot_give_a_score_is_refused() -> None:
+    model, x = nn.Linear(2, 1), torch.randn(16, 2)
+
+    def mean(m: nn.Module, b: Any) -> Tensor:
+        return m(b).mean()
+
+    with pytest.raises(ValueError, match="7 gradients cannot rank entries: at least 8"):
+        fisher(model, [x[:7]], mean, progress=False)
+    with pytest.raises(ValueError, match="4 gradients cannot rank"):
+        second_order(model, [x], mean, microbatch=4, progress=False)
+    with pytest.raises(ValueError, match="16 examples, which do not divide into micro-batches of 3"):
+        fisher(model, [x], mean, microbatch=3, progress=False)
+    with pytest.raises(ValueError, match=r"first dimensions \[8, 16\]"):
+        fisher(model, [(x, x[:8])], mean, progress=False)
+    for name, value in (("method", "fast"), ("microbatch", 0), ("dtype", torch.float16)):
+        with pytest.raises(ValueError, match=f"Invalid {name}: {value!r}"):
+            fisher(model, [x], mean, progress=False, **{name: value})
+    with pytest.raises(ValueError, match="Invalid xi: 0.0"):
+        second_order(model, [x], mean, xi=0.0, progress=False)
+    reentrant = _Reentrant()
+    with pytest.raises(RuntimeError, match="linear.* got two gradients in one backward pass"):
+        fisher(reentrant, [torch.randn(8, 3)], mean, method="loop", progress=False)
+    assert all(p.grad is None for p in reentrant.parameters())
+    mean(model, x).backward()
+    with pytest.raises(ValueError, match="weight has a gradient, which would be added to"):
+        fisher(model, [x], mean, progress=False)
+
+
+def test_update_magnitude() -> None:
+    before = {"a": torch.tensor([1.0, -2.0]), "steps": torch.tensor(3)}
+    after = {"a": torch.tensor([0.5, 2.0]).bfloat16(), "steps": torch.tensor(4)}
+    found = update_magnitude(before, after)
+    assert {name: values.tolist() for name, values in found.items()} == {"a": [0.5, 4.0]}
+    with pytest.raises(ValueError, match="before and after differ in b"):
+        update_magnitude(before, {**after, "b": torch.ones(1)})
+    with pytest.raises(ValueError, match=r"a has shape \(2,\) before, \(3,\) after"):
+        update_magnitude(before, {**after, "a": torch.ones(3)})
+
+
+def test_output_magnitude_is_the_l1_norm_of_each_channel() -> None:
+    model = nn.Sequential(nn.Linear(2, 3, bias=False), nn.ReLU(), nn.Linear(3, 1))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0, 0.0], [0.0, -2.0], [1.0, 1.0]]))
+    found = output_magnitude(model, [torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 0.0], [0.0, 1.0]])])
+    assert found["0.weight"].tolist() == [[4.0, 4.0], [6.0, 6.0], [7.0, 7.0]]
+    assert found["2.weight"].shape == (1, 3)
+    assert not model[0]._forward_hooks
+    with pytest.raises(ValueError, match="no torch.nn.Linear of the model was run"):
+        output_magnitude(nn.ReLU(), [torch.ones(1)])
