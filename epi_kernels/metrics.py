@@ -1,4 +1,4 @@
-"""Measures of forgetting, and of how masks differ. Definitions: arXiv 2604.14010, where an equation is named.
+"""Measures of forgetting, and of how masks differ. Definitions: arXiv 2604.14010 unless PIECE's paper is named.
 
 A mask is a bool tensor of any shape, True = protected, or a mapping name -> bool tensor for a whole model; the
 entries of a mapping count together, as one long mask.
@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 Mask: TypeAlias = Tensor | Mapping[str, Tensor]
+
+# row t: the performance on every task after learning task t
+Results: TypeAlias = Sequence[Sequence[float]]
 
 
 @overload
@@ -41,6 +44,67 @@ def forgetting_ratio(initial: float | Sequence[float], after: float | Sequence[f
     if not isinstance(initial, Sequence) or not isinstance(after, Sequence) or len(initial) != len(after):
         raise ValueError(f"initial and after must be two numbers or as many numbers each, not {initial} and {after}")
     return [_forgetting_ratio(*pair) for pair in zip(initial, after, strict=True)]
+
+
+def overall_performance(results: Results) -> float:
+    """Return the mean performance on all tasks once all are learned.
+
+    ::
+
+        OP = 1/T sum_i R[T, i]                               PIECE (arXiv 2511.15375) Eq. 26
+
+    Args:
+        results: R: row t holds the performance on every task after learning task t, in any unit where more is better;
+            as many rows as tasks.
+
+    Raises:
+        ValueError: the rows and columns are not as many each, or there are none.
+
+    >>> overall_performance([[0.5, 0.25], [0.25, 0.75]])
+    0.5
+    """
+    last = _square(results)[-1]
+    return sum(last) / len(last)
+
+
+def backward_transfer(results: Results) -> float:
+    """Return how learning later tasks has changed the performance on earlier ones: below 0 is forgetting.
+
+    ::
+
+        BWT = 1/T sum_{i<T} (R[T, i] - R[i, i])              PIECE Eq. 27, which divides by T, and not by T - 1
+
+    Args:
+        results: as of `overall_performance`.
+
+    Raises:
+        ValueError: as `overall_performance`.
+
+    >>> backward_transfer([[0.5, 0.25], [0.25, 0.75]])
+    -0.125
+    """
+    rows = _square(results)
+    return sum(rows[-1][i] - rows[i][i] for i in range(len(rows) - 1)) / len(rows)
+
+
+def average_performance(results: Results) -> float:
+    """Return the mean performance on each task right after learning it: how well the method learns.
+
+    ::
+
+        AP = 1/T sum_i R[i, i]                               PIECE Fig. 7
+
+    Args:
+        results: as of `overall_performance`.
+
+    Raises:
+        ValueError: as `overall_performance`.
+
+    >>> average_performance([[0.5, 0.25], [0.25, 0.75]])
+    0.625
+    """
+    rows = _square(results)
+    return sum(rows[i][i] for i in range(len(rows))) / len(rows)
 
 
 def mask_jaccard(a: Mask, b: Mask) -> float:
@@ -113,6 +177,12 @@ def _forgetting_ratio(initial: float, after: float) -> float:
     if not initial > 0:
         raise ValueError(f"the initial performance is {initial}; the forgetting ratio needs one above 0")
     return 100.0 * (initial - after) / initial
+
+
+def _square(results: Results) -> Results:
+    if not results or any(len(row) != len(results) for row in results):
+        raise ValueError(f"results has rows of {[len(row) for row in results]} for {len(results)} tasks; pass a square")
+    return results
 
 
 def _counts(a: Mask, b: Mask) -> tuple[int, int]:

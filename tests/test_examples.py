@@ -19,7 +19,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 def example_modules(monkeypatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES))
     yield
-    for name in ("demo", "model", "tasks"):
+    for name in ("demo", "model", "piece", "tasks"):
         sys.modules.pop(name, None)
 
 
@@ -150,6 +150,27 @@ def test_the_demo_runs_and_repeats_itself(tmp_path, capsys, monkeypatch) -> None
     assert "4 refreshes; 10.00% of the entries protected" in first
     for name in ("forgetting.png", "mask_overlap.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_comparison_of_piece_runs_and_its_deltas_are_small(tmp_path, capsys, monkeypatch) -> None:
+    import demo
+    import piece
+
+    monkeypatch.setattr(demo, "EXAMINED", 4)
+    threads = torch.get_num_threads()
+    arguments = ["--steps", "2", "--pretrain-steps", "3", "--examples", "16", "--threads", "1", "--out", str(tmp_path)]
+    try:
+        piece.main(arguments)  # which restores the trained weights from the deltas, and compares
+    finally:
+        torch.set_num_threads(threads)
+    printed = capsys.readouterr().out
+    rows = {line[:14].strip(): line[14:].split() for line in printed.splitlines()}
+    assert {"PIECE-F", "PIECE-S", "MIGU", "LayerNorm", "EPI, p = 1%", "AdamW"} <= rows.keys()
+    assert rows["PIECE-F"][3] == rows["PIECE-S"][3] == "493"  # floor(0.001 * 493,248)
+    (weights,) = tmp_path.glob("pretrained-*.pt")
+    deltas = list(tmp_path.glob("*.safetensors"))
+    assert len(deltas) == 6
+    assert max(delta.stat().st_size for delta in deltas) <= 0.01 * weights.stat().st_size
 
 
 def test_other_settings_do_not_use_the_cached_weights(tmp_path, monkeypatch) -> None:

@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from epi_kernels.metrics import flip_rate, forgetting_ratio, mask_hamming, mask_jaccard
+from epi_kernels.metrics import (
+    average_performance,
+    backward_transfer,
+    flip_rate,
+    forgetting_ratio,
+    mask_hamming,
+    mask_jaccard,
+    overall_performance,
+)
 
 MEASURES = (mask_jaccard, mask_hamming, flip_rate)
 PAIRS = st.lists(st.tuples(st.booleans(), st.booleans()), max_size=40)
@@ -82,3 +90,19 @@ def test_masks_that_do_not_match_are_errors(measure) -> None:
         measure({"weight": bits("11")}, {"weight": bits("1")})
     with pytest.raises(ValueError, match=r"'weight' is torch.uint8"):
         measure({"weight": bits("1")}, {"weight": torch.ones(1, dtype=torch.uint8)})
+
+
+def test_measures_of_a_sequence_of_tasks_by_hand() -> None:
+    results = [[80.0, 10.0, 0.0], [60.0, 90.0, 5.0], [50.0, 95.0, 70.0]]
+    assert overall_performance(results) == pytest.approx((50 + 95 + 70) / 3)
+    assert backward_transfer(results) == pytest.approx((-30 + 5) / 3)
+    assert average_performance(results) == pytest.approx((80 + 90 + 70) / 3)
+    # of one task nothing can be forgotten
+    assert (overall_performance([[4.0]]), backward_transfer([[4.0]]), average_performance([[4.0]])) == (4.0, 0.0, 4.0)
+
+
+@pytest.mark.parametrize("measure", [overall_performance, backward_transfer, average_performance])
+@pytest.mark.parametrize("results", [[], [[1.0, 2.0]], [[1.0, 2.0], [1.0]]])
+def test_results_that_are_no_square_are_errors(measure, results) -> None:
+    with pytest.raises(ValueError, match="pass a square"):
+        measure(results)
