@@ -197,13 +197,9 @@ def report(results: Mapping[str, Result], tasks: list[Task], weights: Mapping[st
             f"{result.training:.1f}",
         ]
         print(f"{name:14}" + "".join(f"{cell:>13}" for cell in [*cells, f"{delta:.2%}" if delta else ""]))
-    print(
-        f"\ndelta: the largest file of a task, of {size / 1e6:.1f} MB of weights. Put onto them, all deltas in order, they"
-    )
-    print(
-        "restored the trained weights bit for bit. One small model and one seed: this shows the tools and their cost,"
-    )
-    print("not what the methods are worth.")
+    print(f"\ndelta: the largest file of a task, of {size / 1e6:.1f} MB of weights. Put onto them in order, the deltas")
+    print("restored the trained weights bit for bit. One small model and one seed: this shows the tools and their")
+    print("cost, not what the methods are worth.")
 
 
 if __name__ == "__main__":
