@@ -51,7 +51,6 @@ def test_every_argument_of_ours_is_checked_by_name_and_value(argument: str, valu
         ("rounding", "stochastic"),
         ("master_weights", "split"),
         ("state_dtype", torch.bfloat16),
-        ("process_group", object()),
     ],
 )
 def test_what_this_version_lacks_is_named(argument: str, value: Any) -> None:

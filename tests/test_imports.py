@@ -27,6 +27,7 @@ TIERS = [
     ("epi_kernels.metrics", 0),
     ("epi_kernels.layers", 0),
     ("epi_kernels.telemetry", 0),
+    ("epi_kernels.distributed", 0),
     ("epi_kernels.plots", 1),
     ("epi_kernels.ops.equations", 1),
     ("epi_kernels.ops.flat", 0),

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from epi_kernels import lock, ops
+from epi_kernels.distributed import local
 
 
 def as_real(tensor: Tensor) -> Tensor:
-    """Return a real tensor as it is, and a complex one as a view of its pairs, [..., 2]."""
+    """Return what this rank holds of a tensor: real as it is, complex as a view of its pairs, [..., 2]."""
+    tensor = local(tensor)
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 

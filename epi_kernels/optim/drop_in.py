@@ -42,6 +42,9 @@ class DropInAdamW(Named, torch.optim.AdamW):
     # of parameters
     _DTYPES: tuple[torch.dtype, ...] = FLOATING
 
+    # whether parameters may be DTensors
+    _SHARDED = False
+
     # what takes the steps instead, parameter by parameter: see `epi_kernels.optim.release`
     _released: Released | None = None
 
@@ -173,9 +176,10 @@ class DropInAdamW(Named, torch.optim.AdamW):
                 raise NotImplementedError(
                     f"{self._name(param)} is {param.dtype}; this class takes {', '.join(map(str, self._DTYPES))}"
                 )
-            if type(param.data) is not Tensor:
+            if type(param.data) is not Tensor and not (self._SHARDED and type(param.data).__name__ == "DTensor"):
                 raise NotImplementedError(
-                    f"{self._name(param)} is a {type(param.data).__name__}; this version takes plain tensors only"
+                    f"{self._name(param)} is a {type(param.data).__name__}; this class takes plain tensors"
+                    + (" and DTensors" if self._SHARDED else "")
                 )
             # raises where the backend cannot run
             dispatch.explain(param.device, self._backend, param.dtype.to_real() if param.is_complex() else param.dtype)

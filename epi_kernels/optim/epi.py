@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from epi_kernels import lock
+from epi_kernels.distributed import local, wrapped
 from epi_kernels.layers import Grouping, LayersArgument, check_saved
 from epi_kernels.optim.base import LockedAdamW, new_state
 from epi_kernels.optim.clocks import DeviceClocks, HostClocks
@@ -57,7 +58,10 @@ class EPIAdamW(Isolation, LockedAdamW):
         clip_grad_norm: the largest norm of all gradients together, as of torch.nn.utils.clip_grad_norm_: one pass over
             them, and the factor is applied in the step, importance included, without writing the gradients. None: no
             clipping.
-        importance_dtype, rounding, master_weights, state_dtype, process_group: not in this version.
+        importance_dtype, rounding, master_weights, state_dtype: not in this version.
+        process_group: the ranks that share the parameters out. None is the default group where a parameter is a DTensor
+            (FSDP2, HSDP, tensor parallel) or a slice of FSDP1's, and no communication otherwise, DDP included. Given
+            with plain parameters that have no names, each rank's parameters are its own.
         backend: "auto", or the name of one, which then runs or raises.
 
     State of a parameter: torch's ``step``, ``exp_avg``, ``exp_avg_sq``, ``max_exp_avg_sq`` and, with
@@ -124,10 +128,10 @@ class EPIAdamW(Isolation, LockedAdamW):
             rounding=(rounding, "nearest"),
             master_weights=(master_weights, None),
             state_dtype=(state_dtype, None),
-            process_group=(process_group, None),
         )
         self._grouping = Grouping(layers)
         self._records = []
+        self._process_group = process_group
         super().__init__(
             params,
             lr,
@@ -153,6 +157,7 @@ class EPIAdamW(Isolation, LockedAdamW):
 
     _SHARED = (*LockedAdamW._SHARED, *SHARED)
     _STATE = (*LockedAdamW._STATE, "importance")
+    _idle = 0  # steps of a rank that holds no entry
 
     def _lock_in(self, param: Tensor, group: dict[str, Any]) -> str:
         if group["isolation_ratio"] == 0:
@@ -173,6 +178,7 @@ class EPIAdamW(Isolation, LockedAdamW):
         self, clocks: HostClocks | DeviceClocks, params: Sequence[Tensor], scaling: Scaling
     ) -> bool | Tensor:
         """Refresh the masks where mask_interval says so; the clock is the largest step of any parameter."""
+        self._meet()
         interval = self.param_groups[0]["mask_interval"]
         due = interval is not None and clocks.due(interval)
         if isinstance(due, Tensor):
@@ -180,6 +186,16 @@ class EPIAdamW(Isolation, LockedAdamW):
         elif due:
             self._refresh(params, scaling, clocks.latest)
         return due
+
+    def _idle_step(self) -> None:
+        """Take part in the refreshes of the ranks that hold entries, where this one holds none."""
+        if self._ranks() is None or any(local(param).numel() for param, _ in self._eligible()):
+            return
+        self._meet()
+        self._idle += 1
+        interval = self.param_groups[0]["mask_interval"]
+        if interval is not None and self._idle % interval == 0:
+            self._refresh((), UNSCALED, self._idle)
 
     def _between_iterations(self) -> None:
         """Refresh where the step that was taken one by one brought the clock to a multiple of mask_interval."""
@@ -201,6 +217,7 @@ class EPIAdamW(Isolation, LockedAdamW):
                 )
         self._grouping.resolve(named="param_names" in group)
         self._grouping.stamp(self.param_groups)
+        self._part()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state in torch's form.
@@ -221,11 +238,12 @@ class EPIAdamW(Isolation, LockedAdamW):
     def _after_load(self) -> None:
         self.defaults.update({key: self.param_groups[0][key] for key in self._SHARED if key != "layers"})
         self._grouping.stamp(self.param_groups)
+        self._part()
         if self.defaults["importance"] == "exp_avg_sq":
             for param, state in self.state.items():
                 if "importance" in state:
-                    locked = lock.is_locked(state.pop("importance"))
-                    signed = lock.with_lock(state["exp_avg_sq"], locked)
+                    locked = lock.is_locked(local(state.pop("importance")))
+                    signed = wrapped(lock.with_lock(local(state["exp_avg_sq"]), locked), param)
                     # a captured step has the address of the one that is there; otherwise that is the state_dict's
                     captured = self._group_of(param)["capturable"]
                     state["exp_avg_sq"] = state["exp_avg_sq"].copy_(signed) if captured else signed
@@ -237,4 +255,5 @@ def _unlocked(entry: dict[str, Any]) -> dict[str, Any]:
     """Return one parameter's state with the lock taken out of exp_avg_sq."""
     if "exp_avg_sq" not in entry:
         return entry
-    return {**entry, "exp_avg_sq": lock.magnitude(entry["exp_avg_sq"]), "importance": entry["exp_avg_sq"]}
+    signed = entry["exp_avg_sq"]
+    return {**entry, "exp_avg_sq": wrapped(lock.magnitude(local(signed)), signed), "importance": signed}

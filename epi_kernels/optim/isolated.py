@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from epi_kernels import dispatch, lock, ops
-from epi_kernels.layers import Grouping, LayersArgument, check_saved
+from epi_kernels.distributed import local, local_gradient
 from epi_kernels.optim.base import new_state
 from epi_kernels.optim.checkpoint import pairs_of
 from epi_kernels.optim.complex import squared_by_importance
@@ -42,8 +42,8 @@ class IsolatedOptimizer(Isolation, torch.optim.Optimizer):
     Args:
         base: an optimizer, constructed over its parameters; with ``model.named_parameters()`` layers can be
             transformer blocks. It takes its step without a closure.
-        isolation_ratio, importance_beta, mask_interval, layers, normalize, scope, threshold: as in `EPIAdamW`. A group
-            of `base` may carry ``isolation_ratio`` and ``importance_beta`` of its own.
+        isolation_ratio, importance_beta, mask_interval, layers, normalize, scope, threshold, process_group: as in
+            `EPIAdamW`. A group of `base` may carry ``isolation_ratio`` and ``importance_beta`` of its own.
         backend: of the importance and the refresh: "auto", or the name of one, which then runs or raises.
 
     A checkpoint is the base's, with ``importance`` in each parameter's state and the settings in the groups: it loads
@@ -74,6 +74,7 @@ class IsolatedOptimizer(Isolation, torch.optim.Optimizer):
         normalize: Literal["layer", "none"] = "layer",
         scope: Literal["global", "layer"] = "global",
         threshold: Literal["exact", "histogram"] = "exact",
+        process_group: Any = None,
         backend: str = "auto",
     ) -> None:
         _check_base(base)
@@ -93,6 +94,7 @@ class IsolatedOptimizer(Isolation, torch.optim.Optimizer):
         self._backend = backend
         self._grouping = Grouping(layers)
         self._records = []
+        self._process_group = process_group
         self._nonfinite = NonfiniteCounts()
         self._importances: dict[Tensor, Tensor] = {}
         # it makes the hooks of an optimizer; the groups, the state and the defaults stay the base's
@@ -153,6 +155,7 @@ class IsolatedOptimizer(Isolation, torch.optim.Optimizer):
         check_shared(SHARED, settings, self._settings)
         self._grouping.resolve(named="param_names" in group)
         group.update({**settings, _CLOCK: group.get(_CLOCK, 0)})
+        self._part()
         self._grouping.stamp(self.param_groups)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -197,16 +200,17 @@ class IsolatedOptimizer(Isolation, torch.optim.Optimizer):
             for param in group["params"]
             if group["isolation_ratio"] > 0 and param in self._importances
         ]
-        kept = [param[lock.is_locked(signed)] for param, signed in locks]
+        kept = [local(param)[lock.is_locked(local(signed))] for param, signed in locks]
         self.base.step()
         for (param, signed), values in zip(locks, kept, strict=True):
             if values.numel():
-                param.masked_scatter_(lock.is_locked(signed), values)
+                local(param).masked_scatter_(lock.is_locked(local(signed)), values)
         self._nonfinite.warn(self._name)
         return loss
 
     def _advance(self, stepping: dict[Tensor, dict[str, Any]]) -> None:
         """Count the step and advance the importance; refresh if it is time."""
+        self._meet()
         clock = self._latest_clock() + 1
         for group in self.param_groups:
             group[_CLOCK] = clock
@@ -221,8 +225,8 @@ class IsolatedOptimizer(Isolation, torch.optim.Optimizer):
             here = [param for param in stepping if param.device == device]
             betas = [stepping[param]["importance_beta"] for param in here]
             ops.importance_(
-                [self._importances[param] for param in here],
-                [squared_by_importance(param.grad) for param in here],  # type: ignore[arg-type]
+                [local(self._importances[param]) for param in here],
+                [squared_by_importance(local_gradient(param)) for param in here],
                 torch.zeros(1, 2, device=device),  # nobody asks for a range between two refreshes
                 self._nonfinite.counter(here),
                 torch.tensor([(beta, 1.0 - beta) for beta in betas], dtype=torch.float64),

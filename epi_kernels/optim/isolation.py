@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from epi_kernels import contract, dispatch, lock
+from epi_kernels.distributed import Agreement, Held, Ranks, agreement, group_of, local, local_gradient, shard_key
 from epi_kernels.layers import Grouping
 from epi_kernels.optim.complex import as_real, squared_by_importance
 from epi_kernels.optim.groups import Named
@@ -33,14 +34,12 @@ SHARED = ("mask_interval", "layers", "normalize", "scope", "threshold", "importa
 
 @dataclass
 class _Plan:
-    """Who competes for protection in a refresh."""
+    """Who competes for protection in a refresh, as far as this rank holds them."""
 
-    layers: list[str]
-    layer_eligible: list[int]
-    budgets: list[Budget] = field(default_factory=list)
+    agreed: Agreement
     candidates: list[Candidate] = field(default_factory=list)
     params: list[Tensor] = field(default_factory=list)  # of the candidates
-    untouched: list[int] = field(default_factory=list)
+    untouched: list[int] = field(default_factory=list)  # layers
 
 
 class Isolation(Named):
@@ -57,6 +56,9 @@ class Isolation(Named):
     # of the isolation; the optimizer sets the first, before it adds a group
     _grouping: Grouping
     _records: list[Record]
+    _process_group: Any = None
+    _agreed: Agreement | None = None
+    _known_ranks: tuple[Ranks | None] | None = None
     _on_device: Record | None = None  # the last refresh of which the device alone knows whether it was one
 
     def _signed_importance(self, param: Tensor, group: dict[str, Any]) -> Tensor | None:
@@ -66,24 +68,34 @@ class Isolation(Named):
     def isolation_mask(self, param: Tensor) -> Tensor:
         """Return which entries of `param` are protected: a new bool tensor of its shape, True = protected.
 
+        Of a DTensor: of the shard that this rank holds.
+
         Raises:
             ValueError: `param` is not a parameter of this optimizer.
         """
         signed = self._signed_importance(param, self._group_of(param))
-        return torch.zeros_like(param, dtype=torch.bool) if signed is None else lock.is_locked(signed)
+        if signed is None:
+            return torch.zeros_like(local(param), dtype=torch.bool)
+        return lock.is_locked(local(signed))
 
     def importance(self, param: Tensor) -> Tensor:
         """Return the importance S of each entry of `param`: a new tensor of its shape, >= 0, in squared gradient units.
 
+        Of a DTensor: of the shard that this rank holds.
+
         Raises:
             ValueError: `param` is not a parameter of this optimizer.
         """
         signed = self._signed_importance(param, self._group_of(param))
-        return torch.zeros_like(param, dtype=torch.float32) if signed is None else lock.magnitude(signed)
+        if signed is None:
+            return torch.zeros_like(local(param), dtype=torch.float32)
+        return lock.magnitude(local(signed))
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Choose the protected entries now, from the importance as it is; nothing else changes.
+
+        Where parameters are sharded, every rank must call it at the same step.
 
         For task boundaries. With beta = 0.99 the importance remembers about 100 steps: what is protected is what the
         task just trained uses.
@@ -142,15 +154,21 @@ class Isolation(Named):
 
         Where the device alone knows whether it is time, `due` is not 0 where it is, and `clock` is there as well.
         """
-        plan = self._plan({param: squared_by_importance(param.grad.detach()) for param in stepping})  # type: ignore[union-attr]
-        if not plan.candidates:
+        grads = {param: squared_by_importance(local_gradient(param).detach()) for param in stepping}
+        ranks, plan = self._ranks(), self._plan(grads)
+        if not plan.candidates and ranks is None:
             return
-        shared = self.param_groups[0]
+        shared, agreed = self.param_groups[0], plan.agreed
+        budgets = [
+            Budget(scope, ratio, eligible, contract.budget(ratio, eligible))
+            for (scope, ratio), eligible in zip(agreed.budgets, agreed.budget_eligible, strict=True)
+        ]
+        step = self._latest_clock() if clock is None else clock
         found = refresh_(
             plan.candidates,
             plan.untouched,
-            layer_count=len(plan.layers),
-            ranks=[budget.rank for budget in plan.budgets],
+            layer_count=len(agreed.layers),
+            budget_ranks=[budget.rank for budget in budgets],
             counters=lambda where: self._nonfinite.counter([plan.params[i] for i in where]),
             normalize=shared["normalize"] == "layer",
             exact=shared["threshold"] == "exact",
@@ -158,14 +176,18 @@ class Isolation(Named):
             grad_factor=scaling.factor,
             due=due,
             backend=self._backend,
+            ranks=ranks,
+            pairs=agreed.pairs,
+            clock=step,
         )
+        rows = agreed.pairs if ranks else [(candidate.layer, candidate.budget) for candidate in plan.candidates]
         record = Record(
-            step=self._latest_clock() if clock is None else clock,
-            layers=plan.layers,
-            layer_eligible=plan.layer_eligible,
-            budgets=plan.budgets,
-            layer_of=[candidate.layer for candidate in plan.candidates],
-            budget_of=[candidate.budget for candidate in plan.candidates],
+            step=step,
+            layers=agreed.layers,
+            layer_eligible=agreed.layer_eligible,
+            budgets=budgets,
+            layer_of=[layer for layer, _ in rows],
+            budget_of=[budget for _, budget in rows],
             ranges=found.ranges,
             thresholds=found.thresholds,
             counts=found.counts,
@@ -176,31 +198,74 @@ class Isolation(Named):
         else:
             self._on_device = record.kept_where(due, self._on_device)
 
-    def _plan(self, grads: dict[Tensor, Tensor | None]) -> _Plan:
+    def _plan(self, grads: dict[Tensor, Tensor]) -> _Plan:
         """Return who competes for protection, in which layer and for which budget."""
-        layers = self._grouping.of(self.param_groups)
-        index = {name: i for i, name in enumerate(dict.fromkeys(layers.values()))}
-        plan = _Plan(layers=list(index), layer_eligible=[0] * len(index))
-        budget_index: dict[tuple[str, float], int] = {}
-        eligible: list[int] = []
+        held = {param: piece for param, piece in self._held()}
+        plan = _Plan(self._agree() if self._ranks() else agreement([list(held.values())], 0))
+        layers = {layer: i for i, layer in enumerate(plan.agreed.layers)}
+        budgets = {budget: i for i, budget in enumerate(plan.agreed.budgets)}
         for param, group in self._eligible():
-            scope = layers[param] if group["scope"] == "layer" else "global"
-            budget = budget_index.setdefault((scope, group["isolation_ratio"]), len(budget_index))
-            eligible += [0] * (budget + 1 - len(eligible))
-            eligible[budget] += param.numel()
-            layer = index[layers[param]]
-            plan.layer_eligible[layer] += param.numel()
-            signed = self._signed_importance(param, group)
+            piece = held[param]
+            layer, signed = layers[piece.layer], self._signed_importance(param, group)
             if signed is None:
                 # never had a gradient: its importance is 0, for which no memory is spent
-                plan.untouched.extend([layer] if param.numel() else [])
+                plan.untouched.extend([layer] if piece.entries else [])
                 continue
             beta = group["importance_beta"] if group["importance"] == "ema" else float(group["betas"][1])
             plan.params.append(param)
-            plan.candidates.append(Candidate(signed, grads.get(param), beta, 1.0 - beta, layer, budget))
-        for (scope, ratio), budget in budget_index.items():
-            plan.budgets.append(Budget(scope, ratio, eligible[budget], contract.budget(ratio, eligible[budget])))
+            counted = piece.name in plan.agreed.owned
+            plan.candidates.append(
+                Candidate(local(signed), grads.get(param), beta, 1.0 - beta, layer, budgets[piece.budget], counted)
+            )
         return plan
+
+    # Ranks -----------------------------------------------------------------------------------------------------------
+
+    def _ranks(self) -> Ranks | None:
+        """Return the ranks among which the parameters are shared out, or None."""
+        if self._known_ranks is None:
+            params = [param for group in self.param_groups for param in group["params"]]
+            group = group_of(params, self._process_group)
+            self._known_ranks = (None if group is None else Ranks(group),)
+        return self._known_ranks[0]
+
+    def _part(self) -> None:
+        """Forget the ranks and what they agreed on: parameters or state are others now."""
+        self._known_ranks = self._agreed = None
+
+    def _meet(self) -> None:
+        """Agree with the other ranks, if there are any and anything is to be protected, once.
+
+        Raises:
+            ValueError: on every rank: they have other settings, or not the same parameters.
+        """
+        if self._ranks() is not None and any(group["isolation_ratio"] > 0 for group in self.param_groups):
+            self._agree()
+
+    def _agree(self) -> Agreement:
+        """Return what all ranks hold; asked of them again when this rank holds something else than before."""
+        ranks = self._ranks()
+        assert ranks is not None
+        if self._agreed is None:
+            held = [piece for _, piece in self._held()]
+            self._agreed = ranks.agree(held, list(map(_settings_of, self.param_groups)))
+        return self._agreed
+
+    def _held(self) -> Iterator[tuple[Tensor, Held]]:
+        """Yield what this rank holds of each eligible parameter."""
+        layers = self._grouping.of(self.param_groups)
+        ranks = self._ranks()
+        for number, (param, group) in enumerate(self._eligible()):
+            named = any("param_names" in one for one in self.param_groups)
+            partitioned = self._process_group is not None and not named
+            rank = 0 if ranks is None else ranks.rank
+            name = str(number) if ranks is None else f"{rank}:{number}" if partitioned else self._name(param)
+            layer = f"{rank}:{layers[param]}" if partitioned else layers[param]
+            scope = layer if group["scope"] == "layer" else "global"
+            entries = local(param).numel()
+            whole = entries if type(param.data) is Tensor else param.numel()
+            key = shard_key(param, rank, partitioned=partitioned)
+            yield param, Held(name, key, layer, (scope, group["isolation_ratio"]), entries, whole)
 
     def _eligible(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         """Yield the parameters whose entries may be protected, each once, with their groups."""
@@ -210,6 +275,15 @@ class Isolation(Named):
                 if group["isolation_ratio"] > 0 and param.requires_grad and param not in seen:
                     seen.add(param)
                     yield param, group
+
+
+def _settings_of(group: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a group that must be equal on all ranks."""
+    keys = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "isolation_ratio", "importance_beta", *SHARED)
+    found = {key: group[key] for key in keys if key in group}
+    numbers = {key: float(value) for key, value in found.items() if isinstance(value, Tensor)}
+    betas = {"betas": tuple(map(float, found["betas"]))} if "betas" in found else {}
+    return {**found, **numbers, **betas}
 
 
 def check_settings(settings: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from epi_kernels import lock
+from epi_kernels.distributed import local, shard_of
 from epi_kernels.optim.base import LockedAdamW
 from epi_kernels.optim.groups import masks_of, position_of
 
@@ -80,17 +81,19 @@ class MaskedAdamW(LockedAdamW):
             settings={},
         )
         masks = masks_of(frozen, self.param_groups, "frozen")
-        self._frozen = {param: lock.static_lock(mask).to(param.device) for param, mask in masks.items()}
+        self._frozen = {p: shard_of(lock.static_lock(mask).to(p.device), p) for p, mask in masks.items()}
 
     def isolation_mask(self, param: Tensor) -> Tensor:
-        """Return which entries of `param` are frozen: a new bool tensor of its shape.
+        """Return which entries of `param` are frozen: a new bool tensor of its shape, or of the shard of a DTensor.
 
         Raises:
             ValueError: `param` is not a parameter of this optimizer.
         """
         position_of(param, self.param_groups)  # raises where it has none
         signed = self.state.get(param, {}).get("frozen", self._frozen.get(param))
-        return torch.zeros_like(param, dtype=torch.bool) if signed is None else lock.is_locked(signed)
+        if signed is None:
+            return torch.zeros_like(local(param), dtype=torch.bool)
+        return lock.is_locked(local(signed))
 
     def _lock_in(self, param: Tensor, group: dict[str, Any]) -> str:
         return "static" if param in self._frozen or "frozen" in self.state.get(param, ()) else "none"

@@ -1,0 +1,242 @@
+"""Several ranks that hold one model: what each holds of a tensor, and the few numbers on which they agree.
+
+A sharded parameter is a DTensor (FSDP2, HSDP, tensor parallelism and their combinations), a slice that FSDP1 made, or a
+whole parameter that one rank alone has. Everything here goes by what a rank holds; nothing is gathered.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return what this rank holds of a tensor: the tensor itself, or the shard of a DTensor, not a copy of it."""
+    return tensor if type(tensor) in _PLAIN else tensor.detach().to_local()  # type: ignore[attr-defined]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether a tensor is a DTensor, or a slice of FSDP1's."""
+    return type(tensor) not in _PLAIN or hasattr(tensor, "_fsdp_flattened")
+
+
+def local_gradient(param: Tensor) -> Tensor:
+    """Return what this rank holds of a parameter's gradient, laid out as the parameter."""
+    grad = param.grad
+    assert grad is not None
+    if type(grad) in _PLAIN:
+        return grad
+    if grad.placements != param.placements:  # type: ignore[attr-defined]
+        # a partial sum is not a gradient yet
+        grad = grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
+    return local(grad)
+
+
+def wrapped(shard: Tensor, like: Tensor) -> Tensor:
+    """Return a shard as a DTensor of the shape and placements of `like`; as it is where `like` is no DTensor."""
+    if type(like) in _PLAIN:
+        return shard
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    return DTensor.from_local(shard, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
+
+
+def shard_of(whole: Tensor, like: Tensor) -> Tensor:
+    """Return what belongs to `like` of a tensor of its global shape: a DTensor of its placements. No communication.
+
+    Raises:
+        ValueError: `whole` is a DTensor with other placements.
+    """
+    if type(like) in _PLAIN:
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    if type(whole) not in _PLAIN:
+        theirs = whole.placements  # type: ignore[attr-defined]
+        if theirs != placements:
+            raise ValueError(f"a mask is placed {theirs} and its parameter {placements}; place it alike")
+        return whole
+    return distribute_tensor(whole, mesh, placements, src_data_rank=None)
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a rank holds of one eligible parameter."""
+
+    name: str
+    key: tuple[object, ...]  # equal on the ranks that hold the same piece
+    layer: str
+    budget: tuple[str, float]  # scope and isolation_ratio
+    entries: int
+    of: int  # entries of the whole parameter, where that is known; else `entries`
+
+
+@dataclass
+class Agreement:
+    """What all ranks know of each other; the same on each, but for `owned`."""
+
+    layers: list[str] = field(default_factory=list)
+    budgets: list[tuple[str, float]] = field(default_factory=list)
+    layer_eligible: list[int] = field(default_factory=list)
+    budget_eligible: list[int] = field(default_factory=list)
+    pairs: list[tuple[int, int]] = field(default_factory=list)  # (layer, budget) that have entries
+    owned: set[str] = field(default_factory=set)  # names of the parameters whose piece this rank counts
+
+
+def agreement(everyone: Sequence[Sequence[Held]], rank: int) -> Agreement:
+    """Return what follows from what every rank holds, for one of them.
+
+    Of equal pieces on several ranks the lowest rank counts, so that an entry counts once however it is replicated.
+
+    Raises:
+        ValueError: the ranks together do not hold all of a parameter.
+
+    Example:
+        >>> piece = Held("w", ("whole",), "layer", ("global", 0.1), entries=4, of=4)
+        >>> agreement([[piece], [piece]], rank=1)  # the same on both: 4 entries, that rank 0 counts
+        Agreement(layers=['layer'], budgets=[('global', 0.1)], layer_eligible=[4], budget_eligible=[4], pairs=[(0, 0)],
+            owned=set())
+    """
+    found = Agreement()
+    layers: dict[str, int] = {}
+    budgets: dict[tuple[str, float], int] = {}
+    seen: set[tuple[object, ...]] = set()
+    counted: dict[str, int] = {}
+    whole: dict[str, int] = {}
+    for holder, theirs in enumerate(everyone):
+        for piece in theirs:
+            layer = layers.setdefault(piece.layer, len(layers))
+            budget = budgets.setdefault(piece.budget, len(budgets))
+            found.layer_eligible += [0] * (len(layers) - len(found.layer_eligible))
+            found.budget_eligible += [0] * (len(budgets) - len(found.budget_eligible))
+            whole[piece.name] = piece.of
+            if (piece.name, *piece.key) in seen:
+                continue
+            seen.add((piece.name, *piece.key))
+            counted[piece.name] = counted.get(piece.name, 0) + piece.entries
+            found.layer_eligible[layer] += piece.entries
+            found.budget_eligible[budget] += piece.entries
+            if (layer, budget) not in found.pairs:
+                found.pairs.append((layer, budget))
+            if holder == rank:
+                found.owned.add(piece.name)
+    for name, count in counted.items():
+        if count < whole[name]:
+            without = [r for r, theirs in enumerate(everyone) if all(piece.name != name for piece in theirs)]
+            raise ValueError(
+                f"the ranks hold {count} of the {whole[name]} entries of {name}; ranks {without} do not have it. Give "
+                "every rank's optimizer the same parameters"
+            )
+    found.layers, found.budgets = list(layers), list(budgets)
+    return found
+
+
+def _check_settings(everyone: Sequence[Sequence[dict[str, Any]]]) -> None:
+    for rank, theirs in enumerate(everyone):
+        if len(theirs) != len(everyone[0]):
+            raise ValueError(f"rank {rank} has {len(theirs)} parameter groups and rank 0 has {len(everyone[0])}")
+        for i, (first, other) in enumerate(zip(everyone[0], theirs, strict=True)):
+            for key, value in first.items():
+                if other[key] != value:
+                    raise ValueError(
+                        f"{key} of parameter group {i} is {other[key]!r} on rank {rank} and {value!r} on rank 0; it "
+                        "must be the same on all ranks"
+                    )
+
+
+class Ranks:
+    """The ranks of a process group, as a refresh sees them."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.device = torch.device("cuda", torch.cuda.current_device()) if _on_cuda(group) else torch.device("cpu")
+
+    def agree(self, held: Sequence[Held], settings: Sequence[dict[str, Any]]) -> Agreement:
+        """Tell all ranks what this one holds, and return what follows; one exchange of a few names for each parameter.
+
+        Args:
+            held: of each eligible parameter.
+            settings: of each group, what must be equal on all ranks.
+
+        Raises:
+            ValueError: on every rank: settings differ, or some ranks lack a piece of a parameter.
+        """
+        everyone: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(everyone, (list(held), list(settings)), group=self.group)
+        _check_settings([theirs for _, theirs in everyone])
+        return agreement([theirs for theirs, _ in everyone], self.rank)
+
+    def ranges(self, ranges: Tensor, clock: int | Tensor) -> Tensor:
+        """Return the range of every layer over all ranks: the smallest of all minima, the largest of all maxima.
+
+        Args:
+            ranges: float32 [layers, 2] of this rank.
+            clock: of this refresh; must be the same on all ranks.
+
+        Raises:
+            RuntimeError: on every rank: one refreshes at another step than the others.
+        """
+        step = torch.as_tensor(clock, dtype=torch.float64, device=self.device).reshape(1)
+        low, high = ranges.to(self.device, torch.float64).unbind(1)
+        largest = torch.cat([-low, high, step, -step])
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+        if not isinstance(clock, Tensor):
+            first, last = -largest[-1].item(), largest[-2].item()
+            if first != last:
+                raise RuntimeError(
+                    f"a refresh is at step {clock} on rank {self.rank}, and the ranks are between step {int(first)} "
+                    f"and {int(last)}: every rank must take the same steps, and call refresh() at the same one"
+                )
+        low, high = largest[:-2].float().view(2, -1)
+        return torch.stack([-low, high], 1).to(ranges.device)
+
+    def sum(self, counts: Tensor) -> Tensor:
+        """Return the sum of int64 counts over all ranks."""
+        total = counts.to(self.device, copy=True)
+        dist.all_reduce(total, dist.ReduceOp.SUM, group=self.group)
+        return total.to(counts.device)
+
+
+def shard_key(param: Tensor, rank: int, *, partitioned: bool) -> tuple[object, ...]:
+    """Return what tells the piece that this rank holds of a parameter from the pieces of other ranks.
+
+    Args:
+        param: of an optimizer.
+        rank: this one.
+        partitioned: plain parameters are this rank's alone; else they are the same on all ranks that have the name.
+    """
+    if type(param) not in _PLAIN:
+        coordinate = param.device_mesh.get_coordinate()  # type: ignore[attr-defined]
+        placed = enumerate(param.placements)  # type: ignore[attr-defined]
+        return tuple(
+            (repr(placement), coordinate[i], param.device_mesh.size(i))  # type: ignore[attr-defined]
+            for i, placement in placed
+            if not placement.is_replicate()
+        )
+    return ("rank", rank) if partitioned or hasattr(param, "_fsdp_flattened") else ("whole",)
+
+
+def group_of(params: Sequence[Tensor], asked: Any) -> Any | None:
+    """Return the process group over which the ranks must agree, or None where each rank has all it needs.
+
+    Args:
+        params: of an optimizer.
+        asked: a process group that the user named, or None: the default one, if a parameter is sharded.
+    """
+    if asked is not None:
+        return asked
+    if dist.is_available() and dist.is_initialized() and any(map(is_sharded, params)):
+        return dist.group.WORLD
+    return None
+
+
+def _on_cuda(group: Any) -> bool:
+    return torch.cuda.is_available() and "nccl" in str(dist.get_backend(group))

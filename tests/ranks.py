@@ -1,0 +1,383 @@
+"""The processes of test_sharded.py: ``python tests/ranks.py <check> <rank> <world> <store>``, one for each rank."""
+
+import copy
+import functools
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+from epi_kernels import EPIAdamW, IsolatedOptimizer, MaskedAdamW, distributed
+
+STEPS = 7
+SETTINGS: dict[str, Any] = {"lr": 0.02, "isolation_ratio": 0.15, "mask_interval": 2, "importance_beta": 0.5}
+
+
+class Block(nn.Module):
+    """Two linear layers and a norm, with sizes that do not divide by the number of ranks unless they must."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.nn.functional.gelu(self.up(self.norm(x))))
+
+
+class Net(nn.Module):
+    """Two blocks and a scale of one entry: of most ranks it has an empty shard."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(width, hidden), Block(width, hidden)])
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x * self.scale
+
+
+def model_of(tensor_parallel: bool) -> Net:
+    torch.manual_seed(0)
+    return Net(8, 12) if tensor_parallel else Net(7, 11)
+
+
+def loss_of(model: nn.Module, step: int, width: int) -> Tensor:
+    torch.manual_seed(step)  # the same batch on all ranks
+    return model(torch.randn(5, width)).square().mean()
+
+
+def fsdp(model: Net) -> nn.Module:
+    for block in model.blocks:
+        fully_shard(block)
+    return fully_shard(model)
+
+
+def hsdp(model: Net) -> nn.Module:
+    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("replicate", "shard"))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def tp(model: Net, mesh: Any = None) -> nn.Module:
+    mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in model.blocks:
+        parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    return model
+
+
+def tp_fsdp(model: Net) -> nn.Module:
+    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("dp", "tp"))
+    tp(model, mesh["tp"])
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh["dp"])
+    return fully_shard(model, mesh=mesh["dp"])
+
+
+def ddp(model: Net) -> nn.Module:
+    return DistributedDataParallel(model)
+
+
+# layout -> (how, whether it is tensor parallel, the numbers of ranks it is for)
+LAYOUTS: dict[str, tuple[Callable[[Net], nn.Module], bool, tuple[int, ...]]] = {
+    "fsdp": (fsdp, False, (1, 2, 3, 4)),
+    "hsdp": (hsdp, False, (2, 4)),
+    "tp": (tp, True, (1, 2, 4)),
+    "tp+fsdp": (tp_fsdp, True, (2, 4)),
+    "ddp": (ddp, False, (1, 2, 3, 4)),
+}
+
+
+def full(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def mask_of(optimizer: Any, param: Tensor) -> Tensor:
+    """Return the mask of a whole parameter."""
+    mask = optimizer.isolation_mask(param)
+    return full(distributed.wrapped(mask.to(torch.uint8), param)).bool() if isinstance(param, DTensor) else mask
+
+
+def names_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name.removeprefix("module."): param for name, param in model.named_parameters()}
+
+
+def pairs(layout: str) -> tuple[nn.Module, Net, int]:
+    """Return (a model in this layout, the same in one piece, its width)."""
+    how, tensor_parallel, _ = LAYOUTS[layout]
+    model = model_of(tensor_parallel)
+    whole = copy.deepcopy(model)
+    return how(model), whole, 8 if tensor_parallel else 7
+
+
+def step_both(model: nn.Module, optimizer: Any, whole: Net, reference: Any, step: int, width: int) -> None:
+    """Step a model in its layout, and by the same gradients one in one piece."""
+    loss_of(model, step, width).backward()
+    for name, param in names_of(model).items():
+        names_of(whole)[name].grad = full(param.grad).detach().clone()
+    optimizer.step()
+    reference.step()
+    optimizer.zero_grad()
+    reference.zero_grad()
+
+
+def assert_same(model: nn.Module, optimizer: Any, whole: Net, reference: Any) -> None:
+    twins = names_of(whole)
+    for name, param in names_of(model).items():
+        assert torch.equal(full(param), twins[name]), name
+        assert torch.equal(mask_of(optimizer, param), reference.isolation_mask(twins[name])), name
+    assert optimizer.telemetry() == reference.telemetry()
+
+
+def masks_are_those_of_one_process() -> None:
+    """Every layout that this number of ranks has, every kind of optimizer."""
+    world = dist.get_world_size()
+    for layout, (_, _, worlds) in LAYOUTS.items():
+        if world not in worlds:
+            continue
+        for settings in (
+            {},
+            {"scope": "layer"},
+            {"normalize": "none", "layers": "tensor"},
+            {"importance": "exp_avg_sq"},
+            {"threshold": "histogram"},
+        ):
+            model, whole, width = pairs(layout)
+            optimizer = EPIAdamW(model.named_parameters(), **SETTINGS, **settings)
+            reference = EPIAdamW(whole.named_parameters(), **SETTINGS, **settings)
+            for step in range(1, STEPS + 1):
+                step_both(model, optimizer, whole, reference, step, width)
+                assert_same(model, optimizer, whole, reference)
+            eligible = sum(p.numel() for p in whole.parameters())
+            if not settings:
+                assert optimizer.telemetry()[-1]["eligible"] == eligible, layout
+                assert optimizer.telemetry()[-1]["protected"] == int(0.15 * eligible), layout
+
+
+def other_optimizers_are_those_of_one_process() -> None:
+    world = dist.get_world_size()
+    for layout, (_, _, worlds) in LAYOUTS.items():
+        if world not in worlds:
+            continue
+        model, whole, width = pairs(layout)
+        base = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+        isolation = {key: SETTINGS[key] for key in ("isolation_ratio", "mask_interval", "importance_beta")}
+        optimizer: Any = IsolatedOptimizer(base(model.named_parameters()), **isolation)
+        reference: Any = IsolatedOptimizer(base(whole.named_parameters()), **isolation)
+        for step in range(1, STEPS + 1):
+            step_both(model, optimizer, whole, reference, step, width)
+            assert_same(model, optimizer, whole, reference)
+        if layout == "tp+fsdp":
+            continue  # a whole mask cannot be cut into strided shards without communication
+        model, whole, width = pairs(layout)
+        frozen = {n: torch.arange(p.numel()).view(p.shape) % 3 == 0 for n, p in names_of(whole).items()}
+        prefix = "module." if layout == "ddp" else ""
+        optimizer = MaskedAdamW(model.named_parameters(), lr=0.02, frozen={prefix + n: m for n, m in frozen.items()})
+        reference = MaskedAdamW(whole.named_parameters(), lr=0.02, frozen=frozen)
+        for step in range(1, 4):
+            step_both(model, optimizer, whole, reference, step, width)
+        for name, param in names_of(model).items():
+            assert torch.equal(full(param), names_of(whole)[name]), name
+            assert torch.equal(mask_of(optimizer, param), frozen[name])
+
+
+def a_double_count_is_seen() -> None:
+    """A norm that is replicated over the ranks of tensor parallelism, counted by each: the masks would differ."""
+    original = distributed.shard_key
+
+    def planted(param: Tensor, rank: int, *, partitioned: bool) -> tuple[object, ...]:
+        return (*original(param, rank, partitioned=partitioned), rank)
+
+    from epi_kernels.optim import isolation
+
+    isolation.shard_key = planted
+    model, whole, width = pairs("tp+fsdp" if dist.get_world_size() == 4 else "tp")
+    optimizer = EPIAdamW(model.named_parameters(), **SETTINGS)
+    reference = EPIAdamW(whole.named_parameters(), **SETTINGS)
+    for step in (1, 2):
+        step_both(model, optimizer, whole, reference, step, width)
+    assert optimizer.telemetry()[-1]["eligible"] > reference.telemetry()[-1]["eligible"]
+    try:
+        assert_same(model, optimizer, whole, reference)
+    except AssertionError:
+        return
+    raise RuntimeError("a double count went unseen")
+
+
+def collectives_are_few_and_small() -> None:
+    counts: dict[str, list[int]] = {"reduce": [], "gather": []}
+    all_reduce, all_gather_object = dist.all_reduce, dist.all_gather_object
+
+    def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        counts["reduce"].append(tensor.numel() * tensor.element_size())
+        return all_reduce(tensor, *args, **kwargs)
+
+    def gathered(*args: Any, **kwargs: Any) -> Any:
+        counts["gather"].append(1)
+        return all_gather_object(*args, **kwargs)
+
+    dist.all_reduce, dist.all_gather_object = counted, gathered
+    for layout in ("fsdp", "ddp"):
+        for width in (7, 70):
+            torch.manual_seed(0)
+            model = LAYOUTS[layout][0](Net(width, 11))
+            optimizer = EPIAdamW(model.named_parameters(), **{**SETTINGS, "mask_interval": 3})
+            for step in range(1, 7):
+                loss_of(model, step, width).backward()
+                counts["reduce"].clear()
+                counts["gather"].clear()
+                optimizer.step()
+                found = counts["reduce"][:], len(counts["gather"])
+                optimizer.zero_grad()
+                if layout == "ddp":
+                    assert found == ([], 0)
+                elif step % 3:
+                    assert found == ([], step == 1), found  # the ranks meet once
+                else:
+                    # ranges of 3 layers and the clock; three digits of the threshold; counts of each layer
+                    assert found == ([8 * (2 * 3 + 2), 8 * 4096, 8 * 1024, 8 * 512, 8 * 3 * 3], 0), found
+    dist.all_reduce, dist.all_gather_object = all_reduce, all_gather_object
+
+
+def expect(error: type[Exception], text: str, call: Callable[[], Any]) -> None:
+    try:
+        call()
+    except error as found:
+        assert text in str(found), str(found)
+    else:
+        raise AssertionError(f"{text!r} was not raised on rank {dist.get_rank()}")
+
+
+def a_mismatch_raises_on_every_rank() -> None:
+    rank = dist.get_rank()
+
+    def one_step(**settings: Any) -> None:
+        model, _, width = pairs("fsdp")
+        optimizer = EPIAdamW(model.named_parameters(), **{**SETTINGS, **settings})
+        loss_of(model, 1, width).backward()
+        optimizer.step()
+
+    last = rank == dist.get_world_size() - 1
+    who = f"on rank {dist.get_world_size() - 1} and"
+    expect(
+        ValueError,
+        f"isolation_ratio of parameter group 0 is 0.3 {who} 0.15",
+        lambda: one_step(isolation_ratio=0.3 if last else 0.15),
+    )
+    expect(
+        ValueError, f"mask_interval of parameter group 0 is 9 {who} 2", lambda: one_step(mask_interval=9 if last else 2)
+    )
+    expect(ValueError, f"lr of parameter group 0 is 0.5 {who} 0.02", lambda: one_step(lr=0.5 if last else 0.02))
+
+    def another_list() -> None:
+        model, _, width = pairs("fsdp")
+        named = [(n, p) for n, p in model.named_parameters() if not (last and n == "blocks.0.up.weight")]
+        optimizer = EPIAdamW(named, **SETTINGS)
+        loss_of(model, 1, width).backward()
+        optimizer.step()
+
+    expect(ValueError, "entries of blocks.0.up.weight; ranks", another_list)
+
+    def alone() -> None:
+        model, _, width = pairs("fsdp")
+        optimizer = EPIAdamW(model.named_parameters(), **{**SETTINGS, "mask_interval": 3})
+        for step in (1, 2, 3):
+            loss_of(model, step, width).backward()
+            grads = [p.grad for p in model.parameters()]
+            if step < 3:
+                optimizer.step()
+                optimizer.zero_grad()
+        if last:
+            optimizer.refresh()  # at step 2; the others refresh at step 3
+        else:
+            optimizer.step()
+        del grads
+
+    expect(RuntimeError, "every rank must take the same steps", alone)
+
+
+def fsdp1_and_zero() -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    # slices of flat parameters, cut at any entry
+    model = model_of(False)
+    whole = copy.deepcopy(model)
+    sharded = FullyShardedDataParallel(
+        model, use_orig_params=True, device_id=torch.device("cpu"), sharding_strategy=ShardingStrategy.FULL_SHARD
+    )
+    optimizer = EPIAdamW(sharded.named_parameters(), **SETTINGS)
+    reference = EPIAdamW(whole.named_parameters(), **SETTINGS)
+    for step in range(1, STEPS + 1):
+        loss_of(whole, step, 7).backward()
+        loss_of(sharded, step, 7).backward()
+        grads: list[Any] = [None] * world
+        mine = {n: (None if p.grad is None else p.grad.clone()) for n, p in sharded.named_parameters()}
+        dist.all_gather_object(grads, mine)
+        for name, param in whole.named_parameters():
+            key = f"_fsdp_wrapped_module.{name}"
+            parts = [part[key] for part in grads if part[key] is not None]
+            param.grad = torch.cat(parts).view(param.shape)
+        optimizer.step()
+        reference.step()
+        optimizer.zero_grad()
+        reference.zero_grad()
+        masks: list[Any] = [None] * world
+        dist.all_gather_object(masks, {n: optimizer.isolation_mask(p) for n, p in sharded.named_parameters()})
+        for name, param in whole.named_parameters():
+            found = torch.cat([part[f"_fsdp_wrapped_module.{name}"].reshape(-1) for part in masks])
+            assert torch.equal(found.view(param.shape), reference.isolation_mask(param)), name
+    assert [r["protected"] for r in optimizer.telemetry()] == [r["protected"] for r in reference.telemetry()]
+
+    # whole parameters, each on one rank
+    model, whole = model_of(False), model_of(False)
+    names = [name for name, _ in model.named_parameters()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        zero = ZeroRedundancyOptimizer(
+            model.parameters(),
+            functools.partial(EPIAdamW, process_group=dist.group.WORLD, layers="tensor"),
+            **SETTINGS,
+        )
+    reference = EPIAdamW(whole.named_parameters(), layers="tensor", **SETTINGS)
+    for step in range(1, STEPS + 1):
+        for one, o in ((model, zero), (whole, reference)):
+            loss_of(one, step, 7).backward()
+            o.step()
+            o.zero_grad()
+        for p, q in zip(model.parameters(), whole.parameters(), strict=True):
+            assert torch.equal(p, q)
+    own = {p for group in zero.optim.param_groups for p in group["params"]}
+    for name, p, q in zip(names, model.parameters(), whole.parameters(), strict=True):
+        if p in own:
+            assert torch.equal(zero.optim.isolation_mask(p), reference.isolation_mask(q)), (rank, name)
+
+
+def main() -> None:
+    check, rank, world, store = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+    )
+    globals()[check]()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""The same masks on one machine or many: gloo processes on the CPU, in every layout.
+
+- FSDP2 with uneven and empty shards, HSDP, tensor parallel, both together, DDP; FSDP1 with use_orig_params and torch's
+  ZeroRedundancyOptimizer: masks, parameters and telemetry are those of one process that was given the same gradients.
+- A planted double count of a replicated norm makes the same comparison fail.
+- Collectives of a refresh: 5, of a size that knows the number of layers alone. Of other steps, and of DDP: none.
+- Ranks that differ raise, each of them, and say in what.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
+
+
+def run(check: str, world: int, folder: Path) -> None:
+    """Run a check of ranks.py on every rank; show what a rank that failed has printed."""
+    script = Path(__file__).with_name("ranks.py")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), check, str(rank), str(world), str(folder / "store")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    failed = [
+        f"rank {rank}:\n{out}" for rank, (p, out) in enumerate(zip(processes, outputs, strict=True)) if p.returncode
+    ]
+    assert not failed, "\n".join(failed)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_masks_are_those_of_one_process(world: int, tmp_path: Path) -> None:
+    run("masks_are_those_of_one_process", world, tmp_path)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_other_optimizers_are_those_of_one_process(world: int, tmp_path: Path) -> None:
+    run("other_optimizers_are_those_of_one_process", world, tmp_path)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_double_count_would_be_seen(world: int, tmp_path: Path) -> None:
+    run("a_double_count_is_seen", world, tmp_path)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_slices_of_fsdp1_and_the_parameters_of_zero(world: int, tmp_path: Path) -> None:
+    run("fsdp1_and_zero", world, tmp_path)
+
+
+def test_collectives_are_few_and_their_size_knows_no_parameters(tmp_path: Path) -> None:
+    run("collectives_are_few_and_small", 2, tmp_path)
+
+
+def test_a_mismatch_raises_on_every_rank(tmp_path: Path) -> None:
+    run("a_mismatch_raises_on_every_rank", 3, tmp_path)
