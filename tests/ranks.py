@@ -7,11 +7,15 @@ import sys
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -256,12 +260,9 @@ def collectives_are_few_and_small() -> None:
 
 
 def expect(error: type[Exception], text: str, call: Callable[[], Any]) -> None:
-    try:
+    with pytest.raises(error) as found:
         call()
-    except error as found:
-        assert text in str(found), str(found)
-    else:
-        raise AssertionError(f"{text!r} was not raised on rank {dist.get_rank()}")
+    assert text in str(found.value), str(found.value)
 
 
 def a_mismatch_raises_on_every_rank() -> None:
@@ -367,6 +368,83 @@ def fsdp1_and_zero() -> None:
             assert torch.equal(zero.optim.isolation_mask(p), reference.isolation_mask(q)), (rank, name)
 
 
+# the numbers of ranks of each stage, and the steps that it takes: none ends where a refresh is due
+STAGES = ((4, 1, 5), (2, 6, 9), (1, 10, 11), (3, 12, 15))
+
+
+def give(params: dict[str, nn.Parameter], step: int) -> None:
+    """Set gradients that depend on the step alone, each rank its shards."""
+    generator = torch.Generator().manual_seed(step)
+    for param in params.values():
+        grad = torch.randn(param.shape, generator=generator)
+        param.grad = distributed.shard_of(grad, param)
+
+
+def train_stage(params: dict[str, nn.Parameter], optimizer: Any, first: int, last: int) -> None:
+    for step in range(first, last + 1):
+        give(params, step)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def resharded(kind: str) -> None:
+    """Take one stage of a run: load what the stage before has saved on another number of ranks, go on, save."""
+    world = dist.get_world_size()
+    stage = next(i for i, (ranks, _, _) in enumerate(STAGES) if ranks == world)
+    folder = Path(sys.argv[4]).parent
+    model = LAYOUTS["fsdp"][0](model_of(False))
+    optimizer = optimizer_of(kind, model)
+    options = StateDictOptions(full_state_dict=kind == "full", cpu_offload=kind == "full")
+    if stage:
+        parts = get_state_dict(model, optimizer, options=options)  # makes the state, by a step of zeros
+        saved = {"model": parts[0], "optimizer": parts[1]}
+        if kind == "full":
+            saved = torch.load(folder / f"{stage - 1}.pt", weights_only=True)
+        else:
+            checkpoint.load(saved, checkpoint_id=folder / str(stage - 1))
+        set_state_dict(
+            model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"], options=options
+        )
+    train_stage(names_of(model), optimizer, *STAGES[stage][1:])
+    parts = get_state_dict(model, optimizer, options=options)
+    if kind == "full":
+        if dist.get_rank() == 0:
+            torch.save({"model": parts[0], "optimizer": parts[1]}, folder / f"{stage}.pt")
+    else:
+        checkpoint.save({"model": parts[0], "optimizer": parts[1]}, checkpoint_id=folder / str(stage))
+
+    whole = model_of(False)
+    straight = optimizer_of(kind, whole)
+    train_stage(names_of(whole), straight, 1, STAGES[stage][2])
+    for name, param in names_of(model).items():
+        twin = names_of(whole)[name]
+        assert torch.equal(full(param), twin), name
+        assert torch.equal(mask_of(optimizer, param), straight.isolation_mask(twin)), name
+        assert torch.equal(full(distributed.wrapped(optimizer.importance(param), param)), straight.importance(twin))
+    assert any(straight.isolation_mask(param).any() for param in whole.parameters())
+    for mine in optimizer.telemetry()[-1:]:  # a stage may have no refresh
+        assert mine == straight.telemetry()[-1]
+
+
+def optimizer_of(kind: str, model: nn.Module) -> Any:
+    settings = {**SETTINGS, "mask_interval": 4}
+    if kind == "isolated":
+        settings.pop("lr")
+        return IsolatedOptimizer(torch.optim.Adagrad(model.named_parameters(), lr=0.02), **settings)
+    return EPIAdamW(model.named_parameters(), **settings, importance="exp_avg_sq" if kind == "exp_avg_sq" else "ema")
+
+
+def a_step_of_zeros_changes_nothing() -> None:
+    model = LAYOUTS["fsdp"][0](model_of(False))
+    optimizer = EPIAdamW(model.named_parameters(), **{**SETTINGS, "mask_interval": 1})
+    before = {name: full(param).clone() for name, param in names_of(model).items()}
+    get_state_dict(model, optimizer)
+    for name, param in names_of(model).items():
+        assert torch.equal(full(param), before[name])
+        assert not optimizer.isolation_mask(param).any()
+        assert not optimizer.importance(param).any()
+
+
 def main() -> None:
     check, rank, world, store = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -374,7 +452,8 @@ def main() -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )
-    globals()[check]()
+    name, *arguments = check.split(":")
+    globals()[name](*arguments)
     dist.barrier()
     dist.destroy_process_group()
 

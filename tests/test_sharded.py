@@ -56,6 +56,18 @@ def test_slices_of_fsdp1_and_the_parameters_of_zero(world: int, tmp_path: Path) 
     run("fsdp1_and_zero", world, tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["ema", "exp_avg_sq", "isolated", "full"])
+def test_checkpoints_go_from_4_ranks_to_2_to_1_to_3_bit_for_bit(kind: str, tmp_path: Path) -> None:
+    """In the middle of an interval, with uneven shards; "full" is one file of whole tensors."""
+    for world in (4, 2, 1, 3):
+        (tmp_path / "store").unlink(missing_ok=True)
+        run(f"resharded:{kind}", world, tmp_path)
+
+
+def test_the_step_of_zeros_that_makes_a_state_changes_nothing(tmp_path: Path) -> None:
+    run("a_step_of_zeros_changes_nothing", 2, tmp_path)
+
+
 def test_collectives_are_few_and_their_size_knows_no_parameters(tmp_path: Path) -> None:
     run("collectives_are_few_and_small", 2, tmp_path)
 

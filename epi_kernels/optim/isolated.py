@@ -9,6 +9,7 @@ from torch import Tensor
 
 from epi_kernels import dispatch, lock, ops
 from epi_kernels.distributed import local, local_gradient
+from epi_kernels.layers import Grouping, LayersArgument, check_saved
 from epi_kernels.optim.base import new_state
 from epi_kernels.optim.checkpoint import pairs_of
 from epi_kernels.optim.complex import squared_by_importance
@@ -155,6 +156,8 @@ class IsolatedOptimizer(Isolation, torch.optim.Optimizer):
         check_shared(SHARED, settings, self._settings)
         self._grouping.resolve(named="param_names" in group)
         group.update({**settings, _CLOCK: group.get(_CLOCK, 0)})
+        # from the start: a distributed checkpoint loads what the optimizer has a place for
+        self._make_importances(group)
         self._part()
         self._grouping.stamp(self.param_groups)
 
@@ -214,9 +217,8 @@ class IsolatedOptimizer(Isolation, torch.optim.Optimizer):
         clock = self._latest_clock() + 1
         for group in self.param_groups:
             group[_CLOCK] = clock
-        for param in stepping:
-            if param not in self._importances:
-                self._importances[param] = new_state(param, "importance")
+        for group in self.param_groups:
+            self._make_importances(group)  # a group may have joined since
         interval = self.param_groups[0]["mask_interval"]
         if interval is not None and clock % interval == 0:
             self._refresh([param for param in stepping if param.requires_grad], UNSCALED, clock)
@@ -236,6 +238,12 @@ class IsolatedOptimizer(Isolation, torch.optim.Optimizer):
                 None,
                 self._backend,
             )
+
+    def _make_importances(self, group: dict[str, Any]) -> None:
+        """Create the importance of the parameters of a group that can be protected and have none."""
+        for param in group["params"]:
+            if group["isolation_ratio"] > 0 and param not in self._importances:
+                self._importances[param] = new_state(param, "importance")
 
     def _signed_importance(self, param: Tensor, group: dict[str, Any]) -> Tensor | None:
         return self._importances.get(param) if group["isolation_ratio"] > 0 else None
@@ -298,6 +306,8 @@ class IsolatedOptimizer(Isolation, torch.optim.Optimizer):
             for key, value in {**settings, _CLOCK: 0}.items():
                 group.setdefault(key, value)
         self._importances = {p: s.to(p.device, torch.float32) for p, s in importances.items()}
+        for group in self.param_groups:
+            self._make_importances(group)
         self._settings.update({key: self.param_groups[0][key] for key in SHARED if key != "layers"})
         self._grouping.stamp(self.param_groups)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
