@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from epi_kernels import ops
+from epi_kernels.distributed import local
 
 # fewer gradients than this cannot rank entries: with one, Eq. 10 gives the same score to all
 FEWEST = 8
@@ -66,6 +67,7 @@ def fisher(
     Raises:
         ValueError: there are fewer than 8 gradients; a batch does not divide into micro-batches; a parameter has a
             gradient; or an argument is out of its range.
+        NotImplementedError: the model is sharded.
         RuntimeError: a parameter got two gradients in one backward pass, as reentrant checkpointing makes them.
 
     Example:
@@ -273,6 +275,8 @@ def _gradient_sums(
         raise ValueError(f"Invalid dtype: {dtype}; accumulate in torch.float32 or torch.bfloat16")
     params = {name: param for name, param in model.named_parameters() if param.requires_grad}
     for name, param in params.items():
+        if local(param) is not param:
+            raise NotImplementedError(f"{name} is a DTensor; this version scores models that are not sharded")
         if param.grad is not None:
             raise ValueError(f"{name} has a gradient, which would be added to; call model.zero_grad() first")
     sums = _Sums(params, microbatch, dtype, backend)

@@ -4,7 +4,6 @@ import copy
 import functools
 import os
 import sys
-import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -314,7 +313,7 @@ def a_mismatch_raises_on_every_rank() -> None:
 
 
 def fsdp1_and_zero() -> None:
-    rank, world = dist.get_rank(), dist.get_world_size()
+    world = dist.get_world_size()
     # slices of flat parameters, cut at any entry
     model = model_of(False)
     whole = copy.deepcopy(model)
@@ -344,17 +343,22 @@ def fsdp1_and_zero() -> None:
             assert torch.equal(found.view(param.shape), reference.isolation_mask(param)), name
     assert [r["protected"] for r in optimizer.telemetry()] == [r["protected"] for r in reference.telemetry()]
 
-    # whole parameters, each on one rank
+    for importance in ("ema", "exp_avg_sq"):
+        zero_redundancy(importance)
+
+
+def zero_of(model: nn.Module, importance: str) -> ZeroRedundancyOptimizer:
+    cls = functools.partial(EPIAdamW, process_group=dist.group.WORLD, layers="tensor", importance=importance)
+    return ZeroRedundancyOptimizer(model.parameters(), cls, **SETTINGS)
+
+
+def zero_redundancy(importance: str) -> None:
+    """Whole parameters, each on one rank."""
+    rank = dist.get_rank()
     model, whole = model_of(False), model_of(False)
     names = [name for name, _ in model.named_parameters()]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        zero = ZeroRedundancyOptimizer(
-            model.parameters(),
-            functools.partial(EPIAdamW, process_group=dist.group.WORLD, layers="tensor"),
-            **SETTINGS,
-        )
-    reference = EPIAdamW(whole.named_parameters(), layers="tensor", **SETTINGS)
+    zero = zero_of(model, importance)
+    reference = EPIAdamW(whole.named_parameters(), layers="tensor", importance=importance, **SETTINGS)
     for step in range(1, STEPS + 1):
         for one, o in ((model, zero), (whole, reference)):
             loss_of(one, step, 7).backward()
@@ -362,6 +366,12 @@ def fsdp1_and_zero() -> None:
             o.zero_grad()
         for p, q in zip(model.parameters(), whole.parameters(), strict=True):
             assert torch.equal(p, q)
+        if step == 3:  # in the middle of an interval: saved, and loaded into a new one
+            zero.consolidate_state_dict(to=0)
+            saved = [zero.state_dict() if rank == 0 else None]
+            dist.broadcast_object_list(saved, src=0)
+            zero = zero_of(model, importance)
+            zero.load_state_dict(saved[0])
     own = {p for group in zero.optim.param_groups for p in group["params"]}
     for name, p, q in zip(names, model.parameters(), whole.parameters(), strict=True):
         if p in own:

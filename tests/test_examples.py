@@ -6,6 +6,7 @@ gives the same numbers again from its cached weights, and writes both pictures.
 """
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -171,6 +172,17 @@ def test_the_comparison_of_piece_runs_and_its_deltas_are_small(tmp_path, capsys,
     deltas = list(tmp_path.glob("*.safetensors"))
     assert len(deltas) == 6
     assert max(delta.stat().st_size for delta in deltas) <= 0.01 * weights.stat().st_size
+
+
+def test_the_sharded_example_runs_on_two_ranks(tmp_path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(EXAMPLES / "fsdp2.py"), "--steps", "20", "--out", str(tmp_path / "checkpoint")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    printed = re.search(r"step 20: loss [\d.]+, (\d+) of (\d+) entries protected", done.stdout)
+    held = re.findall(r"rank \d holds (\d+) of the protected entries", done.stdout)
+    assert int(printed[1]) == int(0.01 * int(printed[2])) == sum(map(int, held))
+    assert (tmp_path / "checkpoint" / ".metadata").exists()
 
 
 def test_other_settings_do_not_use_the_cached_weights(tmp_path, monkeypatch) -> None:

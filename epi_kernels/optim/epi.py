@@ -239,14 +239,23 @@ class EPIAdamW(Isolation, LockedAdamW):
         self.defaults.update({key: self.param_groups[0][key] for key in self._SHARED if key != "layers"})
         self._grouping.stamp(self.param_groups)
         self._part()
-        if self.defaults["importance"] == "exp_avg_sq":
-            for param, state in self.state.items():
-                if "importance" in state:
-                    locked = lock.is_locked(local(state.pop("importance")))
-                    signed = wrapped(lock.with_lock(local(state["exp_avg_sq"]), locked), param)
-                    # a captured step has the address of the one that is there; otherwise that is the state_dict's
-                    captured = self._group_of(param)["capturable"]
-                    state["exp_avg_sq"] = state["exp_avg_sq"].copy_(signed) if captured else signed
+        for param in self.state:
+            self._put_locks_back(param, self._group_of(param))
+
+    def _ensure_state(self, param: Tensor, group: dict[str, Any]) -> None:
+        super()._ensure_state(param, group)
+        # ZeroRedundancyOptimizer writes a loaded state into ours, past load_state_dict
+        self._put_locks_back(param, group)
+
+    def _put_locks_back(self, param: Tensor, group: dict[str, Any]) -> None:
+        """Take the locks out of a loaded importance and into the second moment, where that is where they are."""
+        state = self.state[param]
+        if self.defaults["importance"] != "exp_avg_sq" or "importance" not in state:
+            return
+        locked = lock.is_locked(local(state.pop("importance")))
+        signed = wrapped(lock.with_lock(local(state["exp_avg_sq"]), locked), param)
+        # a captured step has the address of the one that is there; otherwise that is the state_dict's
+        state["exp_avg_sq"] = state["exp_avg_sq"].copy_(signed) if group["capturable"] else signed
 
     _KEPT = (*LockedAdamW._KEPT, "_grouping", "_records", "_on_device")
 
