@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from epi_kernels import ops
-from epi_kernels.distributed import local
+from epi_kernels.distributed import local, local_gradient, wrapped
 
 # fewer gradients than this cannot rank entries: with one, Eq. 10 gives the same score to all
 FEWEST = 8
@@ -44,7 +44,9 @@ def fisher(
 
         F = 1/N sum_i g_i^2,        g_i the gradient of the loss of example i          PIECE (arXiv 2511.15375) Eq. 4
 
-    Parameters, gradients and the mode of the model (train or eval) are left as they are. No example is skipped.
+    Parameters, gradients and the mode of the model (train or eval) are left as they are. No example is skipped. Of a
+    model that is sharded (FSDP2, tensor parallel), each rank scores what it holds: give every rank the same batches,
+    since what a rank gets is the gradient averaged over the ranks.
 
     Args:
         model: whose parameters that require a gradient are scored; they must have none now.
@@ -62,12 +64,11 @@ def fisher(
         backend: of the accumulation: "auto", or the name of one, which then runs or raises.
 
     Returns:
-        {name: float32 tensor of the parameter's shape, >= 0}, in squared gradient units.
+        {name: float32 tensor of the parameter's shape, >= 0}, in squared gradient units; DTensors where parameters are.
 
     Raises:
         ValueError: there are fewer than 8 gradients; a batch does not divide into micro-batches; a parameter has a
             gradient; or an argument is out of its range.
-        NotImplementedError: the model is sharded.
         RuntimeError: a parameter got two gradients in one backward pass, as reentrant checkpointing makes them.
 
     Example:
@@ -77,7 +78,7 @@ def fisher(
         {'weight': tensor([[70., 85.]])}
     """
     sums = _gradient_sums(model, batches, loss_fn, method, microbatch, dtype, progress, backend)
-    return {name: sums.second_moment(name) for name in list(sums.squares)}
+    return {name: sums.as_parameter(name, sums.second_moment(name)) for name in list(sums.squares)}
 
 
 def second_order(
@@ -124,7 +125,7 @@ def second_order(
     scores = {}
     for name in list(sums.sums):
         deviation = sums.second_moment(name).add_(offset).sqrt_()
-        scores[name] = sums.mean(name).abs_().div_(deviation)
+        scores[name] = sums.as_parameter(name, sums.mean(name).abs_().div_(deviation))
     return scores
 
 
@@ -204,8 +205,10 @@ class _Sums:
     """Sums of gradients and of their squares by name, and what follows from them."""
 
     def __init__(self, params: Mapping[str, Tensor], microbatch: int, dtype: torch.dtype, backend: str) -> None:
-        self.sums = {name: torch.zeros_like(param, dtype=dtype) for name, param in params.items()}
-        self.squares = {name: torch.zeros_like(param, dtype=dtype) for name, param in params.items()}
+        # of what this rank holds
+        self.sums = {name: torch.zeros_like(local(param), dtype=dtype) for name, param in params.items()}
+        self.squares = {name: torch.zeros_like(local(param), dtype=dtype) for name, param in params.items()}
+        self._params = params
         self.gradients = 0
         self.microbatch = microbatch
         self._backend = backend
@@ -243,6 +246,10 @@ class _Sums:
         noise = torch.randint(0, 1 << 16, bits.shape, generator=self._generators[device], device=device)
         total.copy_((bits + noise.int() & -(1 << 16)).view(torch.float32))
 
+    def as_parameter(self, name: str, score: Tensor) -> Tensor:
+        """Return a score of what this rank holds as a DTensor, where the parameter is one."""
+        return wrapped(score, self._params[name])
+
     def mean(self, name: str) -> Tensor:
         """Return E[g], and let the sum go."""
         return self.sums.pop(name).float().div_(self.gradients)
@@ -275,13 +282,12 @@ def _gradient_sums(
         raise ValueError(f"Invalid dtype: {dtype}; accumulate in torch.float32 or torch.bfloat16")
     params = {name: param for name, param in model.named_parameters() if param.requires_grad}
     for name, param in params.items():
-        if local(param) is not param:
-            raise NotImplementedError(f"{name} is a DTensor; this version scores models that are not sharded")
         if param.grad is not None:
             raise ValueError(f"{name} has a gradient, which would be added to; call model.zero_grad() first")
     sums = _Sums(params, microbatch, dtype, backend)
     at_once = _AT_ONCE // max(1, sum(param.numel() for param in params.values()))
-    way = method if method != "auto" else "vmap" if microbatch == 1 and at_once > 1 else "loop"
+    sharded = any(local(param) is not param for param in params.values())
+    way = method if method != "auto" else "vmap" if microbatch == 1 and at_once > 1 and not sharded else "loop"
     for batch in _shown(batches, progress):
         count = _examples_in(batch)
         if count % microbatch:
@@ -357,7 +363,7 @@ def _accumulating(sums: _Sums, params: Mapping[str, Tensor]) -> Iterator[set[str
 
     def adder(name: str) -> Callable[[Tensor], None]:
         def hook(param: Tensor) -> None:
-            grad, param.grad = param.grad, None
+            grad, param.grad = local_gradient(param), None
             if name in added:
                 raise RuntimeError(
                     f"{name} got two gradients in one backward pass, and the square of their sum is not known any "
@@ -365,7 +371,7 @@ def _accumulating(sums: _Sums, params: Mapping[str, Tensor]) -> Iterator[set[str
                 )
             added.add(name)
             with torch.no_grad():
-                sums.add_one(name, grad)  # type: ignore[arg-type]
+                sums.add_one(name, grad)
 
         return hook
 

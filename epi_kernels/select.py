@@ -1,13 +1,14 @@
 """The highest scores of a model as a mask: exactly k of them, ties by position, without sorting or copying them."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from epi_kernels import contract, ops
+from epi_kernels.distributed import Held, Ranks, agreement, group_of, local, shard_key, shard_of, wrapped
 from epi_kernels.layers import block, without_wrappers
 from epi_kernels.ops.equations import score
 
@@ -31,6 +32,9 @@ def top_k(
     `scores`, then row-major. That the count is exact lets compact states have a fixed size. The k-th largest score is
     found by its bits (`epi_kernels.ops.find_threshold`), in three passes over the scores.
 
+    Scores of a sharded model are DTensors, and so are the masks: the selection is that of one process. Every rank must
+    call. (A threshold that cuts through equal scores gathers one bool for each entry of the tensor where it does.)
+
     Args:
         scores: {name: tensor, >= 0, of any floating dtype and on any device}. Compared as float32; NaN and infinity
             count as 0, and so does what is subnormal.
@@ -51,40 +55,87 @@ def top_k(
         {'a': tensor([False,  True]), 'b': tensor([ True, False])}
     """
     _check(scores, ratio, scope, normalize)
-    layer_of = {name: _layer(name, layers) for name in scores}
-    index = {layer: i for i, layer in enumerate(dict.fromkeys(layer_of.values()))}
-    where = {name: index[layer] for name, layer in layer_of.items()}
-    budget_of = {name: where[name] if scope == "layer" else 0 for name in scores}
-    eligible = [0] * (max(budget_of.values()) + 1)
-    for name, values in scores.items():
-        eligible[budget_of[name]] += values.numel()
-    ranks = [contract.budget(ratio, count) for count in eligible]
-
     # float32 as the operations take it: what is float32 already is not copied
-    single = {name: values.detach().float() for name, values in scores.items()}
-    ranges = _ranges(single, where, len(index)) if normalize else None
-    thresholds = _thresholds(single, where, budget_of, ranges, ranks, backend)
+    single = {name: local(values.detach()).float() for name, values in scores.items()}
+    group = group_of(list(scores.values()), None)
+    ranks = None if group is None else Ranks(group)
+    held = []
+    for name, values in scores.items():
+        layer = _layer(name, layers)
+        key = shard_key(values, 0, partitioned=False)
+        budget = (layer if scope == "layer" else "global", ratio)
+        held.append(Held(name, key, layer, budget, single[name].numel(), values.numel()))
+    asked = [{"ratio": ratio, "scope": scope, "normalize": normalize, "names": list(scores)}]
+    agreed = agreement([held], 0) if ranks is None else ranks.agree(held, asked)
+    layer_of = {piece.name: agreed.layers.index(piece.layer) for piece in held}
+    budget_of = {piece.name: agreed.budgets.index(piece.budget) for piece in held}
+    counts = [contract.budget(ratio, eligible) for eligible in agreed.budget_eligible]
 
-    # above the threshold all are taken; of those at it, as many as are missing
-    left = list(ranks)
-    for name, values in single.items():
-        tau, layer_range = thresholds[budget_of[name]], None if ranges is None else ranges[where[name]]
-        for piece in _pieces(values):
-            left[budget_of[name]] -= int((_score(piece, layer_range) > tau.to(piece.device)).sum())
+    def total(numbers: list[int]) -> list[int]:
+        return numbers if ranks is None else ranks.sum(torch.tensor(numbers)).tolist()
+
+    own = {name: values for name, values in single.items() if name in agreed.owned}
+    ranges = _ranges(single, layer_of, len(agreed.layers), ranks) if normalize else None
+    thresholds = _thresholds(own, layer_of, budget_of, ranges, counts, ranks, backend)
+    scored = {
+        name: _Scored(values, thresholds[budget_of[name]], None if ranges is None else ranges[layer_of[name]])
+        for name, values in single.items()
+    }
+
+    # above the threshold all are taken; of those at it, as many as are missing, by position
+    above = [0] * len(counts)
+    for name in own:
+        above[budget_of[name]] += scored[name].above()
+    left = [count - found for count, found in zip(counts, total(above), strict=True)]
+    at = dict(zip(single, total([scored[name].at() if name in own else 0 for name in single]), strict=True))
     masks = {}
-    for name, values in single.items():
-        budget, layer_range = budget_of[name], None if ranges is None else ranges[where[name]]
-        tau = thresholds[budget].to(values.device)
-        parts = []
-        for piece in _pieces(values):
-            found = _score(piece, layer_range)
-            at = found == tau
-            first = at & (at.cumsum(0) <= left[budget])
-            left[budget] -= int(first.sum())
-            parts.append((found > tau) | first)
-        flat = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.bool, device=values.device)
-        masks[name] = flat.view(values.shape)
+    for name, values in scores.items():
+        take = min(at[name], left[budget_of[name]])
+        left[budget_of[name]] -= take
+        masks[name] = scored[name].mask(take, cut=0 < take < at[name], like=values)
     return masks
+
+
+class _Scored:
+    """What this rank holds of some scores, against the threshold of their budget."""
+
+    def __init__(self, values: Tensor, threshold: Tensor, layer_range: Tensor | None) -> None:
+        self._values = values
+        self._threshold = threshold.to(values.device)
+        self._range = None if layer_range is None else layer_range.to(values.device)
+
+    def above(self) -> int:
+        """Return how many are above."""
+        return sum(int((found > self._threshold).sum()) for found in self._pieces())
+
+    def at(self) -> int:
+        """Return how many are equal."""
+        return sum(int((found == self._threshold).sum()) for found in self._pieces())
+
+    def mask(self, take: int, *, cut: bool, like: Tensor) -> Tensor:
+        """Return where they are above, and where they are equal: nowhere, or `take` times.
+
+        With `cut`, `take` are fewer than are equal: the first, row-major, of the whole tensor that `like` is.
+        """
+        at = self._flat(lambda found: found == self._threshold).view(self._values.shape)
+        if cut:
+            whole = wrapped(at.to(torch.uint8), like)
+            if whole is not at and hasattr(whole, "full_tensor"):
+                whole = whole.full_tensor()
+            whole = whole.bool()
+            first = whole & (whole.flatten().cumsum(0).view(whole.shape) <= take)
+            at = local(shard_of(first, like))
+        above = self._flat(lambda found: found > self._threshold).view(self._values.shape)
+        return wrapped(above | at if take else above, like)
+
+    def _flat(self, where: Callable[[Tensor], Tensor]) -> Tensor:
+        parts = [where(found) for found in self._pieces()]
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.bool, device=self._values.device)
+
+    def _pieces(self) -> Iterator[Tensor]:
+        """Yield the scores of Eq. 8, or as they are, in row-major order."""
+        for piece in self._values.reshape(-1).split(_PIECE) if self._values.numel() else ():
+            yield score(piece, self._range)
 
 
 def _check(scores: Mapping[str, Tensor], ratio: float, scope: str, normalize: str | None) -> None:
@@ -99,7 +150,7 @@ def _check(scores: Mapping[str, Tensor], ratio: float, scope: str, normalize: st
     for name, values in scores.items():
         if not values.is_floating_point():
             raise ValueError(f"the scores of {name} are {values.dtype}; pass a floating dtype")
-        if (values < 0).any():
+        if (local(values) < 0).any():
             raise ValueError(f"{name} has scores below 0; pass magnitudes, such as scores.abs()")
 
 
@@ -111,13 +162,10 @@ def _layer(name: str, layers: str | Callable[[str], str]) -> str:
     return block(name) if layers == "block" else without_wrappers(name)
 
 
-def _ranges(scores: Mapping[str, Tensor], layer_of: Mapping[str, int], count: int) -> Tensor:
+def _ranges(scores: Mapping[str, Tensor], layer_of: Mapping[str, int], count: int, ranks: Ranks | None) -> Tensor:
     """Return float32 [layers, 2] on the CPU: the smallest and the largest score of each layer."""
     ranges = torch.tensor([[torch.inf, -torch.inf]]).repeat(count, 1)
-    by_device: defaultdict[torch.device, list[str]] = defaultdict(list)
-    for name, values in scores.items():
-        by_device[values.device].append(name)
-    for device, names in by_device.items():
+    for device, names in _by_device(scores):
         here = ranges.to(device, copy=True)
         ops.importance_(
             [scores[name] for name in names],
@@ -133,7 +181,7 @@ def _ranges(scores: Mapping[str, Tensor], layer_of: Mapping[str, int], count: in
         )
         low, high = here.cpu().unbind(1)
         ranges = torch.stack([torch.minimum(ranges[:, 0], low), torch.maximum(ranges[:, 1], high)], 1)
-    return ranges
+    return ranges if ranks is None else ranks.ranges(ranges, clock=0)
 
 
 def _thresholds(
@@ -141,17 +189,15 @@ def _thresholds(
     layer_of: Mapping[str, int],
     budget_of: Mapping[str, int],
     ranges: Tensor | None,
-    ranks: list[int],
+    counts: list[int],
+    ranks: Ranks | None,
     backend: str,
 ) -> Tensor:
     """Return the k-th largest score of each budget, float32 [budgets] on the CPU."""
-    by_device: defaultdict[torch.device, list[str]] = defaultdict(list)
-    for name, values in scores.items():
-        by_device[values.device].append(name)
 
     def histogram(selection: Tensor, shift: int, bins: int) -> Tensor:
-        counts = []
-        for device, names in by_device.items():
+        found = [torch.zeros(len(counts), bins, dtype=torch.int64)]
+        for device, names in _by_device(scores):
             part = ops.score_histogram(
                 [scores[name] for name in names],
                 [layer_of[name] for name in names],
@@ -163,16 +209,15 @@ def _thresholds(
                 None,
                 backend,
             )
-            counts.append(part.sum(0).cpu())
-        return torch.stack(counts)
+            found.append(part.sum(0).cpu())
+        here = torch.stack(found).sum(0)
+        return (here if ranks is None else ranks.sum(here))[None]
 
-    return ops.find_threshold(histogram, ranks, exact=True, backend=backend if backend != "triton" else "auto")
-
-
-def _score(piece: Tensor, layer_range: Tensor | None) -> Tensor:
-    return score(piece, None if layer_range is None else layer_range.to(piece.device))
+    return ops.find_threshold(histogram, counts, exact=True, backend=backend if backend != "triton" else "auto")
 
 
-def _pieces(values: Tensor) -> tuple[Tensor, ...]:
-    """Return views, or copies where strides need them, of the entries in row-major order."""
-    return values.reshape(-1).split(_PIECE) if values.numel() else ()
+def _by_device(scores: Mapping[str, Tensor]) -> list[tuple[torch.device, list[str]]]:
+    found: defaultdict[torch.device, list[str]] = defaultdict(list)
+    for name, values in scores.items():
+        found[values.device].append(name)
+    return list(found.items())

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from epi_kernels import EPIAdamW, IsolatedOptimizer, MaskedAdamW, distributed
+from epi_kernels import EPIAdamW, IsolatedOptimizer, MaskedAdamW, SparseAdamW, distributed, importance, select
 
 STEPS = 7
 SETTINGS: dict[str, Any] = {"lr": 0.02, "isolation_ratio": 0.15, "mask_interval": 2, "importance_beta": 0.5}
@@ -200,6 +200,54 @@ def other_optimizers_are_those_of_one_process() -> None:
             assert torch.equal(mask_of(optimizer, param), frozen[name])
 
 
+def piece_is_that_of_one_process() -> None:
+    """Scores, selection and training of the selected entries."""
+    world = dist.get_world_size()
+    for layout, (_, _, worlds) in LAYOUTS.items():
+        if world not in worlds or layout in ("tp+fsdp", "ddp"):
+            continue  # a whole gradient cannot be cut into strided shards without communication
+        model, whole, width = pairs(layout)
+        torch.manual_seed(9)
+        batches = [(torch.randn(8, width), torch.randn(8, width)) for _ in range(2)]
+
+        def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+            return (model(batch[0]) - batch[1]).square().mean()
+
+        scores = importance.fisher(model, batches, loss, progress=False)
+        expected = importance.fisher(whole, batches, loss, progress=False)
+        for name, score in scores.items():
+            torch.testing.assert_close(full(score), expected[name], rtol=1e-4, atol=1e-9)
+        # ties at the threshold too: rounded, many scores are equal
+        for rounded in (False, True):
+            theirs = {name: (full(score) * 50).round() if rounded else full(score) for name, score in scores.items()}
+            mine = {name: distributed.shard_of(theirs[name], score) for name, score in scores.items()}
+            for settings in ({}, {"scope": "layer"}, {"normalize": "layer", "layers": "block"}):
+                masks, masks_of_one = select.top_k(mine, 0.2, **settings), select.top_k(theirs, 0.2, **settings)
+                for name, mask in masks.items():
+                    assert torch.equal(full_bool(mask), masks_of_one[name]), (layout, name, settings)
+
+        optimizer = SparseAdamW(model.named_parameters(), lr=0.02, trainable=masks)
+        reference = SparseAdamW(whole.named_parameters(), lr=0.02, trainable=masks_of_one)
+        start = {name: full(param).detach().clone() for name, param in names_of(model).items()}
+        for step in range(1, 6):
+            give(names_of(model), step)
+            give(names_of(whole), step)
+            optimizer.step()
+            reference.step()
+        delta = optimizer.delta()
+        for name, param in names_of(model).items():
+            assert torch.equal(full(param), names_of(whole)[name]), name
+            if name in delta:
+                start[name].put_(delta[name][0].long(), delta[name][1])
+            assert torch.equal(start[name], full(param)), name
+
+
+def full_bool(mask: Tensor) -> Tensor:
+    if not isinstance(mask, DTensor):
+        return mask
+    return full(distributed.wrapped(mask.to_local().to(torch.uint8), mask)).bool()
+
+
 def a_double_count_is_seen() -> None:
     """A norm that is replicated over the ranks of tensor parallelism, counted by each: the masks would differ."""
     original = distributed.shard_key
@@ -343,22 +391,22 @@ def fsdp1_and_zero() -> None:
             assert torch.equal(found.view(param.shape), reference.isolation_mask(param)), name
     assert [r["protected"] for r in optimizer.telemetry()] == [r["protected"] for r in reference.telemetry()]
 
-    for importance in ("ema", "exp_avg_sq"):
-        zero_redundancy(importance)
+    for kind in ("ema", "exp_avg_sq"):
+        zero_redundancy(kind)
 
 
-def zero_of(model: nn.Module, importance: str) -> ZeroRedundancyOptimizer:
-    cls = functools.partial(EPIAdamW, process_group=dist.group.WORLD, layers="tensor", importance=importance)
+def zero_of(model: nn.Module, kind: str) -> ZeroRedundancyOptimizer:
+    cls = functools.partial(EPIAdamW, process_group=dist.group.WORLD, layers="tensor", importance=kind)
     return ZeroRedundancyOptimizer(model.parameters(), cls, **SETTINGS)
 
 
-def zero_redundancy(importance: str) -> None:
+def zero_redundancy(kind: str) -> None:
     """Whole parameters, each on one rank."""
     rank = dist.get_rank()
     model, whole = model_of(False), model_of(False)
     names = [name for name, _ in model.named_parameters()]
-    zero = zero_of(model, importance)
-    reference = EPIAdamW(whole.named_parameters(), layers="tensor", importance=importance, **SETTINGS)
+    zero = zero_of(model, kind)
+    reference = EPIAdamW(whole.named_parameters(), layers="tensor", importance=kind, **SETTINGS)
     for step in range(1, STEPS + 1):
         for one, o in ((model, zero), (whole, reference)):
             loss_of(one, step, 7).backward()
@@ -370,7 +418,7 @@ def zero_redundancy(importance: str) -> None:
             zero.consolidate_state_dict(to=0)
             saved = [zero.state_dict() if rank == 0 else None]
             dist.broadcast_object_list(saved, src=0)
-            zero = zero_of(model, importance)
+            zero = zero_of(model, kind)
             zero.load_state_dict(saved[0])
     own = {p for group in zero.optim.param_groups for p in group["params"]}
     for name, p, q in zip(names, model.parameters(), whole.parameters(), strict=True):
@@ -429,8 +477,12 @@ def resharded(kind: str) -> None:
     for name, param in names_of(model).items():
         twin = names_of(whole)[name]
         assert torch.equal(full(param), twin), name
+        if kind == "sparse":
+            continue
         assert torch.equal(mask_of(optimizer, param), straight.isolation_mask(twin)), name
         assert torch.equal(full(distributed.wrapped(optimizer.importance(param), param)), straight.importance(twin))
+    if kind == "sparse":
+        return
     assert any(straight.isolation_mask(param).any() for param in whole.parameters())
     for mine in optimizer.telemetry()[-1:]:  # a stage may have no refresh
         assert mine == straight.telemetry()[-1]
@@ -438,6 +490,9 @@ def resharded(kind: str) -> None:
 
 def optimizer_of(kind: str, model: nn.Module) -> Any:
     settings = {**SETTINGS, "mask_interval": 4}
+    if kind == "sparse":
+        masks = {n: torch.arange(p.numel()).view(p.shape) % 4 == 1 for n, p in model.named_parameters()}
+        return SparseAdamW(model.named_parameters(), lr=0.02, trainable=masks)
     if kind == "isolated":
         settings.pop("lr")
         return IsolatedOptimizer(torch.optim.Adagrad(model.named_parameters(), lr=0.02), **settings)

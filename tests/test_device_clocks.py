@@ -216,6 +216,51 @@ def test_nothing_is_read_back(kind: str, backend: str, monkeypatch: pytest.Monke
         assert bool(Tensor([1.0]))
 
 
+@pytest.fixture
+def capturing(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Return what lets the next steps believe that a graph is being captured."""
+
+    def begin() -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+
+    return begin
+
+
+def test_a_capture_before_the_first_step_is_refused(capturing: Callable[[], None]) -> None:
+    params, optimizer, _, _ = pair(KINDS["ema"], "auto")
+    give(params, 1)
+    capturing()
+    with pytest.raises(RuntimeError, match="its tensors are not prepared"):
+        optimizer.step()
+    assert not optimizer.state
+
+
+def test_a_capture_without_a_gradient_is_refused_by_name(capturing: Callable[[], None]) -> None:
+    params, optimizer, _, _ = pair(KINDS["ema"], "auto")
+    give(params, 1)
+    optimizer.step()
+    params["h.0.bias"].grad = None
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    capturing()
+    with pytest.raises(RuntimeError, match="h.0.bias has no gradient: replays would never move it"):
+        optimizer.step()
+    assert same_state(optimizer.state_dict()["state"], before)
+
+
+def test_what_a_captured_step_uploads_is_kept(capturing: Callable[[], None], backend: str) -> None:
+    params, optimizer, _, _ = pair(KINDS["ema"], backend)
+    give(params, 1)
+    optimizer.step()
+    give(params, 2)
+    capturing()
+    optimizer.step()
+    kept = optimizer._uploads._captured
+    assert any(optimizer._prepared in held for held in kept if isinstance(held, list))
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # a load does not let go of it
+    assert optimizer._uploads._captured is kept
+
+
 def test_the_clock_is_where_torch_has_it() -> None:
     params, optimizer, twins, _ = pair(KINDS["ema"], "auto")
     give(params, 1)

@@ -46,6 +46,11 @@ def test_other_optimizers_are_those_of_one_process(world: int, tmp_path: Path) -
     run("other_optimizers_are_those_of_one_process", world, tmp_path)
 
 
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_scores_selection_and_sparse_steps_are_those_of_one_process(world: int, tmp_path: Path) -> None:
+    run("piece_is_that_of_one_process", world, tmp_path)
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_a_double_count_would_be_seen(world: int, tmp_path: Path) -> None:
     run("a_double_count_is_seen", world, tmp_path)
@@ -56,7 +61,7 @@ def test_slices_of_fsdp1_and_the_parameters_of_zero(world: int, tmp_path: Path) 
     run("fsdp1_and_zero", world, tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["ema", "exp_avg_sq", "isolated", "full"])
+@pytest.mark.parametrize("kind", ["ema", "exp_avg_sq", "isolated", "sparse", "full"])
 def test_checkpoints_go_from_4_ranks_to_2_to_1_to_3_bit_for_bit(kind: str, tmp_path: Path) -> None:
     """In the middle of an interval, with uneven shards; "full" is one file of whole tensors."""
     for world in (4, 2, 1, 3):

@@ -16,6 +16,7 @@ STATE_DTYPES: dict[str, torch.dtype | None] = {
     "max_exp_avg_sq": None,
     "importance": torch.float32,
     "frozen": torch.int8,
+    "trainable": torch.uint8,
 }
 
 # what an entry of AdamW cannot be without

@@ -108,6 +108,10 @@ class DropInAdamW(Named, torch.optim.AdamW):
     def _check_entry(self, entry: dict[str, Any], param: Tensor, name: str) -> None:
         """Check a parameter's saved state beyond its keys and shapes; ValueError is for the caller."""
 
+    def _unpacked(self, entry: dict[str, Any], param: Tensor) -> dict[str, Any]:
+        """Return a parameter's saved state as `state` has it."""
+        return entry
+
     def _check_loaded(self, groups: list[dict[str, Any]]) -> None:
         """Check the groups of a state to be loaded, completed with what it lacked; ValueError is for the caller."""
 
@@ -215,7 +219,7 @@ class DropInAdamW(Named, torch.optim.AdamW):
         def take(_: Any) -> None:
             for param, entry in entries.items():
                 group = self._group_of(param)
-                state = taken(entry, param, before.get(param, {}))
+                state = taken(self._unpacked(entry, param), param, before.get(param, {}))
                 if entry:
                     state["step"] = self._clock(state["step"], param, group)
                 self.state[param] = state

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from epi_kernels import ops
 from epi_kernels.contract import Scalars, arithmetic_dtype
+from epi_kernels.distributed import local, local_gradient, shard_of, wrapped
+from epi_kernels.optim.checkpoint import pairs_of
 from epi_kernels.optim.drop_in import DropInAdamW
 from epi_kernels.optim.groups import masks_of, position_of
 from epi_kernels.optim.refusals import require_default
@@ -38,6 +40,9 @@ class SparseAdamW(DropInAdamW):
             `epi_kernels.select.top_k` makes it. Parameters that it does not name do not move.
         backend: "auto", or the name of one, which then runs or raises.
 
+    Of a DTensor the state is that of the shard, and a checkpoint has it in the parameter's shape, with ``trainable``,
+    the mask, so that it loads on another number of ranks: 9 bytes for each entry, made when it is saved.
+
     State of a parameter with k > 0 selected entries: ``step``, ``exp_avg`` and ``exp_avg_sq`` [k], and ``indices`` [k],
     the positions in row-major order, int32 (int64 from 2^31 entries on). A checkpoint brings its selection along.
 
@@ -54,7 +59,8 @@ class SparseAdamW(DropInAdamW):
         tensor([0.8990, 1.0000])
     """
 
-    _STATE = ("exp_avg", "exp_avg_sq", "indices")
+    _SHARDED = True
+    _STATE = ("exp_avg", "exp_avg_sq", "indices", "trainable")
 
     def __init__(
         self,
@@ -106,48 +112,61 @@ class SparseAdamW(DropInAdamW):
             ValueError: as the constructor; the selection is then as it was.
         """
         chosen = masks_of(trainable, self.param_groups, "trainable")
+        shards = {param: local(shard_of(mask.to(param.device), param)) for param, mask in chosen.items()}
         self.state.clear()
-        for param, mask in chosen.items():
-            positions = mask.to(param.device).reshape(-1).nonzero()[:, 0]
-            if not positions.numel():
-                continue
-            group = self.param_groups[position_of(param, self.param_groups)[0]]
-            dtype = arithmetic_dtype(param.dtype)
-            self.state[param] = {
-                "step": self._clock(0.0, param, group),
-                "exp_avg": torch.zeros(len(positions), dtype=dtype, device=param.device),
-                "exp_avg_sq": torch.zeros(len(positions), dtype=dtype, device=param.device),
-                "indices": positions if param.numel() >= _NARROW else positions.int(),
-            }
+        for param, mask in shards.items():
+            self._choose(param, mask.reshape(-1).nonzero()[:, 0])
+
+    def _choose(self, param: Tensor, positions: Tensor) -> None:
+        """Give a parameter the state of entries at these positions of what this rank holds, in row-major order."""
+        # where a shard has none, the state of nothing keeps all ranks alike
+        if not positions.numel() and local(param) is param:
+            return
+        group = self.param_groups[position_of(param, self.param_groups)[0]]
+        dtype = arithmetic_dtype(param.dtype)
+        self.state[param] = {
+            "step": self._clock(0.0, param, group),
+            "exp_avg": torch.zeros(len(positions), dtype=dtype, device=param.device),
+            "exp_avg_sq": torch.zeros(len(positions), dtype=dtype, device=param.device),
+            "indices": positions if local(param).numel() >= _NARROW else positions.int(),
+        }
 
     def trainable_mask(self, param: Tensor) -> Tensor:
-        """Return which entries of `param` move: a new bool tensor of its shape.
+        """Return which entries of `param` move: a new bool tensor of its shape, or of the shard of a DTensor.
 
         Raises:
             ValueError: `param` is not a parameter of this optimizer.
         """
         position_of(param, self.param_groups)  # raises where it has none
-        mask = torch.zeros(param.numel(), dtype=torch.bool, device=param.device)
+        held = local(param)
+        mask = torch.zeros(held.numel(), dtype=torch.bool, device=param.device)
         if param in self.state:
             mask[self.state[param]["indices"].long()] = True
-        return mask.view(param.shape)
+        return mask.view(held.shape)
 
     @torch.no_grad()
     def delta(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return what this task may have changed: {name: (positions, values)} of the selected entries, on the CPU.
 
         Put onto the model as it was when the task began, it is the model as it is, bit for bit: `epi_kernels.delta`.
-        The names are the optimizer's: construct it with ``model.named_parameters()``.
+        The names are the optimizer's: construct it with ``model.named_parameters()``. Of sharded parameters every rank
+        must call; each is gathered, one after the other.
         """
-        return {
-            self._name(param): (state["indices"].cpu(), param.take(state["indices"].long()).cpu())
-            for param, state in self.state.items()
-        }
+        found = {}
+        for param, state in self.state.items():
+            positions, whole = state["indices"], param
+            if local(param) is not param:
+                mask = wrapped(self.trainable_mask(param).to(torch.uint8), param)
+                positions = mask.full_tensor().flatten().nonzero()[:, 0].to(positions.dtype)  # type: ignore[attr-defined]
+                whole = param.full_tensor()  # type: ignore[attr-defined]
+            if positions.numel():
+                found[self._name(param)] = (positions.cpu(), whole.take(positions.long()).cpu())
+        return found
 
     def __repr__(self) -> str:
         """Return torch's text and how much is selected."""
         selected = sum(len(state["indices"]) for state in self.state.values())
-        total = sum(param.numel() for group in self.param_groups for param in group["params"])
+        total = sum(local(param).numel() for group in self.param_groups for param in group["params"])
         return f"{super().__repr__()}\nSelected: {selected} of {total} entries, in {len(self.state)} tensors"
 
     # The step --------------------------------------------------------------------------------------------------------
@@ -162,7 +181,10 @@ class SparseAdamW(DropInAdamW):
                 if param.grad is None or param not in self.state:
                     continue
                 self._check_grad(param)
-                bundles[param.device, param.dtype, param.grad.dtype].append((param, i))
+                if self.state[param]["indices"].numel():
+                    bundles[param.device, param.dtype, param.grad.dtype].append((param, i))
+                else:
+                    self.state[param]["step"] += 1
         for members in bundles.values():
             self._step_bundle(members)
 
@@ -190,8 +212,8 @@ class SparseAdamW(DropInAdamW):
             keys.append((group, float(state["step"])))
         row_of = {key: row for row, key in enumerate(dict.fromkeys(keys))}
         ops.sparse_adamw_(
-            [param for param, _ in members],
-            [param.grad for param, _ in members],
+            [local(param) for param, _ in members],
+            [local_gradient(param) for param, _ in members],
             [state["indices"] for state in states],
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
@@ -207,10 +229,38 @@ class SparseAdamW(DropInAdamW):
         # a scaler unscales and skips by itself: the gradients that would be left to the step are dense
         self._step_supports_amp_scaling = False
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state in torch's form."""
+        packed = super().state_dict()
+        state = {}
+        for number, param in pairs_of(packed["param_groups"], self.param_groups):
+            if number in packed["state"]:
+                entry = packed["state"][number]
+                state[number] = entry if local(param) is param else _spread(entry, param)
+        return {**packed, "state": state}
+
+    def _unpacked(self, entry: dict[str, Any], param: Tensor) -> dict[str, Any]:
+        if "trainable" not in entry:
+            return entry
+        # of a DTensor's shard, or of the whole of it where the checkpoint has that
+        keys = ("exp_avg", "exp_avg_sq", "trainable")
+        parts = {key: local(shard_of(entry[key].to(param.device), param)) for key in keys}
+        positions = parts["trainable"].reshape(-1).nonzero()[:, 0]
+        return {
+            "step": entry["step"],
+            "exp_avg": parts["exp_avg"].reshape(-1)[positions],
+            "exp_avg_sq": parts["exp_avg_sq"].reshape(-1)[positions],
+            "indices": positions if local(param).numel() >= _NARROW else positions.int(),
+        }
+
     def _state_shape(self, key: str, param: Tensor, entry: dict[str, Any]) -> tuple[int, ...]:
+        if "trainable" in entry:
+            return tuple(param.shape)
         return tuple(torch.as_tensor(entry.get("indices", ())).shape)
 
     def _check_entry(self, entry: dict[str, Any], param: Tensor, name: str) -> None:
+        if "trainable" in entry:
+            return
         indices = entry.get("indices")
         if not isinstance(indices, Tensor) or indices.dtype not in (torch.int32, torch.int64) or indices.dim() != 1:
             raise ValueError(f"the state of {name} has no 1-D integer indices: it is not SparseAdamW's")
@@ -219,3 +269,17 @@ class SparseAdamW(DropInAdamW):
                 f"indices of {name} go from {int(indices[0])} to {int(indices[-1])} in the state, and it has "
                 f"{param.numel()} entries here"
             )
+
+
+def _spread(entry: dict[str, Any], param: Tensor) -> dict[str, Any]:
+    """Return the compact state of a shard in the shape of its parameter."""
+    held, positions = local(param), entry["indices"].long()
+
+    def spread(values: Tensor) -> Tensor:
+        dense = torch.zeros(held.numel(), dtype=values.dtype, device=values.device)
+        dense[positions] = values
+        return wrapped(dense.view(held.shape), param)
+
+    ones = torch.ones(len(positions), dtype=torch.uint8, device=positions.device)
+    parts = {"exp_avg": entry["exp_avg"], "exp_avg_sq": entry["exp_avg_sq"], "trainable": ones}
+    return {"step": entry["step"], **{key: spread(values) for key, values in parts.items()}}
