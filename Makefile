@@ -3,6 +3,7 @@
 #   make demo    fine-tune a small model through four tasks, with AdamW and with EPI (pictures in out/)
 #   make test    the tests
 #   make gpu     on a machine with a CUDA GPU: build, the tests that need one, then the benchmarks (bench/results)
+#   make deepspeed  install DeepSpeed into .venv, and the tests that need it
 #   make lint    ruff, clang-format, mypy
 #   make format  let ruff and clang-format rewrite the files
 #   make clean   remove everything that make made
@@ -14,7 +15,7 @@ SOURCES := $(wildcard csrc/*.h csrc/*/* tests/*.cpp)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu lint format clean
+.PHONY: help demo test gpu deepspeed lint format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -35,6 +36,12 @@ gpu:
 	$(GPU_PYTHON) setup.py --quiet build_ext --inplace
 	$(GPU_PYTHON) -m pytest -m gpu tests
 	PYTHONPATH=. $(GPU_PYTHON) bench/gpu.py --json bench/results
+
+# with the torch that is there: its own build environment would fetch another
+deepspeed: $(VENV)/.test
+	$(PIP) --quiet setuptools wheel
+	DS_BUILD_OPS=0 $(PIP) --quiet --no-build-isolation deepspeed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_deepspeed.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

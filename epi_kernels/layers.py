@@ -93,12 +93,14 @@ class Grouping:
         """Return the layer of every parameter of torch's parameter groups, in their order."""
         layers: dict[Tensor, str] = {}
         for i, group in enumerate(groups):
+            named = has_names(group)
             for j, param in enumerate(group["params"]):
-                name = group["param_names"][j] if "param_names" in group else f"{i}.{j}"
-                layers.setdefault(param, self._of_name(name))
+                name = group["param_names"][j] if named else f"{i}.{j}"
+                layers.setdefault(param, self.layer(name))
         return layers
 
-    def _of_name(self, name: str) -> str:
+    def layer(self, name: str) -> str:
+        """Return the layer of a parameter of this name."""
         if self.layers == "block":
             return block(name)
         if self.layers == "tensor":
@@ -112,12 +114,19 @@ class Grouping:
         The digest stands for which parameters share a layer. It goes by position, so that a renamed module is still
         the same grouping.
         """
+        if not all(has_names(group) or "param_names" not in group for group in groups):
+            return  # of the parameters that were named, whose places others have taken
         layers = self.of(groups)
         index = {layer: str(i) for i, layer in enumerate(dict.fromkeys(layers.values()))}
         for group in groups:
             members = ",".join(index[layers[param]] for param in group["params"])
             group["layers"] = self.name
             group["layer_digest"] = hashlib.sha256(members.encode()).hexdigest()[:16]
+
+
+def has_names(group: dict[str, Any]) -> bool:
+    """Return whether a group has the names of its parameters: DeepSpeed puts others in their place, and leaves them."""
+    return len(group.get("param_names", ())) == len(group["params"]) > 0
 
 
 def check_saved(saved_groups: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]]) -> None:

@@ -27,7 +27,7 @@ OURS: dict[type, dict[str, set[str]]] = {
         | {"clip_grad_norm", "backend"},
         "group": SETTINGS | {"importance", "clip_grad_norm", "layer_digest"},
         "state": {"importance"},
-        "methods": {"isolation_mask", "importance", "refresh", "telemetry"},
+        "methods": {"isolation_mask", "importance", "refresh", "telemetry", "bind_deepspeed"},
     },
     MaskedAdamW: {
         "arguments": {"frozen", "clip_grad_norm", "backend"},

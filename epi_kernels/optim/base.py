@@ -121,7 +121,7 @@ class LockedAdamW(DropInAdamW):
             self._differentiable_step()
             return
         capturing = self._capturing()
-        prepared = self._prepared
+        prepared = self._prepared_for_these()
         self._bring_up_to_date(prepared, ((group, group["params"]) for group in self.param_groups), capturing)
         if not prepared.bundles:
             self._idle_step()
@@ -132,6 +132,10 @@ class LockedAdamW(DropInAdamW):
                     self._update(prepared, self._before_update(prepared.clocks, prepared.params, scaling), scaling)
             if not capturing:
                 self._nonfinite.warn(self._name)
+
+    def _prepared_for_these(self) -> Prepared:
+        """Return what was prepared for the parameters that the groups have now."""
+        return self._prepared
 
     def _idle_step(self) -> None:
         """Take part in what other ranks do in this step, where this one has no gradient."""

@@ -1,6 +1,7 @@
 """EPIAdamW: AdamW with evolving parameter isolation (EPI, arXiv 2604.14010, Alg. 1)."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -8,8 +9,9 @@ from torch import Tensor
 
 from epi_kernels import lock
 from epi_kernels.distributed import local, wrapped
-from epi_kernels.layers import Grouping, LayersArgument, check_saved
-from epi_kernels.optim.base import LockedAdamW, new_state
+from epi_kernels.integrations.deepspeed import group_of, segments_of
+from epi_kernels.layers import Grouping, LayersArgument, check_saved, has_names
+from epi_kernels.optim.base import LockedAdamW, Prepared, new_state
 from epi_kernels.optim.clocks import DeviceClocks, HostClocks
 from epi_kernels.optim.isolation import SHARED, Isolation, check_settings
 from epi_kernels.optim.refusals import require_default
@@ -149,6 +151,23 @@ class EPIAdamW(Isolation, LockedAdamW):
             settings=settings,
         )
 
+    def bind_deepspeed(self, engine: Any) -> None:
+        """Say which layer every piece of DeepSpeed's flat partitions belongs to: ZeRO-1, 2 and 3.
+
+        Call it after ``deepspeed.initialize(..., optimizer=optimizer)``, on every rank. A refresh that is due then
+        happens at the start of the next step, from the importance that all groups have advanced. Unbound, each flat
+        partition is one layer, has a budget of its own, and a warning says so.
+
+        Args:
+            engine: as deepspeed.initialize returns it.
+        """
+        segments = list(segments_of(engine))
+        self._segments = segments or None  # stage 0 leaves the parameters as they are
+        self._every_group = self.param_groups
+        if segments:
+            self._process_group = group_of(engine)
+        self._part()
+
     def __repr__(self) -> str:
         """Return torch's text and the grouping and backend in force."""
         return f"{super().__repr__()}\n{self._isolation_text()}"
@@ -157,6 +176,8 @@ class EPIAdamW(Isolation, LockedAdamW):
 
     _SHARED = (*LockedAdamW._SHARED, *SHARED)
     _STATE = (*LockedAdamW._STATE, "importance")
+    _refreshed_at: int | None = None  # the clock of the last refresh between steps
+    _warned = False  # of flat partitions
     _idle = 0  # steps of a rank that holds no entry
 
     def _lock_in(self, param: Tensor, group: dict[str, Any]) -> str:
@@ -179,6 +200,9 @@ class EPIAdamW(Isolation, LockedAdamW):
     ) -> bool | Tensor:
         """Refresh the masks where mask_interval says so; the clock is the largest step of any parameter."""
         self._meet()
+        if self._segments is not None:
+            return False
+        self._warn_of_flat_partitions()
         interval = self.param_groups[0]["mask_interval"]
         due = interval is not None and clocks.due(interval)
         if isinstance(due, Tensor):
@@ -186,6 +210,46 @@ class EPIAdamW(Isolation, LockedAdamW):
         elif due:
             self._refresh(params, scaling, clocks.latest)
         return due
+
+    def _run_step(self) -> None:
+        if self._segments is not None:
+            self._refresh_between_steps()
+        super()._run_step()
+
+    def _prepared_for_these(self) -> Prepared:
+        if self._segments is None:
+            return self._prepared
+        first = next((param for group in self.param_groups for param in group["params"]), None)
+        return self._prepared if first is None else self._alone.setdefault(first, Prepared())
+
+    def _refresh_between_steps(self) -> None:
+        """Refresh before the first group of a step, if the last step, of all groups, has made it due.
+
+        DeepSpeed steps one group after the other, or one sub-group, and shows no other.
+        """
+        interval, clock = self._every_group[0]["mask_interval"], self._latest_clock()
+        if interval is None or not clock or clock % interval or clock == self._refreshed_at:
+            return
+        stepping = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
+        if all(int(self.state[param].get("step", 0)) == clock for param in stepping):  # the step is over for all
+            self._refreshed_at = clock
+            self._refresh((), UNSCALED, clock)
+
+    def _warn_of_flat_partitions(self) -> None:
+        if self._warned or all(has_names(g) or "param_names" not in g or not g["params"] for g in self.param_groups):
+            return
+        self._warned = True
+        warnings.warn(
+            "the parameters are not those that were named: DeepSpeed ZeRO has put flat partitions in their place. "
+            "Each is one layer now, with a budget of its own; optimizer.bind_deepspeed(engine) brings the layers back",
+            UserWarning,
+            stacklevel=2,
+        )
+
+    def _sleeping(self, members: Iterable[Tensor]) -> list[Tensor]:
+        # a flat partition that is not bound goes by its own clock
+        named = all(has_names(g) or "param_names" not in g or not g["params"] for g in self.param_groups)
+        return super()._sleeping(members) if named else []
 
     def _idle_step(self) -> None:
         """Take part in the refreshes of the ranks that hold entries, where this one holds none."""
@@ -239,6 +303,8 @@ class EPIAdamW(Isolation, LockedAdamW):
         self.defaults.update({key: self.param_groups[0][key] for key in self._SHARED if key != "layers"})
         self._grouping.stamp(self.param_groups)
         self._part()
+        if self._segments is not None:
+            self._every_group = self.param_groups
         for param in self.state:
             self._put_locks_back(param, self._group_of(param))
 

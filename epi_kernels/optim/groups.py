@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from epi_kernels.layers import has_names
+
 Groups = Sequence[dict[str, Any]]
 
 
@@ -25,8 +27,7 @@ def position_of(param: Tensor, groups: Groups) -> tuple[int, int]:
 def name_of(param: Tensor, groups: Groups) -> str:
     """Return the parameter's name, or "<group>.<place>" where the groups have none; or raise as `position_of`."""
     i, j = position_of(param, groups)
-    names = groups[i].get("param_names")
-    return str(names[j]) if names else f"{i}.{j}"
+    return str(groups[i]["param_names"][j]) if has_names(groups[i]) else f"{i}.{j}"
 
 
 def masks_of(masks: Mapping[str | Tensor, Tensor], groups: Groups, argument: str) -> dict[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from epi_kernels import contract, dispatch, lock
 from epi_kernels.distributed import Agreement, Held, Ranks, agreement, group_of, local, local_gradient, shard_key
+from epi_kernels.integrations.deepspeed import Segment
 from epi_kernels.layers import Grouping
 from epi_kernels.optim.complex import as_real, squared_by_importance
 from epi_kernels.optim.groups import Named
@@ -58,6 +59,8 @@ class Isolation(Named):
     _records: list[Record]
     _process_group: Any = None
     _agreed: Agreement | None = None
+    _segments: list[Segment] | None = None  # of flat partitions
+    _every_group: list[dict[str, Any]] = []  # noqa: RUF012  the groups that the segments count by; set with them
     _known_ranks: tuple[Ranks | None] | None = None
     _on_device: Record | None = None  # the last refresh of which the device alone knows whether it was one
 
@@ -200,10 +203,14 @@ class Isolation(Named):
 
     def _plan(self, grads: dict[Tensor, Tensor]) -> _Plan:
         """Return who competes for protection, in which layer and for which budget."""
-        held = {param: piece for param, piece in self._held()}
-        plan = _Plan(self._agree() if self._ranks() else agreement([list(held.values())], 0))
+        held = dict(self._held()) if self._segments is None else {}
+        pieces = list(held.values()) if self._segments is None else [piece for _, _, piece in self._pieces()]
+        plan = _Plan(self._agree() if self._ranks() else agreement([pieces], 0))
         layers = {layer: i for i, layer in enumerate(plan.agreed.layers)}
         budgets = {budget: i for i, budget in enumerate(plan.agreed.budgets)}
+        if self._segments is not None:
+            self._plan_segments(plan, layers, budgets)
+            return plan
         for param, group in self._eligible():
             piece = held[param]
             layer, signed = layers[piece.layer], self._signed_importance(param, group)
@@ -218,6 +225,30 @@ class Isolation(Named):
                 Candidate(local(signed), grads.get(param), beta, 1.0 - beta, layer, budgets[piece.budget], counted)
             )
         return plan
+
+    def _plan_segments(self, plan: _Plan, layers: dict[str, int], budgets: dict[tuple[str, float], int]) -> None:
+        """Let every piece of a parameter in a flat partition compete, in the layer of its parameter."""
+        assert self._segments is not None
+        for segment, group, piece in self._pieces():
+            layer, signed = layers[piece.layer], self._signed_importance(segment.flat, group)
+            if signed is None:
+                plan.untouched.extend([layer] if piece.entries else [])
+            elif piece.entries:
+                part = signed[segment.start : segment.start + segment.entries]
+                plan.params.append(segment.flat)
+                # between two steps: the importance has all gradients
+                plan.candidates.append(Candidate(part, None, 0.0, 1.0, layer, budgets[piece.budget]))
+
+    def _pieces(self) -> Iterator[tuple[Segment, dict[str, Any], Held]]:
+        """Yield the pieces in flat partitions that compete, with their groups and what the ranks hear of them."""
+        for segment in self._segments or ():
+            group = self._every_group[segment.group]
+            if group["isolation_ratio"] > 0:
+                layer = self._grouping.layer(segment.name)
+                scope = layer if group["scope"] == "layer" else "global"
+                rank = 0 if self._ranks() is None else self._ranks().rank  # type: ignore[union-attr]
+                budget = (scope, group["isolation_ratio"])
+                yield segment, group, Held(segment.name, ("rank", rank), layer, budget, segment.entries, segment.of)
 
     # Ranks -----------------------------------------------------------------------------------------------------------
 
@@ -247,7 +278,8 @@ class Isolation(Named):
         ranks = self._ranks()
         assert ranks is not None
         if self._agreed is None:
-            held = [piece for _, piece in self._held()]
+            bound = self._segments is not None
+            held = [piece for _, _, piece in self._pieces()] if bound else [piece for _, piece in self._held()]
             self._agreed = ranks.agree(held, list(map(_settings_of, self.param_groups)))
         return self._agreed
 

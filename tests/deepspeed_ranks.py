@@ -1,0 +1,141 @@
+"""The processes of test_deepspeed.py: ``python tests/deepspeed_ranks.py <stage> <bound> <rank> <folder>``, 2 ranks."""
+
+import copy
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+STAGE, BOUND, RANK, FOLDER = int(sys.argv[1]), sys.argv[2] == "bound", int(sys.argv[3]), Path(sys.argv[4])
+os.environ.update(DS_ACCELERATOR="cpu", TORCH_EXTENSIONS_DIR=str(FOLDER / "extensions"), GLOO_SOCKET_IFNAME="lo")
+os.environ.update(RANK=str(RANK), LOCAL_RANK=str(RANK), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+
+import deepspeed  # noqa: E402
+import deepspeed.ops  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+from epi_kernels import EPIAdamW  # noqa: E402
+from epi_kernels.select import top_k  # noqa: E402
+
+# an extension for one machine's processes, built when it is first asked for; gloo alone does
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+CONFIG: dict[str, Any] = {
+    "train_micro_batch_size_per_gpu": 2,
+    "zero_optimization": {"stage": STAGE},
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+    "bf16": {"enabled": True},
+}
+
+
+def model_of() -> torch.nn.Module:
+    torch.manual_seed(0)
+    blocks = [torch.nn.Sequential(torch.nn.Linear(9, 9), torch.nn.Linear(9, 7, bias=True), torch.nn.Linear(7, 9))]
+    blocks += [torch.nn.Sequential(torch.nn.Linear(9, 9), torch.nn.LayerNorm(9))]
+    return torch.nn.ModuleDict({"blocks": torch.nn.ModuleList(blocks)})
+
+
+class Net(torch.nn.Module):
+    """Blocks one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = model_of()["blocks"]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def engine_of() -> tuple[Any, EPIAdamW]:
+    model = Net()
+    named = list(model.named_parameters())
+    groups = [
+        {"params": [(n, p) for n, p in named if p.dim() > 1]},
+        {"params": [(n, p) for n, p in named if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer = EPIAdamW(groups, lr=0.02, isolation_ratio=0.2, mask_interval=2, importance_beta=0.5)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=copy.deepcopy(CONFIG))
+    if BOUND:
+        optimizer.bind_deepspeed(engine)
+    return engine, optimizer
+
+
+def train(engine: Any, first: int, last: int) -> None:
+    for step in range(first, last + 1):
+        torch.manual_seed(100 * step + RANK)
+        loss = engine(torch.randn(2, 9).bfloat16()).float().square().mean()
+        engine.backward(loss)
+        engine.step()
+
+
+def flats_of(optimizer: EPIAdamW) -> list[torch.Tensor]:
+    return [torch.cat([p.detach(), state["importance"]]) for p, state in optimizer.state.items()]
+
+
+def main() -> None:
+    dist.init_process_group("gloo", init_method=f"file://{FOLDER / 'store'}", rank=RANK, world_size=2)
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False)  # finds that group
+    engine, optimizer = engine_of()
+    if not BOUND:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train(engine, 1, 4)
+        assert sum("bind_deepspeed(engine) brings the layers back" in str(w.message) for w in caught) == 1
+        assert any((state["importance"] < 0).any() for state in optimizer.state.values())
+        return
+    train(engine, 1, 5)
+    # every entry counted once, padding none of them, in the layers of the model
+    entries = sum(p.numel() for p in Net().parameters())
+    records = optimizer.telemetry()
+    assert [record["step"] for record in records] == [2, 4], [record["step"] for record in records]
+    for record in records:
+        assert record["eligible"] == entries, (record["eligible"], entries)
+        assert record["protected"] == int(0.2 * entries)
+        assert [layer["layer"] for layer in record["layers"]] == ["blocks.0", "blocks.1"]
+    every: list[Any] = [None, None]
+    dist.all_gather_object(every, records)
+    assert every[0] == every[1]
+    locked = torch.tensor([sum(int(torch.signbit(s["importance"]).sum()) for s in optimizer.state.values())])
+    dist.all_reduce(locked)
+    assert int(locked) == int(0.2 * entries)
+
+    # the pieces are the model's: put together by name, their masks are those of whole tensors
+    optimizer.refresh()
+    mine = {s.name: optimizer.state[s.flat]["importance"][s.start : s.start + s.entries] for s in optimizer._segments}
+    dist.all_gather_object(every, mine)
+    shapes = {name: param.shape for name, param in Net().named_parameters()}
+    signed = {n: torch.cat([part[n] for part in every if n in part]).view(shape) for n, shape in shapes.items()}
+    expected = top_k({n: s.abs() for n, s in signed.items()}, 0.2, normalize="layer", layers="block")
+    for name, mask in expected.items():
+        assert torch.equal(torch.signbit(signed[name]), mask), name
+
+    # protected entries of the float32 partitions do not move
+    before = {p: p.detach().clone() for p in optimizer.state}
+    masks = {p: torch.signbit(s["importance"]) for p, s in optimizer.state.items()}
+    train(engine, 6, 6)
+    for p, mask in masks.items():
+        assert torch.equal(p[mask], before[p][mask])
+        assert (p[~mask] != before[p][~mask]).float().mean() > 0.5
+
+    # saved, loaded and gone on with: the same as not saved, bit for bit
+    engine.save_checkpoint(str(FOLDER / "checkpoint"))
+    train(engine, 7, 10)
+    again, other = engine_of()
+    again.load_checkpoint(str(FOLDER / "checkpoint"))
+    if BOUND:
+        other.bind_deepspeed(again)
+    train(again, 7, 10)
+    for one, two in zip(flats_of(optimizer), flats_of(other), strict=True):
+        assert torch.equal(one, two)
+    assert other.telemetry()[-1] == optimizer.telemetry()[-1]
+
+
+if __name__ == "__main__":
+    main()
+    dist.barrier()
+    dist.destroy_process_group()

@@ -1,0 +1,33 @@
+"""DeepSpeed ZeRO-1, 2 and 3 with EPIAdamW as its client optimizer, on two processes of the CPU.
+
+Bound, it trains, refreshes with the model's layers, every entry counted once and padding never, saves, loads and goes
+on bit for bit. Unbound, a warning says that flat partitions are layers. Run by ``make deepspeed``, which installs it: that
+takes longer than the tests.
+"""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="make deepspeed installs it")
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("bound", ["bound", "unbound"])
+def test_zero(stage: int, bound: str, tmp_path: Path) -> None:
+    script = Path(__file__).with_name("deepspeed_ranks.py")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(stage), bound, str(rank), str(tmp_path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    failed = [f"rank {r}:\n{out}" for r, (p, out) in enumerate(zip(processes, outputs, strict=True)) if p.returncode]
+    assert not failed, "\n".join(failed)
