@@ -248,6 +248,31 @@ def full_bool(mask: Tensor) -> Tensor:
     return full(distributed.wrapped(mask.to_local().to(torch.uint8), mask)).bool()
 
 
+def stages_of_a_pipeline() -> None:
+    """Every rank has other parameters, by name, and one that all have: the ranks agree on the union of the layers."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    whole = nn.ModuleDict({"blocks": nn.ModuleList([Block(7, 11 + i) for i in range(world)]), "norm": nn.LayerNorm(7)})
+    stage = copy.deepcopy(whole)
+    mine = [(n, p) for n, p in stage.named_parameters() if n.startswith((f"blocks.{rank}.", "norm."))]
+    optimizer = EPIAdamW(mine, **SETTINGS, process_group=dist.group.WORLD)
+    reference = EPIAdamW(whole.named_parameters(), **SETTINGS)
+    for step in range(1, STEPS + 1):
+        give(dict(whole.named_parameters()), step)
+        for name, param in mine:
+            param.grad = dict(whole.named_parameters())[name].grad.clone()
+        optimizer.step()
+        reference.step()
+        for name, param in mine:
+            twin = dict(whole.named_parameters())[name]
+            assert torch.equal(param, twin), name
+            assert torch.equal(optimizer.isolation_mask(param), reference.isolation_mask(twin)), name
+    ours, theirs = optimizer.telemetry()[-1], reference.telemetry()[-1]
+    assert (ours["eligible"], ours["protected"]) == (theirs["eligible"], theirs["protected"])
+    by_name = {layer["layer"]: layer for layer in theirs["layers"]}
+    assert {layer["layer"]: layer for layer in ours["layers"]} == by_name
+
+
 def a_double_count_is_seen() -> None:
     """A norm that is replicated over the ranks of tensor parallelism, counted by each: the masks would differ."""
     original = distributed.shard_key

@@ -1,8 +1,7 @@
 """DeepSpeed ZeRO-1, 2 and 3 with EPIAdamW as its client optimizer, on two processes of the CPU.
 
 Bound, it trains, refreshes with the model's layers, every entry counted once and padding never, saves, loads and goes
-on bit for bit. Unbound, a warning says that flat partitions are layers. Run by ``make deepspeed``, which installs it: that
-takes longer than the tests.
+on bit for bit. Unbound, a warning says that flat partitions are layers. Run by ``make deepspeed``, which installs it.
 """
 
 import importlib.util

@@ -51,6 +51,10 @@ def test_scores_selection_and_sparse_steps_are_those_of_one_process(world: int, 
     run("piece_is_that_of_one_process", world, tmp_path)
 
 
+def test_stages_of_a_pipeline_agree_by_the_names_of_layers(tmp_path: Path) -> None:
+    run("stages_of_a_pipeline", 3, tmp_path)
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_a_double_count_would_be_seen(world: int, tmp_path: Path) -> None:
     run("a_double_count_is_seen", world, tmp_path)
