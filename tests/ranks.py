@@ -296,6 +296,25 @@ def a_double_count_is_seen() -> None:
     raise RuntimeError("a double count went unseen")
 
 
+def a_parameter_that_thaws_joins_on_all_ranks() -> None:
+    model, whole, _ = pairs("fsdp")
+    optimizer = EPIAdamW(model.named_parameters(), **SETTINGS)
+    reference = EPIAdamW(whole.named_parameters(), **SETTINGS)
+    for step in range(1, STEPS + 1):
+        for one in (model, whole):
+            names_of(one)["blocks.0.down.weight"].requires_grad_(step > 3)
+        give(names_of(model), step)
+        give(names_of(whole), step)
+        for one in (model, whole):
+            if step <= 3:
+                names_of(one)["blocks.0.down.weight"].grad = None
+        optimizer.step()
+        reference.step()
+        assert_same(model, optimizer, whole, reference)
+    eligible = [record["eligible"] for record in optimizer.telemetry()]
+    assert eligible[0] < eligible[1] == eligible[2] == sum(p.numel() for p in whole.parameters())
+
+
 def collectives_are_few_and_small() -> None:
     counts: dict[str, list[int]] = {"reduce": [], "gather": []}
     all_reduce, all_gather_object = dist.all_reduce, dist.all_gather_object

@@ -60,7 +60,7 @@ def test_a_double_count_would_be_seen(world: int, tmp_path: Path) -> None:
     run("a_double_count_is_seen", world, tmp_path)
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_slices_of_fsdp1_and_the_parameters_of_zero(world: int, tmp_path: Path) -> None:
     run("fsdp1_and_zero", world, tmp_path)
 
@@ -75,6 +75,10 @@ def test_checkpoints_go_from_4_ranks_to_2_to_1_to_3_bit_for_bit(kind: str, tmp_p
 
 def test_the_step_of_zeros_that_makes_a_state_changes_nothing(tmp_path: Path) -> None:
     run("a_step_of_zeros_changes_nothing", 2, tmp_path)
+
+
+def test_a_parameter_that_thaws_joins_on_all_ranks(tmp_path: Path) -> None:
+    run("a_parameter_that_thaws_joins_on_all_ranks", 2, tmp_path)
 
 
 def test_collectives_are_few_and_their_size_knows_no_parameters(tmp_path: Path) -> None:

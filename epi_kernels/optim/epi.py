@@ -231,7 +231,7 @@ class EPIAdamW(Isolation, LockedAdamW):
         if interval is None or not clock or clock % interval or clock == self._refreshed_at:
             return
         stepping = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
-        if all(int(self.state[param].get("step", 0)) == clock for param in stepping):  # the step is over for all
+        if all(int(self.state.get(param, {}).get("step", 0)) == clock for param in stepping):  # it is over for all
             self._refreshed_at = clock
             self._refresh((), UNSCALED, clock)
 

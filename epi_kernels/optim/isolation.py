@@ -59,8 +59,9 @@ class Isolation(Named):
     _records: list[Record]
     _process_group: Any = None
     _agreed: Agreement | None = None
+    _agreed_on: Sequence[Held] = ()  # what this rank held then
     _segments: list[Segment] | None = None  # of flat partitions
-    _every_group: list[dict[str, Any]] = []  # noqa: RUF012  the groups that the segments count by; set with them
+    _every_group: Sequence[dict[str, Any]] = ()  # the groups that the segments count by
     _known_ranks: tuple[Ranks | None] | None = None
     _on_device: Record | None = None  # the last refresh of which the device alone knows whether it was one
 
@@ -270,17 +271,20 @@ class Isolation(Named):
         Raises:
             ValueError: on every rank: they have other settings, or not the same parameters.
         """
-        if self._ranks() is not None and any(group["isolation_ratio"] > 0 for group in self.param_groups):
+        if self._ranks() is None or self._agreed is not None:
+            return
+        if any(group["isolation_ratio"] > 0 for group in self.param_groups):
             self._agree()
 
     def _agree(self) -> Agreement:
         """Return what all ranks hold; asked of them again when this rank holds something else than before."""
         ranks = self._ranks()
         assert ranks is not None
-        if self._agreed is None:
-            bound = self._segments is not None
-            held = [piece for _, _, piece in self._pieces()] if bound else [piece for _, piece in self._held()]
+        bound = self._segments is not None
+        held = [piece for _, _, piece in self._pieces()] if bound else [piece for _, piece in self._held()]
+        if self._agreed is None or held != self._agreed_on:
             self._agreed = ranks.agree(held, list(map(_settings_of, self.param_groups)))
+            self._agreed_on = held
         return self._agreed
 
     def _held(self) -> Iterator[tuple[Tensor, Held]]:
