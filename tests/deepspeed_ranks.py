@@ -15,6 +15,7 @@ import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from ranks import leave  # noqa: E402
 
 from epi_kernels import EPIAdamW  # noqa: E402
 from epi_kernels.select import top_k  # noqa: E402
@@ -137,5 +138,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()

@@ -158,7 +158,7 @@ class DropInAdamW(Named, torch.optim.AdamW):
 
         Raises:
             ValueError: a setting is out of its range, or differs where it is one for all groups.
-            NotImplementedError: a parameter is a DTensor, or of a dtype that is not taken.
+            NotImplementedError: a parameter is of a kind or dtype that is not taken.
             RuntimeError: the backend that was named cannot run on a parameter.
         """
         # torch's constructor calls this once for each group and knows nothing of the subclass's defaults
@@ -201,7 +201,7 @@ class DropInAdamW(Named, torch.optim.AdamW):
         # a captured step has the addresses of its state; else the old one goes before the new one is made
         captured = any(group["capturable"] for group in self.param_groups)
         before = dict(self.state) if captured else {}
-        numbers = [dict(group) if captured else {} for group in self.param_groups]
+        settings = [dict(group) if captured else {} for group in self.param_groups]
 
         def check(_: Any, given: dict[str, Any]) -> dict[str, Any]:
             check_state(given, self.param_groups, self._STATE, self._state_shape, self._check_entry)
@@ -211,19 +211,17 @@ class DropInAdamW(Named, torch.optim.AdamW):
                 groups = [{**ours, **theirs} for ours, theirs in zip(own, groups, strict=True)]
                 self._check_loaded(groups)
                 if [len(g["params"]) for g in groups] == [len(g["params"]) for g in self.param_groups]:
-                    numbers = dict(pairs_of(groups, self.param_groups))
-                    entries.update({numbers[number]: entry for number, entry in given["state"].items()})
+                    params = dict(pairs_of(groups, self.param_groups))
+                    entries.update({params[number]: entry for number, entry in given["state"].items() if entry})
             # the tensors are kept from torch, which would make a copy of them in the dtypes of the parameters
             return {**given, "state": {}, "param_groups": groups}
 
         def take(_: Any) -> None:
             for param, entry in entries.items():
-                group = self._group_of(param)
                 state = taken(self._unpacked(entry, param), param, before.get(param, {}))
-                if entry:
-                    state["step"] = self._clock(state["step"], param, group)
+                state["step"] = self._clock(state["step"], param, self._group_of(param))
                 self.state[param] = state
-            for group, old in zip(self.param_groups, numbers, strict=True):
+            for group, old in zip(self.param_groups, settings, strict=True):
                 for key in ("lr", "eps", "weight_decay"):
                     if isinstance(old.get(key), Tensor):
                         group[key] = old[key].copy_(torch.as_tensor(group[key]))
