@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,7 @@ from eager import EagerEPI
 from torch import Tensor
 from torch.nn import Parameter
 
-from epi_kernels import EPIAdamW, MaskedAdamW, __version__, ops
-from epi_kernels.contract import Scalars
+from epi_kernels import EPIAdamW, MaskedAdamW, SparseAdamW, __version__, ops
 
 TENSORS = 16  # each a layer
 PROTECTED = 0.01
@@ -26,8 +26,8 @@ IN_EXP_AVG_SQ = "EPI, S = exp_avg_sq"
 EAGER = "eager EPI"
 COMPILED_EAGER = "eager EPI, torch.compile"
 REFRESH = "EPI, refresh at every step"
-
 SPARSE = "0.1% of the entries"
+SCORING = "sums for PIECE's scores"
 
 # bytes of one step for each entry, float32: what is read and what is written
 BYTES = {
@@ -41,6 +41,7 @@ BYTES = {
     EAGER: None,
     COMPILED_EAGER: None,
     SPARSE: None,  # scattered: the sectors of 64 bytes decide
+    SCORING: 20,  # g and two sums, two sums: of one example, on top of its backward pass
 }
 
 
@@ -54,11 +55,33 @@ def bytes_of(name: str, dtype: torch.dtype) -> int | None:
         return None
     if name == BASELINE:
         return size // 4 * dtype.itemsize
-    reads_of_gradient = 2 if name == REFRESH else 1
-    return size - (4 - dtype.itemsize) * (2 + reads_of_gradient)
+    narrow = {REFRESH: 4, SCORING: 1}.get(name, 3)  # how often a parameter or gradient is read or written
+    return size - (4 - dtype.itemsize) * narrow
 
 
 Shapes = Sequence[tuple[int, ...]]
+
+
+@dataclass
+class Candidate:
+    """One step, to be called, and the tensors that it keeps from one to the next."""
+
+    step: Callable[[], object]
+    state: Sequence[Tensor]
+
+    def __call__(self) -> object:
+        """Take the step."""
+        return self.step()
+
+    def state_bytes(self) -> int:
+        """Return the bytes of all that is kept."""
+        return sum(kept.numel() * kept.element_size() for kept in self.state)
+
+
+def of_optimizer(optimizer: torch.optim.Optimizer) -> Candidate:
+    """Return an optimizer's step, once it has taken one."""
+    optimizer.step()
+    return Candidate(optimizer.step, [value for state in optimizer.state.values() for value in state.values()])
 
 
 def candidates(
@@ -68,55 +91,49 @@ def candidates(
     compiled: bool = False,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
-) -> dict[str, Callable[[], object]]:
+) -> dict[str, Candidate]:
     """Return name -> step, over tensors of these shapes, each a layer; all of BYTES, or `names` of them."""
     params = [Parameter(torch.randn(shape, device=device, dtype=dtype)) for shape in shapes]
     named = [(f"layers.{i}.weight", p) for i, p in enumerate(params)]
     for p in params:
         p.grad = torch.randn_like(p) * 1e-3
 
-    def epi(**settings: Any) -> Callable[[], object]:
+    def epi(**settings: Any) -> Candidate:
         optimizer = EPIAdamW(named, lr=LR, isolation_ratio=PROTECTED, **{"mask_interval": None, **settings})
         optimizer.step()
         optimizer.refresh()
-        return optimizer.step
+        return of_optimizer(optimizer)
 
-    def masks() -> dict[Parameter, Tensor]:
-        return {p: torch.rand(p.shape, device=device) < PROTECTED for p in params}
+    def masks(share: float) -> dict[Parameter, Tensor]:
+        return {p: torch.rand(p.shape, device=device) < share for p in params}
 
-    def eager(*, compiled: bool) -> Callable[[], object]:
-        return EagerEPI(
-            params, [mask.flatten().nonzero().flatten() for mask in masks().values()], compiled=compiled
-        ).step
+    def eager(*, compiled: bool) -> Candidate:
+        optimizer = EagerEPI(
+            params, [mask.flatten().nonzero().flatten() for mask in masks(PROTECTED).values()], compiled=compiled
+        )
+        kept = of_optimizer(optimizer.adamw).state
+        return Candidate(optimizer.step, [*kept, *optimizer.importance, *optimizer.protected])
 
-    steps: dict[str, Callable[[], Callable[[], object]]] = {
-        BASELINE: lambda: torch.optim.AdamW(params, lr=LR, fused=True).step,
-        "torch AdamW, foreach": lambda: torch.optim.AdamW(params, lr=LR, foreach=True).step,
-        "isolation off": lambda: EPIAdamW(named, lr=LR, isolation_ratio=0.0).step,
+    def scoring() -> Candidate:
+        sums, squares = ([torch.zeros(shape, device=device) for shape in shapes] for _ in range(2))
+        grads = [p.grad for p in params]
+        return Candidate(lambda: ops.gradient_sums_(sums, squares, grads, "auto"), [*sums, *squares])
+
+    steps: dict[str, Callable[[], Candidate]] = {
+        BASELINE: lambda: of_optimizer(torch.optim.AdamW(params, lr=LR, fused=True)),
+        "torch AdamW, foreach": lambda: of_optimizer(torch.optim.AdamW(params, lr=LR, foreach=True)),
+        "isolation off": lambda: of_optimizer(EPIAdamW(named, lr=LR, isolation_ratio=0.0)),
         EPI: epi,
         IN_EXP_AVG_SQ: lambda: epi(importance="exp_avg_sq"),
-        "fixed mask": lambda: MaskedAdamW(params, lr=LR, frozen=masks()).step,
+        "fixed mask": lambda: of_optimizer(MaskedAdamW(params, lr=LR, frozen=masks(PROTECTED))),
         REFRESH: lambda: epi(mask_interval=1),
         EAGER: lambda: eager(compiled=False),
         COMPILED_EAGER: lambda: eager(compiled=True),
-        SPARSE: lambda: sparse_step(params),
+        SPARSE: lambda: of_optimizer(SparseAdamW(params, lr=LR, trainable=masks(SELECTED))),
+        SCORING: scoring,
     }
     chosen = names or [name for name in steps if compiled or name != COMPILED_EAGER]
     return {name: steps[name]() for name in chosen}
-
-
-def sparse_step(params: list[Parameter]) -> Callable[[], object]:
-    """Return a step of SELECTED of the entries, drawn at random."""
-    counts = [int(p.numel() * SELECTED) for p in params]
-    device = params[0].device
-    indices = [
-        torch.randint(p.numel(), (count,), device=device).unique() for p, count in zip(params, counts, strict=True)
-    ]
-    state = [[torch.zeros(len(chosen), device=device) for chosen in indices] for _ in range(2)]
-    group = {"lr": LR, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "maximize": False}
-    scalars = torch.tensor([Scalars.of(group, 1.0)], dtype=torch.float64)
-    data, grads = [p.detach() for p in params], [p.grad for p in params]
-    return lambda: ops.sparse_adamw_(data, grads, indices, *state, scalars, [0] * len(params), "auto")
 
 
 def machine() -> dict[str, Any]:

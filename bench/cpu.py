@@ -1,4 +1,4 @@
-"""The CPU path against torch: time of a step for each entry, bytes moved, and ratios to torch's fused AdamW.
+"""The CPU path against torch: time of a step for each entry, bytes moved and kept, ratios to torch's fused AdamW.
 
     python bench/cpu.py                      # 2^24 and 2^26 entries, one thread and all
     python bench/cpu.py --entries 20 --rounds 3 --compile
@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import BASELINE, BYTES, TENSORS, candidates, machine
+from cases import BASELINE, BYTES, TENSORS, Candidate, candidates, machine
 from measure import Timing, interleave, ratio
 
 
-def row(name: str, timings: dict[str, Timing], entries: int, clock: str) -> dict[str, Any]:
+def row(name: str, candidate: Candidate, timings: dict[str, Timing], entries: int, clock: str) -> dict[str, Any]:
     """Return the figures of one candidate on one clock."""
     own = timings[name].clock(clock)
     median = statistics.median(own)
@@ -28,6 +28,7 @@ def row(name: str, timings: dict[str, Timing], entries: int, clock: str) -> dict
         "step": name,
         "ns_per_entry": median / entries * 1e9,
         "bytes_per_entry": size,
+        "state_bytes_per_entry": candidate.state_bytes() / entries,
         "gb_per_s": size * entries / median / 1e9 if size else None,
         "ratio": to_torch[0],
         "ratio_least": to_torch[1],
@@ -55,7 +56,7 @@ def main() -> None:
             timings = interleave(steps, arguments.rounds, title)
             # threads that wait use the processor too, so with several of them only the wall clock tells
             clock = "cpu" if threads == 1 else "wall"
-            rows = [row(name, timings, 1 << power, clock) for name in steps]
+            rows = [row(name, step, timings, 1 << power, clock) for name, step in steps.items()]
             results.append({"entries": 1 << power, "threads": threads, "clock": clock, "steps": rows})
             print(
                 f"\n{title} ({clock} time; ratio to {BASELINE}: median [least, greatest] of {arguments.rounds} rounds)"
@@ -63,7 +64,8 @@ def main() -> None:
             for figures in rows:
                 speed = f"{figures['gb_per_s']:6.1f} GB/s" if figures["gb_per_s"] else " " * 11
                 print(
-                    f"  {figures['step']:<28}{figures['ns_per_entry']:8.3f} ns/entry {speed}  "
+                    f"  {figures['step']:<28}{figures['state_bytes_per_entry']:8.3f} B/entry kept"
+                    f"{figures['ns_per_entry']:8.3f} ns/entry {speed}  "
                     f"{figures['ratio']:6.2f} [{figures['ratio_least']:.2f}, {figures['ratio_greatest']:.2f}]  "
                     f"cpu/wall {figures['cpu_per_wall']:.2f}"
                 )

@@ -29,6 +29,7 @@ from cases import (
     REFRESH,
     SPARSE,
     TENSORS,
+    Candidate,
     Shapes,
     bytes_of,
     candidates,
@@ -42,7 +43,7 @@ ALL = tuple(name for name in BYTES if name != COMPILED_EAGER)
 LARGE = (BASELINE, EPI)  # where the states of all do not fit
 
 # bytes of memory for each entry that the candidates of a case need, float32: p, g and every candidate's states
-MEMORY = {ALL: 110, LARGE: 8 + 8 + 12 + 4}
+MEMORY = {ALL: 118, LARGE: 8 + 8 + 12 + 4}
 
 # what a case has to reach: (candidate, figure, comparison, value, the entries from which it holds); a "ratio" holds in
 # float32 alone, where torch's states are as wide as ours
@@ -104,7 +105,13 @@ def launches(step: Callable[[], object], device: str) -> int | None:
 
 
 def figures(
-    name: str, timings: dict[str, Timing], entries: int, dtype: torch.dtype, copy: float, launched: int | None
+    name: str,
+    candidate: Candidate,
+    timings: dict[str, Timing],
+    entries: int,
+    dtype: torch.dtype,
+    copy: float,
+    launched: int | None,
 ) -> dict[str, Any]:
     """Return what is reported of one candidate."""
     own = timings[name].wall
@@ -119,6 +126,7 @@ def figures(
         "ratio_least": least,
         "ratio_greatest": greatest,
         "bytes_per_entry": size,
+        "state_bytes_per_entry": candidate.state_bytes() / entries,
         "gb_per_s": speed / 1e9 if speed else None,
         "share_of_copy": speed / copy if speed else None,
         "launches": launched,
@@ -164,7 +172,7 @@ def run(device: str, rounds: int) -> dict[str, Any]:
         rows = []
         tqdm.write(f"\n{title} (ratio to {BASELINE}: median [least, greatest] of {rounds} rounds)")
         for name, step in steps.items():
-            found = figures(name, timings, entries, dtype, copy, launches(step, device))
+            found = figures(name, step, timings, entries, dtype, copy, launches(step, device))
             found["targets"] = verdicts(found, entries, dtype)
             if title.startswith("Llama") and name == EPI:
                 fused = statistics.median(timings[BASELINE].cpu) * 1e3
