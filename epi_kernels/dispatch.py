@@ -1,8 +1,8 @@
 """Which backend runs an operation, and why: the only place where that is decided.
 
 A backend of an operation is a module ``epi_kernels/ops/<stem>/<backend>.py`` that has a function of the operation's
-name; for masked_adamw_ a class Sweep. Modules are imported when first chosen, so that a missing compiler or GPU costs
-nothing.
+name; for masked_adamw_ and sparse_adamw_ a class Sweep. Modules are imported when first chosen, so that a missing
+compiler or GPU costs nothing.
 """
 
 import functools

@@ -18,7 +18,7 @@ needs_native = pytest.mark.skipif(bool(native.obstacle()), reason=native.obstacl
 @pytest.mark.parametrize("operation", dispatch.STEMS)
 def test_reference_runs_everywhere(operation: str) -> None:
     choice = dispatch.choose(operation, "cpu", "reference", frozenset({torch.float64}), frozenset({torch.float64}))
-    assert hasattr(choice.module, "Sweep" if operation == "masked_adamw_" else operation)
+    assert hasattr(choice.module, "Sweep" if operation in ("masked_adamw_", "sparse_adamw_") else operation)
     assert choice.backend == "reference"
 
 
@@ -27,7 +27,7 @@ def test_reference_runs_everywhere(operation: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_native_is_the_choice_of_auto_on_a_cpu(operation: str, dtype: torch.dtype) -> None:
     choice = dispatch.choose(operation, "cpu", "auto", frozenset({dtype}))
-    assert hasattr(choice.module, "Sweep" if operation == "masked_adamw_" else operation)
+    assert hasattr(choice.module, "Sweep" if operation in ("masked_adamw_", "sparse_adamw_") else operation)
     assert choice.backend == "native"
 
 

@@ -39,6 +39,7 @@ TIERS = [
     ("epi_kernels.dispatch", 1),
     ("epi_kernels.ops.functional", 3),
     ("epi_kernels.ops.masked_adamw.sweep", 1),
+    ("epi_kernels.ops.sparse_adamw.offsets", 0),
     ("epi_kernels.ops.threshold.rows", 1),
     ("epi_kernels.ops.", 2),  # ops/<stem>/<backend>
     ("epi_kernels.ops", 4),
@@ -56,12 +57,13 @@ TIERS = [
     ("epi_kernels.optim.nonfinite", 4),
     ("epi_kernels.optim.refresh", 5),
     ("epi_kernels.optim.drop_in", 3),
+    ("epi_kernels.optim.prepared", 6),
     ("epi_kernels.optim.isolation", 6),
-    ("epi_kernels.optim.base", 6),
-    ("epi_kernels.optim.", 7),
-    ("epi_kernels.optim", 8),
-    ("epi_kernels", 9),
-    ("epi_kernels.__main__", 10),
+    ("epi_kernels.optim.base", 7),
+    ("epi_kernels.optim.", 8),
+    ("epi_kernels.optim", 9),
+    ("epi_kernels", 10),
+    ("epi_kernels.__main__", 11),
 ]
 
 

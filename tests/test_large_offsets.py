@@ -111,6 +111,8 @@ def test_histogram_and_lock(entries: int) -> None:
 
 
 def test_selected_entries() -> None:
+    import triton.language as tl
+
     from epi_kernels.ops import tiles
     from epi_kernels.ops.sparse_adamw import triton as kernels
 
@@ -126,7 +128,7 @@ def test_selected_entries() -> None:
     table.point("exp_avg_sq", [exp_avg_sq])
     kernels.sparse_adamw_kernel[(1,)](
         table.rows(), table.pieces, torch.tensor([ROW]),
-        tiles.DTYPES[torch.float32], tiles.DTYPES[torch.float32], tiles.BLOCK, tiles.TILES,
+        tiles.DTYPES[torch.float32], tiles.DTYPES[torch.float32], tl.int64, tiles.BLOCK, tiles.TILES,
     )  # fmt: skip
     assert param.tolist() == [0.0, -1.0, 0.0, 0.0, -1.0]
     assert exp_avg.tolist() == [1.0, 4.0]

@@ -5,6 +5,7 @@
 """
 
 from epi_kernels.ops.functional import (
+    SparseSweep,
     Sweep,
     find_threshold,
     gradient_sums_,
@@ -17,6 +18,7 @@ from epi_kernels.ops.functional import (
 )
 
 __all__ = [
+    "SparseSweep",
     "Sweep",
     "find_threshold",
     "gradient_sums_",

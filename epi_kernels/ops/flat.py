@@ -72,15 +72,3 @@ def _same_order(tensors: list[Tensor | None]) -> bool:
     strides = {tensor.stride() for tensor in present}
     # empty_like keeps the strides of a dense tensor, and of no other
     return len(strides) == 1 and torch.empty_like(present[0], device="meta").stride() in strides
-
-
-def offsets_of(tensor: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return where the entries at row-major positions of `tensor` lie, in entries from its first; contiguous."""
-    if tensor.is_contiguous():
-        return indices.to(dtype).contiguous()
-    rest = indices.long()
-    offsets = torch.zeros_like(rest)
-    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
-        offsets += rest % size * stride
-        rest = rest // size
-    return offsets.to(dtype)

@@ -354,6 +354,45 @@ def _(
     return torch.empty(len(importances), 3, dtype=torch.int64, device=thresholds.device)
 
 
+class SparseSweep:
+    """`sparse_adamw_` bound to its tensors, for an optimizer that steps the same ones again and again.
+
+    Args:
+        params, grads, indices, exp_avgs, exp_avg_sqs, backend: see `sparse_adamw_`.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError, RuntimeError: as `sparse_adamw_`.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        indices: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor],
+        exp_avg_sqs: Sequence[Tensor],
+        backend: str,
+    ) -> None:
+        check_lists(params=params, grads=grads)
+        check_one_dtype(params=params, grads=grads)
+        check_indices(params, indices, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
+        self._written = [*params, *exp_avgs, *exp_avg_sqs]
+        self._sweep = None
+        if params:
+            states = _dtypes(exp_avgs, exp_avg_sqs)
+            chosen = choose("sparse_adamw_", params[0].device.type, backend, _dtypes(params, grads), states)
+            self._sweep = chosen.module.Sweep(params, grads, indices, exp_avgs, exp_avg_sqs)
+
+    def step_(self, grads: Sequence[Tensor], scalars: Tensor, rows: Sequence[int]) -> None:
+        """Take one step of all the tensors; the arguments are those of `sparse_adamw_`.
+
+        `grads` come in place of the constructor's, as for `Sweep.step_`.
+        """
+        if self._sweep is not None:
+            self._sweep.step_(grads, scalars, rows)
+            torch.autograd.graph.increment_version(self._written)
+
+
 @torch.library.custom_op("epi_kernels::sparse_adamw_", mutates_args=("params", "exp_avgs", "exp_avg_sqs"))
 def sparse_adamw_(
     params: Sequence[Tensor],
@@ -395,14 +434,9 @@ def sparse_adamw_(
         tensor([[1.0000, 1.0000],
                 [0.9000, 1.0000]])
     """
-    check_lists(params=params, grads=grads)
-    check_one_dtype(params=params, grads=grads)
-    check_indices(params, indices, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
+    sweep = SparseSweep(params, grads, indices, exp_avgs, exp_avg_sqs, backend)
     check_rows(scalars, rows, len(params))
-    if params:
-        states = _dtypes(exp_avgs, exp_avg_sqs)
-        chosen = choose("sparse_adamw_", params[0].device.type, backend, _dtypes(params, grads), states)
-        chosen.module.sparse_adamw_(params, grads, indices, exp_avgs, exp_avg_sqs, scalars, rows)
+    sweep.step_(grads, scalars, rows)
 
 
 sparse_adamw_.register_fake(lambda *_: None)

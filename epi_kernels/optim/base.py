@@ -1,21 +1,15 @@
-"""AdamW whose entries can be locked: what every optimizer of the package shares.
+"""AdamW whose entries can be locked, on `masked_adamw_`; subclasses say where the locks are."""
 
-`LockedAdamW` is `torch.optim.AdamW` with another way of taking the step. It collects the tensors, checks them before
-anything changes, creates the state, counts the clocks and calls one operation for each combination of device and
-dtypes. Subclasses say where the locks are.
-"""
-
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import _device_dtype_check_for_fused, _get_capturable_supported_devices
 
-from epi_kernels.contract import arithmetic_dtype, check_lists
+from epi_kernels.contract import arithmetic_dtype
 from epi_kernels.distributed import local, local_gradient
 from epi_kernels.ops import Sweep
 from epi_kernels.ops.table import Uploads
@@ -23,48 +17,22 @@ from epi_kernels.optim import differentiable
 from epi_kernels.optim.checkpoint import STATE_DTYPES
 from epi_kernels.optim.clocks import DeviceClocks, HostClocks
 from epi_kernels.optim.complex import PairLocks, as_real
-from epi_kernels.optim.drop_in import DropInAdamW
 from epi_kernels.optim.nonfinite import NonfiniteCounts
+from epi_kernels.optim.prepared import Bundle, Prepared, PreparedAdamW, real_gradient
 from epi_kernels.optim.scaling import UNSCALED, Scaling, scaling_of
 
 # where the lock bit is -> the state that holds it, for locks that have one of their own
 LOCK_STATE = {"importance": "importance", "static": "frozen"}
 
-_NOTHING: dict[str, Tensor] = {}
-
-# (group, its parameters that take part)
-_Members = Iterable[tuple[dict[str, Any], Sequence[Tensor]]]
-
 
 @dataclass(slots=True)
-class _Bundle:
-    """The tensors of one launch."""
-
-    params: list[Tensor]
-    groups: list[int]  # of each, its position in param_groups
+class _Bundle(Bundle):
     sweep: Sweep
     counter: Tensor
     pairs: PairLocks | None  # of complex parameters
-    plain: bool  # real tensors, and no DTensor among them
-
-    def grads(self) -> list[Tensor]:
-        """Return the gradients as the sweep takes them."""
-        if self.plain:
-            return [param.grad for param in self.params]  # type: ignore[misc]
-        return [as_real(local_gradient(param)) for param in self.params]
 
 
-@dataclass
-class Prepared:
-    """What a step of some parameters needs that does not change from step to step, and what it was made from."""
-
-    seen: list[object] | None = None
-    bundles: list[_Bundle] = field(default_factory=list)
-    params: list[Tensor] = field(default_factory=list)  # of the bundles
-    clocks: HostClocks | DeviceClocks = field(default_factory=lambda: HostClocks([], []))
-
-
-class LockedAdamW(DropInAdamW):
+class LockedAdamW(PreparedAdamW):
     """torch.optim.AdamW with entries that can be locked, on the operations of this package.
 
     Not used itself: `EPIAdamW` and `MaskedAdamW` are. Arguments up to `fused` are torch's, with torch's errors.
@@ -72,8 +40,8 @@ class LockedAdamW(DropInAdamW):
     """
 
     _SHARDED = True
-    _SHARED = (*DropInAdamW._SHARED, "clip_grad_norm")
-    _DTYPES = (*DropInAdamW._DTYPES, torch.complex64, torch.complex128)
+    _SHARED = (*PreparedAdamW._SHARED, "clip_grad_norm")
+    _DTYPES = (*PreparedAdamW._DTYPES, torch.complex64, torch.complex128)
 
     def __init__(self, *torchs: Any, clip_grad_norm: float | None, settings: dict[str, Any], **others: Any) -> None:
         """Check every argument, then build torch's optimizer; `settings` are a subclass's defaults of its groups."""
@@ -91,10 +59,6 @@ class LockedAdamW(DropInAdamW):
     def _new_lock(self, param: Tensor) -> Tensor:
         """Return the tensor that carries the lock of `param` where it has a state of its own (LOCK_STATE)."""
         raise NotImplementedError
-
-    def _lock_settings(self, group: dict[str, Any]) -> tuple[object, ...]:
-        """Return the settings of a group on which `_lock_in` depends."""
-        return ()
 
     def isolation_mask(self, param: Tensor) -> Tensor:
         """Return which entries of `param` cannot move: a new bool tensor of its shape, True = locked."""
@@ -140,13 +104,6 @@ class LockedAdamW(DropInAdamW):
     def _idle_step(self) -> None:
         """Take part in what other ranks do in this step, where this one has no gradient."""
 
-    def _step_alone(self, param: Tensor, group: int) -> None:
-        """Take the step of one parameter, of that group, by its gradient; no refresh."""
-        prepared = self._alone.setdefault(param, Prepared())
-        self._bring_up_to_date(prepared, [(self.param_groups[group], [param])], capturing=False)
-        if prepared.bundles and prepared.clocks.count({}):
-            self._update(prepared, False, UNSCALED)
-
     def _between_iterations(self) -> None:
         """Do what is due after every parameter has stepped alone."""
         self._nonfinite.warn(self._name)
@@ -160,7 +117,7 @@ class LockedAdamW(DropInAdamW):
         grads = [grad for bundle in prepared.bundles for grad in bundle.grads()]
         return scaling_of(grads, clip_grad_norm, grad_scale, found_inf)
 
-    def _update(self, prepared: Prepared, advanced: bool | Tensor, scaling: Scaling) -> None:
+    def _update(self, prepared: Prepared, advanced: bool | Tensor = False, scaling: Scaling = UNSCALED) -> None:
         """Update the parameters, their clocks counted, and their importance unless it has `advanced` already."""
         for number, bundle in enumerate(prepared.bundles):
             scalars, rows = prepared.clocks.scalars(number, bundle.groups, self.param_groups)
@@ -212,89 +169,18 @@ class LockedAdamW(DropInAdamW):
 
     # Preparation -----------------------------------------------------------------------------------------------------
 
-    def _bring_up_to_date(self, prepared: Prepared, members: _Members, capturing: bool) -> None:
-        """Prepare anew if anything has changed since the last step.
-
-        Raises:
-            RuntimeError: a gradient is sparse, or a graph is being captured.
-        """
-        members = list(members)
-        seen = self._look(members)
-        if seen == prepared.seen:
-            return
-        if capturing:
-            raise RuntimeError(
-                "step() is being captured, and it is not the step of before: its tensors are not prepared, or "
-                "other parameters have a gradient now, or a state was loaded. Take a step outside of the capture "
-                "first, with the same parameters having gradients"
-            )
-        self._prepare(prepared, members)
-        prepared.seen = self._look(members)
-
-    def _look(self, members: _Members) -> list[object]:
-        """Return what decides whether the bundles of the last step still hold: settings, addresses and layouts.
-
-        This is all that a step does for each tensor; the rest of it was prepared.
-
-        Raises:
-            RuntimeError: a gradient is sparse.
-        """
-        seen: list[object] = []
-        state = self.state
-        scaler = getattr(self, "found_inf", None)
-        for group, params in members:
-            flags = (group["amsgrad"], group["capturable"], group["fused"], scaler is not None and scaler.device)
-            seen.append((*flags, *self._lock_settings(group)))
-            for param in params:
-                grad = param.grad
-                if grad is None:
-                    seen.append(None)
-                    continue
-                if grad.is_sparse:
-                    raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
-                held, held_grad = local(param), local(grad)
-                seen.append(
-                    (
-                        held.data_ptr(),
-                        held.shape,
-                        held.is_contiguous() or held.stride(),
-                        param.requires_grad,
-                        grad.dtype,
-                        held_grad.is_contiguous() or held_grad.stride(),
-                        *[local(value).data_ptr() for value in state.get(param, _NOTHING).values()],
-                    )
-                )
-        return seen
-
     def _forget(self) -> None:
-        """Let the next step prepare anew."""
-        self._prepared = Prepared()
-        self._alone: dict[Tensor, Prepared] = {}
+        super()._forget()
         if "_uploads" not in self.__dict__:  # not while a state is loaded: a graph may read on
             self._uploads = Uploads()
 
-    def _prepare(self, prepared: Prepared, members: _Members) -> None:
-        """Check the parameters that have a gradient, create what state they lack, and bundle them into launches."""
-        prepared.seen, prepared.bundles = None, []
-        of_group: dict[Tensor, int] = {}
-        numbers = {id(group): i for i, group in enumerate(self.param_groups)}
-        for group, params in members:
-            for param in params:
-                if param.grad is not None:
-                    of_group.setdefault(param, numbers[id(group)])
-        check_lists(params=list(map(as_real, of_group)), grads=list(map(_real_gradient, of_group)))
-        for param, i in of_group.items():
-            self._check_layout(param, self.param_groups[i])
-        bundles: defaultdict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
-        for param, i in of_group.items():
-            self._ensure_state(param, self.param_groups[i])
-            # what a refresh advances and what it does not cannot be in one launch
-            key = (param.device, param.dtype, param.grad.dtype, param.requires_grad)  # type: ignore[union-attr]
-            bundles[key].append(param)
-        prepared.params = [param for bundle in bundles.values() for param in bundle]
-        self._gather_clocks(prepared, list(bundles.values()), of_group)
-        for bundle in bundles.values():
-            prepared.bundles.append(self._bundle(bundle, [of_group[param] for param in bundle]))
+    def _settings_seen(self, group: dict[str, Any]) -> tuple[object, ...]:
+        scaler = getattr(self, "found_inf", None)
+        return group["amsgrad"], group["capturable"], group["fused"], scaler is not None and scaler.device
+
+    def _kind(self, param: Tensor) -> tuple[object, ...]:
+        # what a refresh advances and what it does not cannot be in one launch
+        return (param.requires_grad,)
 
     def _check_layout(self, param: Tensor, group: dict[str, Any]) -> None:
         """Check what a step cannot do with a parameter.
@@ -334,22 +220,6 @@ class LockedAdamW(DropInAdamW):
                     f"If capturable=True, params and state_steps must be on supported devices: {supported}."
                 )
 
-    def _gather_clocks(self, prepared: Prepared, bundles: list[list[Tensor]], members: dict[Tensor, int]) -> None:
-        """Make every ``state["step"]`` an element of the vectors of `prepared.clocks`."""
-        steps = [[self.state[param]["step"] for param in bundle] for bundle in bundles]
-        others = self._sleeping(members) if prepared is self._prepared else []  # alone it refreshes nothing
-        if any(self._clock_device(param, self.param_groups[i]) is not None for param, i in members.items()):
-            prepared.clocks = DeviceClocks(steps, others, [bundle[0].device for bundle in bundles])
-        else:
-            prepared.clocks = HostClocks(steps, others)
-        for param, step in zip(prepared.params, prepared.clocks.elements(), strict=True):
-            self.state[param]["step"] = step
-
-    def _sleeping(self, members: Iterable[Tensor]) -> list[Tensor]:
-        """Return the clocks of the parameters that do not take part in this step."""
-        awake = set(members)
-        return [state["step"] for param, state in self.state.items() if param not in awake and "step" in state]
-
     def _clock_device(self, param: Tensor, group: dict[str, Any]) -> torch.device | None:
         """Return the device on which the clock of `param` runs, or None: on the host.
 
@@ -361,7 +231,6 @@ class LockedAdamW(DropInAdamW):
         return param.device if group["capturable"] or skips_there else None
 
     def _ensure_state(self, param: Tensor, group: dict[str, Any]) -> None:
-        """Create what `param` lacks of torch's state and of ours."""
         state = self.state[param]
         if "step" not in state:
             state["step"] = self._clock(0.0, param, group)
@@ -374,7 +243,6 @@ class LockedAdamW(DropInAdamW):
             state[lock_state] = self._new_lock(param)
 
     def _bundle(self, params: list[Tensor], groups: list[int]) -> _Bundle:
-        """Return the bundle of parameters of one device and pair of dtypes."""
         states = [self.state[param] for param in params]
         kinds = [self._lock_in(param, self.param_groups[i]) for param, i in zip(params, groups, strict=True)]
         # an optimizer locks in one way, or not at all
@@ -389,7 +257,7 @@ class LockedAdamW(DropInAdamW):
             locks, lock_in = pairs.pairs, "none" if lock_in == "none" else "static"
         sweep = Sweep(
             list(map(as_real, params)),
-            list(map(_real_gradient, params)),
+            list(map(real_gradient, params)),
             [as_real(state["exp_avg"]) for state in states],
             [as_real(state["exp_avg_sq"]) for state in states],
             [
@@ -401,8 +269,7 @@ class LockedAdamW(DropInAdamW):
             [kind != "none" for kind in kinds],
             self._backend,
         )
-        plain = pairs is None and all(local(param) is param for param in params)
-        return _Bundle(params, groups, sweep, self._nonfinite.counter(params), pairs, plain)
+        return _Bundle(params, groups, sweep, self._nonfinite.counter(params), pairs)
 
     # Graphs ----------------------------------------------------------------------------------------------------------
 
@@ -433,16 +300,12 @@ class LockedAdamW(DropInAdamW):
             self._uploads.keep(prepared)
             yield
 
-    _KEPT = (*DropInAdamW._KEPT, "_nonfinite")
+    _KEPT = (*PreparedAdamW._KEPT, "_nonfinite")
 
 
 # entries from which on a state is staggered, and the entries (832 bytes) by which each follows the one before
 STAGGER_FROM = 1 << 14
 STAGGER = 208
-
-
-def _real_gradient(param: Tensor) -> Tensor:
-    return as_real(local_gradient(param))
 
 
 def new_state(param: Tensor, name: str) -> Tensor:

@@ -11,9 +11,10 @@ from epi_kernels import lock
 from epi_kernels.distributed import local, wrapped
 from epi_kernels.integrations.deepspeed import group_of, segments_of
 from epi_kernels.layers import Grouping, LayersArgument, check_saved, has_names
-from epi_kernels.optim.base import LockedAdamW, Prepared, new_state
+from epi_kernels.optim.base import LockedAdamW, new_state
 from epi_kernels.optim.clocks import DeviceClocks, HostClocks
 from epi_kernels.optim.isolation import SHARED, Isolation, check_settings
+from epi_kernels.optim.prepared import Prepared
 from epi_kernels.optim.refusals import require_default
 from epi_kernels.optim.scaling import UNSCALED, Scaling
 
@@ -188,8 +189,8 @@ class EPIAdamW(Isolation, LockedAdamW):
     def _new_lock(self, param: Tensor) -> Tensor:
         return new_state(param, "importance")
 
-    def _lock_settings(self, group: dict[str, Any]) -> tuple[object, ...]:
-        return (group["isolation_ratio"] == 0, group["importance"])
+    def _settings_seen(self, group: dict[str, Any]) -> tuple[object, ...]:
+        return *super()._settings_seen(group), group["isolation_ratio"] == 0, group["importance"]
 
     def _signed_importance(self, param: Tensor, group: dict[str, Any]) -> Tensor | None:
         lock_in = self._lock_in(param, group)

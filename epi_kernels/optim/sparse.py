@@ -1,25 +1,30 @@
 """SparseAdamW: AdamW of selected entries alone, with state for them alone (PIECE, arXiv 2511.15375)."""
 
-from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from epi_kernels import ops
-from epi_kernels.contract import Scalars, arithmetic_dtype
+from epi_kernels.contract import arithmetic_dtype
 from epi_kernels.distributed import local, local_gradient, shard_of, wrapped
+from epi_kernels.ops import SparseSweep
 from epi_kernels.optim.checkpoint import pairs_of
-from epi_kernels.optim.drop_in import DropInAdamW
 from epi_kernels.optim.groups import masks_of, position_of
+from epi_kernels.optim.prepared import Bundle, Prepared, PreparedAdamW
 from epi_kernels.optim.refusals import require_default
 
 # positions fit int32 below this
 _NARROW = 1 << 31
 
 
-class SparseAdamW(DropInAdamW):
+@dataclass(slots=True)
+class _Bundle(Bundle):
+    sweep: SparseSweep
+
+
+class SparseAdamW(PreparedAdamW):
     """AdamW that moves the selected entries and no others; time and memory go with the entries selected.
 
     ::
@@ -114,6 +119,7 @@ class SparseAdamW(DropInAdamW):
         chosen = masks_of(trainable, self.param_groups, "trainable")
         shards = {param: local(shard_of(mask.to(param.device), param)) for param, mask in chosen.items()}
         self.state.clear()
+        self._forget()
         for param, mask in shards.items():
             self._choose(param, mask.reshape(-1).nonzero()[:, 0])
 
@@ -175,52 +181,36 @@ class SparseAdamW(DropInAdamW):
         if self._released is not None:
             self._released.end_iteration()
             return
-        bundles: defaultdict[tuple[Any, ...], list[tuple[Tensor, int]]] = defaultdict(list)
-        for i, group in enumerate(self.param_groups):
-            for param in group["params"]:
-                if param.grad is None or param not in self.state:
-                    continue
-                self._check_grad(param)
-                if self.state[param]["indices"].numel():
-                    bundles[param.device, param.dtype, param.grad.dtype].append((param, i))
-                else:
-                    self.state[param]["step"] += 1
-        for members in bundles.values():
-            self._step_bundle(members)
+        self._bring_up_to_date(self._prepared, ((group, group["params"]) for group in self.param_groups))
+        if self._prepared.bundles and self._prepared.clocks.count({}):
+            self._update(self._prepared)
 
-    def _step_alone(self, param: Tensor, group: int) -> None:
-        if param in self.state:
-            self._check_grad(param)
-            self._step_bundle([(param, group)])
+    def _update(self, prepared: Prepared) -> None:
+        for number, bundle in enumerate(prepared.bundles):
+            scalars, rows = prepared.clocks.scalars(number, bundle.groups, self.param_groups)
+            bundle.sweep.step_(bundle.grads(), scalars, rows)
 
-    def _check_grad(self, param: Tensor) -> None:
-        grad = param.grad
-        assert grad is not None
-        if grad.is_sparse:
-            raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
-        if grad.shape != param.shape:
-            raise ValueError(
-                f"the gradient of {self._name(param)} has shape {tuple(grad.shape)}, it has {tuple(param.shape)}"
-            )
+    def _moves(self, param: Tensor) -> bool:
+        return param in self.state
 
-    def _step_bundle(self, members: list[tuple[Tensor, int]]) -> None:
-        """Step parameters of one device and pair of dtypes, each with its group."""
-        states = [self.state[param] for param, _ in members]
-        keys = []
-        for (_, group), state in zip(members, states, strict=True):
-            state["step"] += 1
-            keys.append((group, float(state["step"])))
-        row_of = {key: row for row, key in enumerate(dict.fromkeys(keys))}
-        ops.sparse_adamw_(
-            [local(param) for param, _ in members],
-            [local_gradient(param) for param, _ in members],
+    def _ensure_state(self, param: Tensor, group: dict[str, Any]) -> None:
+        pass  # `select` has made it
+
+    def _kind(self, param: Tensor) -> tuple[object, ...]:
+        # one tensor beyond 2^31 entries would double the offsets of all others
+        return (self.state[param]["indices"].dtype,)
+
+    def _bundle(self, params: list[Tensor], groups: list[int]) -> _Bundle:
+        states = [self.state[param] for param in params]
+        sweep = SparseSweep(
+            list(map(local, params)),
+            list(map(local_gradient, params)),
             [state["indices"] for state in states],
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
-            torch.tensor([Scalars.of(self.param_groups[i], clock) for i, clock in row_of], dtype=torch.float64),
-            [row_of[key] for key in keys],
             self._backend,
         )
+        return _Bundle(params, groups, sweep)
 
     # State -----------------------------------------------------------------------------------------------------------
 

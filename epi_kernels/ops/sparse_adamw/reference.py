@@ -8,24 +8,33 @@ from epi_kernels.contract import Scalars, arithmetic_dtype
 from epi_kernels.ops.equations import first_moment, moved, second_moment
 
 
-def sparse_adamw_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    indices: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    scalars: Tensor,
-    rows: Sequence[int],
-) -> None:
-    """Step the selected entries in place; contract: `epi_kernels.ops.sparse_adamw_`."""
-    for i, param in enumerate(params):
-        s = Scalars(*scalars[rows[i]].tolist())
-        dtype = arithmetic_dtype(param.dtype)
-        chosen = indices[i].long()
-        grad = grads[i].take(chosen).to(dtype) * s.sign
-        m = first_moment(exp_avgs[i].to(dtype), grad, s.one_minus_beta1)
-        v = second_moment(exp_avg_sqs[i].to(dtype), grad, s.beta2, s.one_minus_beta2)
-        theta = moved(param.take(chosen).to(dtype), m, v, s.decay, s.step_size, s.bias_correction2_sqrt, s.eps)
-        exp_avgs[i].copy_(m)
-        exp_avg_sqs[i].copy_(v)
-        param.put_(chosen, theta.to(param.dtype))
+class Sweep:
+    """The step of a fixed list of tensors; contract: `epi_kernels.ops.SparseSweep`."""
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        indices: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor],
+        exp_avg_sqs: Sequence[Tensor],
+    ) -> None:
+        self._tensors = list(zip(params, indices, exp_avgs, exp_avg_sqs, strict=True))
+
+    def step_(self, grads: Sequence[Tensor], scalars: Tensor, rows: Sequence[int]) -> None:
+        """Take the step."""
+        numbers = [Scalars(*row) for row in scalars.tolist()]
+        for grad, row, tensors in zip(grads, rows, self._tensors, strict=True):
+            _step(grad, numbers[row], *tensors)
+
+
+def _step(raw_grad: Tensor, s: Scalars, param: Tensor, indices: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
+    dtype = arithmetic_dtype(param.dtype)
+    chosen = indices.long()
+    grad = raw_grad.take(chosen).to(dtype) * s.sign
+    m = first_moment(exp_avg.to(dtype), grad, s.one_minus_beta1)
+    v = second_moment(exp_avg_sq.to(dtype), grad, s.beta2, s.one_minus_beta2)
+    theta = moved(param.take(chosen).to(dtype), m, v, s.decay, s.step_size, s.bias_correction2_sqrt, s.eps)
+    exp_avg.copy_(m)
+    exp_avg_sq.copy_(v)
+    param.put_(chosen, theta.to(param.dtype))

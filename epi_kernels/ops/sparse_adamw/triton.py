@@ -3,29 +3,36 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from epi_kernels.ops import tiles
 from epi_kernels.ops.equations_triton import first_moment, moved, second_moment
-from epi_kernels.ops.flat import Flat, offsets_of
+from epi_kernels.ops.flat import Flat
+from epi_kernels.ops.sparse_adamw.offsets import Offsets
 from epi_kernels.ops.table import Table, on_device
 from epi_kernels.ops.tiles import Variant, located, read, scattered, write
 
-# the words of a row; `size` counts the selected entries, offsets are int64
+# the words of a row; `size` counts the selected entries
 FIELDS = ("size", "param", "grad", "param_offsets", "grad_offsets", "exp_avg", "exp_avg_sq", "scalars")
 _WIDTH = tl.constexpr(len(FIELDS))
 
 
 @triton.jit
 def sparse_adamw_kernel(
-    rows, pieces, scalars, PARAM: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr
+    rows,
+    pieces,
+    scalars,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    OFFSET: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
 ):
     """Step one piece of the selected entries of one tensor.
 
-    rows: int64 [tensors, FIELDS]. scalars: float32 [.., 11], contract.Scalars.
+    rows: int64 [tensors, FIELDS]. scalars: float32 [.., 11], contract.Scalars. OFFSET: int32 or int64.
     """
     tensor, start = located(pieces, BLOCK * TILES)
     row = rows + tensor * _WIDTH
@@ -37,8 +44,8 @@ def sparse_adamw_kernel(
     exp_avg_sq_at = scattered(row + 6, start, tl.float32)
     for tile in range(tl.cdiv(left, BLOCK)):
         at = tile * BLOCK + tl.arange(0, BLOCK)
-        here = param_at + read(scattered(row + 3, start, tl.int64), at, left, False)
-        there = grad_at + read(scattered(row + 4, start, tl.int64), at, left, False)
+        here = param_at + read(scattered(row + 3, start, OFFSET), at, left, False)
+        there = grad_at + read(scattered(row + 4, start, OFFSET), at, left, False)
         grad = tl.load(there, mask=at < left, other=0).to(tl.float32) * tl.load(s)
         param = tl.load(here, mask=at < left, other=0).to(tl.float32)
         m = first_moment(read(exp_avg_at, at, left, False), grad, tl.load(s + 3))
@@ -49,57 +56,66 @@ def sparse_adamw_kernel(
         tl.store(here, theta.to(PARAM), mask=at < left)
 
 
-def _variant(name: str, dtype: Any, size: int) -> Variant:
-    arguments = {"rows": "*i64", "pieces": "*i64", "scalars": "*fp32", "PARAM": dtype, "GRAD": dtype}
+def _variant(name: str, dtype: Any, offset: Any, size: int) -> Variant:
+    dtypes = {"PARAM": dtype, "GRAD": dtype, "OFFSET": offset}
+    arguments = {"rows": "*i64", "pieces": "*i64", "scalars": "*fp32", **dtypes}
     # a scatter: each entry of p and g is a sector of 32 bytes, which no width helps
     return Variant(name, sparse_adamw_kernel, arguments, size, 108, {}, {})
 
 
+# bytes: p g m v and an offset, p m v; a gradient of the parameter's strides has the parameter's offsets
 VARIANTS = (
-    _variant("selected entries, float32", tl.float32, 44),
-    _variant("selected entries, bfloat16", tl.bfloat16, 38),
+    _variant("selected entries, float32", tl.float32, tl.int32, 32),
+    _variant("selected entries, bfloat16", tl.bfloat16, tl.int32, 26),
+    _variant("selected entries beyond 2^31, float32", tl.float32, tl.int64, 36),
 )
 
 
-def sparse_adamw_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    indices: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    scalars: Tensor,
-    rows: Sequence[int],
-) -> None:
-    """Step the selected entries in place; contract: `epi_kernels.ops.sparse_adamw_`."""
-    flat = Flat(written=[exp_avgs, exp_avg_sqs])
-    # kept until the launch is queued: the table holds their addresses alone
-    param_offsets = [offsets_of(param, chosen, torch.int64) for param, chosen in zip(params, indices, strict=True)]
-    grad_offsets = [
-        known if grad.stride() == param.stride() else offsets_of(grad, chosen, torch.int64)
-        for param, grad, chosen, known in zip(params, grads, indices, param_offsets, strict=True)
-    ]
-    device = params[0].device
-    table = Table(FIELDS, [chosen.numel() for chosen in indices], tiles.PIECE, device)
-    for field, tensors in (
-        ("param", params),
-        ("grad", grads),
-        ("param_offsets", param_offsets),
-        ("grad_offsets", grad_offsets),
-        ("exp_avg", flat.written[0]),
-        ("exp_avg_sq", flat.written[1]),
-    ):
-        table.point(field, tensors)
-    table.set("scalars", rows)
-    tiles.launch(
-        sparse_adamw_kernel,
-        table.pieces.numel(),
-        device,
-        table.rows(),
-        table.pieces,
-        on_device(scalars.float(), device),
-        tiles.DTYPES[params[0].dtype],
-        tiles.DTYPES[grads[0].dtype],
-        tiles.BLOCK,
-        tiles.TILES,
-    )
-    flat.write_back()
+class Sweep:
+    """The step of a fixed list of tensors; contract: `epi_kernels.ops.SparseSweep`."""
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        indices: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor],
+        exp_avg_sqs: Sequence[Tensor],
+    ) -> None:
+        self._flat = Flat(written=[exp_avgs, exp_avg_sqs])
+        offsets = Offsets(params, grads, indices)
+        self._device = params[0].device
+        self._table = Table(FIELDS, [chosen.numel() for chosen in indices], tiles.PIECE, self._device)
+        for field, tensors in (
+            ("param", params),
+            ("param_offsets", offsets.of_params),
+            ("grad_offsets", offsets.of_grads),
+            ("exp_avg", self._flat.written[0]),
+            ("exp_avg_sq", self._flat.written[1]),
+        ):
+            self._table.point(field, tensors)
+        self._dtypes = (
+            tiles.DTYPES[params[0].dtype],
+            tiles.DTYPES[grads[0].dtype],
+            tl.int64 if offsets.wide else tl.int32,
+        )
+        self._kept = (list(params), offsets)  # the table holds their addresses alone
+
+    def step_(self, grads: Sequence[Tensor], scalars: Tensor, rows: Sequence[int]) -> None:
+        """Take the step."""
+        self._flat.load([])
+        self._table.point("grad", grads)
+        self._table.set("scalars", rows)
+        if self._table.pieces.numel():
+            tiles.launch(
+                sparse_adamw_kernel,
+                self._table.pieces.numel(),
+                self._device,
+                self._table.rows(),
+                self._table.pieces,
+                on_device(scalars.float(), self._device),
+                *self._dtypes,
+                tiles.BLOCK,
+                tiles.TILES,
+            )
+        self._flat.write_back()

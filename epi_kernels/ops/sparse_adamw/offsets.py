@@ -1,0 +1,49 @@
+"""Where selected entries lie in memory, which compiled backends go by."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# offsets fit int32 below this
+_NARROW = 1 << 31
+
+
+class Offsets:
+    """The offsets of the selected entries from the first of their tensor; int32 wherever that is enough for all.
+
+    Indices that are as wide as the offsets are those of a contiguous tensor: no copy is made of them.
+
+    Example:
+        >>> columns = torch.zeros(2, 4)[:, ::2]
+        >>> offsets = Offsets([columns], [torch.ones(2, 2)], [torch.tensor([1, 2])])
+        >>> offsets.of_params, offsets.of_grads, offsets.wide
+        ([tensor([2, 4], dtype=torch.int32)], [tensor([1, 2], dtype=torch.int32)], False)
+    """
+
+    def __init__(self, params: Sequence[Tensor], grads: Sequence[Tensor], indices: Sequence[Tensor]) -> None:
+        self.wide = any(_span(tensor) > _NARROW for tensor in (*params, *grads))
+        dtype = torch.int64 if self.wide else torch.int32
+        self.of_params = [_offsets(param, chosen, dtype) for param, chosen in zip(params, indices, strict=True)]
+        self.of_grads = [
+            known if grad.stride() == param.stride() else _offsets(grad, chosen, dtype)
+            for param, grad, chosen, known in zip(params, grads, indices, self.of_params, strict=True)
+        ]
+
+
+def _span(tensor: Tensor) -> int:
+    """Return how far the last entry is from the first, and one more."""
+    if tensor.is_contiguous():
+        return tensor.numel()
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _offsets(tensor: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
+    if tensor.is_contiguous():
+        return indices.to(dtype).contiguous()
+    rest = indices.long()
+    offsets = torch.zeros_like(rest)
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        offsets += rest % size * stride
+        rest = rest // size
+    return offsets.to(dtype)
