@@ -1,6 +1,7 @@
 """What Triton's backend sends to the device, counted; interpreted, so that it is counted everywhere.
 
-- One launch steps all tensors of a pair of dtypes, whatever their groups, layers, locks and AMSGrad.
+- One launch steps all tensors of a pair of dtypes, whatever their groups, layers, locks and AMSGrad; likewise the
+  selected entries of all tensors.
 - A refresh adds 8 launches at most.
 - Nothing else runs on the device, and neither number depends on how many tensors there are.
 - Tables go up again only when an address has changed.
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from epi_kernels import EPIAdamW, dispatch
+from epi_kernels import EPIAdamW, SparseAdamW, dispatch
 from epi_kernels.ops import table
 from epi_kernels.optim import nonfinite
 
@@ -165,3 +166,27 @@ def test_tables_go_up_again_when_a_gradient_moves(recorder: Recorder) -> None:
     recorder.uploads = 0
     stepped.step()
     assert recorder.uploads == 1
+
+
+@pytest.mark.parametrize("count", [4, 20])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_step_of_selected_entries_is_one_launch(recorder: Recorder, count: int, transposed: bool) -> None:
+    params = [Parameter(torch.randn(3 + i % 5, 2).t() if transposed else torch.randn(2, 3)) for i in range(count)]
+    masks = {param: torch.rand(param.shape) < 0.5 for param in params}
+    masks[params[1]] = torch.zeros_like(masks[params[1]])
+    stepped = SparseAdamW(params, trainable=masks, backend="triton")
+    for param in params:
+        param.grad = recorder.add(torch.randn_like(param))
+        recorder.add(param.data)
+        for name, tensor in stepped.state[param].items():
+            if name != "step":
+                recorder.add(tensor)
+    stepped.step()
+    recorder.launches.clear()
+    recorder.operations.clear()
+    recorder.uploads = 0
+    with recorder:
+        stepped.step()
+    assert recorder.launches == {"sparse_adamw_kernel": 1}
+    assert not recorder.operations  # no copy of the indices either
+    assert recorder.uploads == 1  # the scalars

@@ -215,6 +215,10 @@ def test_resumed_is_uninterrupted_and_brings_its_selection(tmp_path: Any) -> Non
             lambda s: s["state"][1].update(indices=torch.arange(500, 500 + len(s["state"][1]["indices"]))),
             "indices of h.0.bias go from 500 to",
         ),
+        (
+            lambda s: s["state"][0].update(indices=s["state"][0]["indices"].flip(0)),
+            "indices of h.0.weight do not increase",
+        ),
     ],
 )
 def test_a_state_that_does_not_fit_is_named_and_changes_nothing(change: Any, message: str) -> None:
@@ -346,3 +350,19 @@ def test_gradients_that_cannot_be_taken_are_refused() -> None:
     with pytest.raises(RuntimeError, match="Adam does not support sparse gradients"):
         optimizer.step()
     assert int(optimizer.state[table.weight]["step"]) == 0
+
+
+def test_looking_at_the_state_of_what_is_not_selected_changes_nothing() -> None:
+    params = parameters()
+    optimizer = SparseAdamW(params.items(), trainable={})
+    for param in params.values():
+        assert not optimizer.state[param]  # a defaultdict: it has an empty entry now
+        param.grad = torch.ones_like(param)
+    before = {name: param.detach().clone() for name, param in params.items()}
+    optimizer.step()
+    assert same_state(dict(params), before)
+    assert not optimizer.delta()
+    assert not any(optimizer.trainable_mask(param).any() for param in params.values())
+    assert "Selected: 0 of" in repr(optimizer)
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step()

@@ -146,7 +146,7 @@ class SparseAdamW(PreparedAdamW):
         position_of(param, self.param_groups)  # raises where it has none
         held = local(param)
         mask = torch.zeros(held.numel(), dtype=torch.bool, device=param.device)
-        if param in self.state:
+        if self._moves(param):
             mask[self.state[param]["indices"].long()] = True
         return mask.view(held.shape)
 
@@ -159,7 +159,7 @@ class SparseAdamW(PreparedAdamW):
         must call; each is gathered, one after the other.
         """
         found = {}
-        for param, state in self.state.items():
+        for param, state in self._selected():
             positions, whole = state["indices"], param
             if local(param) is not param:
                 mask = wrapped(self.trainable_mask(param).to(torch.uint8), param)
@@ -171,9 +171,12 @@ class SparseAdamW(PreparedAdamW):
 
     def __repr__(self) -> str:
         """Return torch's text and how much is selected."""
-        selected = sum(len(state["indices"]) for state in self.state.values())
+        counts = [len(state["indices"]) for _, state in self._selected()]
         total = sum(local(param).numel() for group in self.param_groups for param in group["params"])
-        return f"{super().__repr__()}\nSelected: {selected} of {total} entries, in {len(self.state)} tensors"
+        return f"{super().__repr__()}\nSelected: {sum(counts)} of {total} entries, in {len(counts)} tensors"
+
+    def _selected(self) -> list[tuple[Tensor, dict[str, Any]]]:
+        return [(param, state) for param, state in self.state.items() if state]
 
     # The step --------------------------------------------------------------------------------------------------------
 
@@ -191,7 +194,7 @@ class SparseAdamW(PreparedAdamW):
             bundle.sweep.step_(bundle.grads(), scalars, rows)
 
     def _moves(self, param: Tensor) -> bool:
-        return param in self.state
+        return bool(self.state.get(param))  # looking at optimizer.state[param] leaves an empty one
 
     def _ensure_state(self, param: Tensor, group: dict[str, Any]) -> None:
         pass  # `select` has made it
@@ -226,7 +229,7 @@ class SparseAdamW(PreparedAdamW):
         for number, param in pairs_of(packed["param_groups"], self.param_groups):
             if number in packed["state"]:
                 entry = packed["state"][number]
-                state[number] = entry if local(param) is param else _spread(entry, param)
+                state[number] = _spread(entry, param) if entry and local(param) is not param else entry
         return {**packed, "state": state}
 
     def _unpacked(self, entry: dict[str, Any], param: Tensor) -> dict[str, Any]:
@@ -259,6 +262,9 @@ class SparseAdamW(PreparedAdamW):
                 f"indices of {name} go from {int(indices[0])} to {int(indices[-1])} in the state, and it has "
                 f"{param.numel()} entries here"
             )
+        # a step would write wherever they point
+        if not bool((indices[1:] > indices[:-1]).all()):
+            raise ValueError(f"indices of {name} do not increase in the state: it was changed, or is not SparseAdamW's")
 
 
 def _spread(entry: dict[str, Any], param: Tensor) -> dict[str, Any]:
