@@ -12,24 +12,34 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# at once, for the step that asks it of every tensor
 _PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Return whether a tensor is torch.distributed's, of which this rank holds a shard or a replica."""
+    if type(tensor) in _PLAIN or not dist.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
     """Return what this rank holds of a tensor: the tensor itself, or the shard of a DTensor, not a copy of it."""
-    return tensor if type(tensor) in _PLAIN else tensor.detach().to_local()  # type: ignore[attr-defined]
+    return tensor.detach().to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def is_sharded(tensor: Tensor) -> bool:
     """Return whether a tensor is a DTensor, or a slice of FSDP1's."""
-    return type(tensor) not in _PLAIN or hasattr(tensor, "_fsdp_flattened")
+    return is_dtensor(tensor) or hasattr(tensor, "_fsdp_flattened")
 
 
 def local_gradient(param: Tensor) -> Tensor:
     """Return what this rank holds of a parameter's gradient, laid out as the parameter."""
     grad = param.grad
     assert grad is not None
-    if type(grad) in _PLAIN:
+    if not is_dtensor(grad):
         return grad
     if grad.placements != param.placements:  # type: ignore[attr-defined]
         # a partial sum is not a gradient yet
@@ -39,7 +49,7 @@ def local_gradient(param: Tensor) -> Tensor:
 
 def wrapped(shard: Tensor, like: Tensor) -> Tensor:
     """Return a shard as a DTensor of the shape and placements of `like`; as it is where `like` is no DTensor."""
-    if type(like) in _PLAIN:
+    if not is_dtensor(like):
         return shard
     from torch.distributed.tensor import DTensor
 
@@ -53,17 +63,27 @@ def shard_of(whole: Tensor, like: Tensor) -> Tensor:
     Raises:
         ValueError: `whole` is a DTensor with other placements.
     """
-    if type(like) in _PLAIN:
+    if not is_dtensor(like):
         return whole
     from torch.distributed.tensor import distribute_tensor
 
     mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
-    if type(whole) not in _PLAIN:
+    if is_dtensor(whole):
         theirs = whole.placements  # type: ignore[attr-defined]
         if theirs != placements:
             raise ValueError(f"a mask is placed {theirs} and its parameter {placements}; place it alike")
         return whole
     return distribute_tensor(whole, mesh, placements, src_data_rank=None)
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """Let an FSDP2 model hold its shards again: after a forward pass alone its root holds whole parameters."""
+    if dist.is_available():
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 @dataclass(frozen=True)
@@ -213,7 +233,7 @@ def shard_key(param: Tensor, rank: int, *, partitioned: bool) -> tuple[object, .
         rank: this one.
         partitioned: plain parameters are this rank's alone; else they are the same on all ranks that have the name.
     """
-    if type(param) not in _PLAIN:
+    if is_dtensor(param):
         coordinate = param.device_mesh.get_coordinate()  # type: ignore[attr-defined]
         placed = enumerate(param.placements)  # type: ignore[attr-defined]
         return tuple(

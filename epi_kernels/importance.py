@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from epi_kernels import ops
-from epi_kernels.distributed import local, local_gradient, wrapped
+from epi_kernels.distributed import is_dtensor, local, local_gradient, reshard, wrapped
 
 # fewer gradients than this cannot rank entries: with one, Eq. 10 gives the same score to all
 FEWEST = 8
@@ -44,14 +44,15 @@ def fisher(
 
         F = 1/N sum_i g_i^2,        g_i the gradient of the loss of example i          PIECE (arXiv 2511.15375) Eq. 4
 
-    Parameters, gradients and the mode of the model (train or eval) are left as they are. No example is skipped. Of a
-    model that is sharded (FSDP2, tensor parallel), each rank scores what it holds: give every rank the same batches,
+    Parameters, gradients, buffers and the mode of the model (train or eval) are left as they are (a module that writes
+    its parameters when it is run, such as an Embedding with max_norm, writes them here too). No example is skipped. Of
+    a model that is sharded (FSDP2, tensor parallel), each rank scores what it holds: give every rank the same batches,
     since what a rank gets is the gradient averaged over the ranks.
 
     Args:
         model: whose parameters that require a gradient are scored; they must have none now.
         batches: of the new task: each any nesting of lists, tuples and dicts of tensors whose first dimension counts
-            the examples.
+            the examples; what else is in it is handed on.
         loss_fn: (model, batch) -> the mean loss over the examples of a batch, 0-d.
         method: of getting a gradient for each example. "vmap" has many at a time and needs a model that torch.func can
             take, and memory for them; "loop" goes one by one and holds no gradient longer than it takes to add it.
@@ -68,8 +69,12 @@ def fisher(
 
     Raises:
         ValueError: there are fewer than 8 gradients; a batch does not divide into micro-batches; a parameter has a
-            gradient; or an argument is out of its range.
+            gradient, or a hook that would take it (`release_gradients`); or an argument is out of its range.
+        NotImplementedError: a parameter is complex, or a gradient sparse.
         RuntimeError: a parameter got two gradients in one backward pass, as reentrant checkpointing makes them.
+
+    Warns:
+        UserWarning: gradients are NaN or infinite, and the names of the parameters.
 
     Example:
         >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -133,20 +138,23 @@ def update_magnitude(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) 
     """Return how far training has moved every entry, |after - before|: the criterion of CPI-FT's static isolation.
 
     Args:
-        before: {name: parameter}, as ``dict(model.named_parameters())`` or a state_dict gives it.
-        after: the same after a probing run; what is not floating point is left out.
+        before: {name: parameter}, copies taken before a probing run:
+            ``{name: param.detach().clone() for name, param in model.named_parameters()}``.
+        after: the same after it, ``dict(model.named_parameters())``; what is not floating point is left out.
 
     Returns:
         {name: float32 tensor of the parameter's shape}.
 
     Raises:
-        ValueError: the names or a shape differ.
+        ValueError: the names or a shape differ, or both are one tensor.
     """
     if before.keys() != after.keys():
         raise ValueError(f"before and after differ in {', '.join(sorted(before.keys() ^ after.keys()))}")
     for name in before:
         if before[name].shape != after[name].shape:
             raise ValueError(f"{name} has shape {tuple(before[name].shape)} before, {tuple(after[name].shape)} after")
+        if before[name].numel() and local(before[name]).data_ptr() == local(after[name]).data_ptr():
+            raise ValueError(f"{name} is one tensor before and after; clone() the parameters before the probing run")
     return {
         name: (after[name].detach().float() - before[name].detach().to(after[name].device).float()).abs_()
         for name in before
@@ -161,44 +169,54 @@ def output_magnitude(
     """Return, for the weight of every linear layer, the L1 norm of the layer's output in the row's channel.
 
     The criterion of MIGU (arXiv 2406.17245), which trains the rows with the largest outputs in each layer:
-    ``top_k(scores, ratio, scope="layer")``.
+    ``top_k(scores, ratio, scope="layer")``. Of a model under FSDP2 the scores are of whole tensors: give every rank the
+    same batches, so that all choose the same rows.
 
     Args:
-        model: its torch.nn.Linear layers are looked at.
+        model: its torch.nn.Linear layers are looked at; buffers are left as they are.
         batches: of the new task.
         forward: (model, batch) -> anything; runs the model. None: ``model(batch)``.
 
     Returns:
-        {name of a weight: float32 tensor of its shape}, a row the same number throughout (an expanded view).
+        {name of a weight: float32 tensor of its shape}, a row the same number throughout (an expanded view). The names
+        are those of ``model.named_parameters()``, where a tied weight has one.
 
     Raises:
         ValueError: no linear layer was run.
+        NotImplementedError: a layer's output is not all of its channels, as under tensor parallelism.
     """
     norms: dict[str, Tensor] = {}
-    weights: dict[str, Tensor] = {}
+    names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
+    shapes = {name: param.shape for param, name in names.items()}
 
     def added(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: Tensor) -> None:
+            if is_dtensor(output) or output.shape[-1] != shapes[name][0]:
+                raise NotImplementedError(
+                    f"the output of the layer of {name} has {local(output).shape[-1]} of {shapes[name][0]} channels "
+                    "here; models under tensor parallelism cannot be scored by their outputs"
+                )
             norm = output.detach().float().abs().flatten(0, -2).sum(0) if output.dim() > 1 else output.float().abs()
             norms[name] = norms[name] + norm if name in norms else norm
 
         return hook
 
-    handles = []
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            name = f"{path}.weight" if path else "weight"
-            weights[name] = module.weight
-            handles.append(module.register_forward_hook(added(name)))
+    handles = [
+        module.register_forward_hook(added(names[module.weight]))
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and module.weight in names
+    ]
     try:
-        for batch in batches:
-            model(batch) if forward is None else forward(model, batch)
+        with _buffers_kept(model):
+            for batch in batches:
+                model(batch) if forward is None else forward(model, batch)
     finally:
         for handle in handles:
             handle.remove()
+        reshard(model)  # else an optimizer would be given the whole parameters, which never get a gradient
     if not norms:
         raise ValueError("no torch.nn.Linear of the model was run: there is nothing to score")
-    return {name: norm[:, None].expand(weights[name].shape) for name, norm in norms.items()}
+    return {name: norm[:, None].expand(shapes[name]) for name, norm in norms.items()}
 
 
 class _Sums:
@@ -230,7 +248,8 @@ class _Sums:
     def add_many(self, name: str, grads: Tensor) -> None:
         """Add gradients that are stacked in a first dimension."""
         wide = grads.float()
-        for total, more in ((self.sums[name], wide.sum(0)), (self.squares[name], wide.square_().sum(0))):
+        # not square_(): autograd gives one tensor to parameters whose gradients are equal, and zeros of one place
+        for total, more in ((self.sums[name], wide.sum(0)), (self.squares[name], wide.square().sum(0))):
             if total.dtype == torch.float32:
                 total += more
             else:
@@ -281,33 +300,81 @@ def _gradient_sums(
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"Invalid dtype: {dtype}; accumulate in torch.float32 or torch.bfloat16")
     params = {name: param for name, param in model.named_parameters() if param.requires_grad}
-    for name, param in params.items():
-        if param.grad is not None:
-            raise ValueError(f"{name} has a gradient, which would be added to; call model.zero_grad() first")
+    sharded = any(is_dtensor(param) for param in params.values())
+    _check(params, method, sharded)
     sums = _Sums(params, microbatch, dtype, backend)
     at_once = _AT_ONCE // max(1, sum(param.numel() for param in params.values()))
-    sharded = any(local(param) is not param for param in params.values())
     way = method if method != "auto" else "vmap" if microbatch == 1 and at_once > 1 and not sharded else "loop"
-    for batch in _shown(batches, progress):
-        count = _examples_in(batch)
-        if count % microbatch:
-            raise ValueError(f"a batch has {count} examples, which do not divide into micro-batches of {microbatch}")
-        if way == "vmap":
-            try:
-                _add_by_vmap(sums, model, params, loss_fn, batch, microbatch, max(1, at_once))
-            except (RuntimeError, NotImplementedError):
-                # data-dependent control flow, an operation without a batching rule
-                if method == "vmap" or sums.gradients:
-                    raise
-                way = "loop"
-        if way == "loop":
-            _add_by_loop(sums, params, model, loss_fn, batch, microbatch)
+    with _buffers_kept(model):
+        for batch in map(_plain, _shown(batches, progress)):
+            count = _examples_in(batch)
+            if count % microbatch:
+                raise ValueError(
+                    f"a batch has {count} examples, which do not divide into micro-batches of {microbatch}"
+                )
+            if way == "vmap":
+                try:
+                    _add_by_vmap(sums, model, params, loss_fn, batch, microbatch, max(1, at_once))
+                except _VmapError as error:
+                    if method == "vmap" or sums.gradients:
+                        raise error.reason from None
+                    way = "loop"
+            if way == "loop":
+                _add_by_loop(sums, params, model, loss_fn, batch, microbatch)
     if sums.gradients < FEWEST:
         raise ValueError(
             f"{sums.gradients} gradients cannot rank entries: at least {FEWEST} are needed, and hundreds are wise; "
             "pass more batches, or a smaller microbatch"
         )
+    bad = [name for name, squares in sums.squares.items() if not squares.isfinite().all()]
+    if bad:
+        warnings.warn(
+            f"an example had gradients that are NaN or infinite, and so are scores of {', '.join(bad)}: top_k counts "
+            "them as 0. Look for the example, such as one without a target",
+            UserWarning,
+            stacklevel=3,
+        )
     return sums
+
+
+def _check(params: Mapping[str, Tensor], method: Method, sharded: bool) -> None:
+    if sharded and method == "vmap":
+        raise ValueError("method='vmap' and a sharded model: torch.func cannot take it; use method='loop' or 'auto'")
+    for name, param in params.items():
+        if param.is_complex():
+            raise NotImplementedError(f"{name} is {param.dtype}; gradients of real parameters can be scored")
+        if param.grad is not None:
+            raise ValueError(f"{name} has a gradient, which would be added to; call model.zero_grad() first")
+        if param._post_accumulate_grad_hooks:
+            raise ValueError(
+                f"{name} has a hook that would take the gradients of the examples, such as release_gradients sets up; "
+                "remove() it while entries are scored"
+            )
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Put buffers back as they are now: in training mode a forward pass moves those of BatchNorm."""
+    before = {buffer: buffer.detach().clone() for buffer in model.buffers()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before.items():
+                buffer.copy_(value)
+
+
+def _plain(batch: Any) -> Any:
+    """Return a batch as torch's pytrees know it: transformers' BatchEncoding is a mapping and no dict."""
+    return dict(batch) if isinstance(batch, Mapping) else batch
+
+
+class _VmapError(Exception):
+    """torch.func cannot take the model: data-dependent control flow, or an operation without a batching rule."""
+
+    def __init__(self, reason: Exception) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
 
 
 def _add_by_vmap(
@@ -320,8 +387,13 @@ def _add_by_vmap(
     at_once: int,
 ) -> None:
     loss = _Loss(model, loss_fn)
+    leaves, structure = pytree.tree_flatten(batch)
+    where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
-    def gradient(values: dict[str, Tensor], example: Any) -> dict[str, Tensor]:
+    def gradient(values: dict[str, Tensor], tensors: list[Tensor]) -> dict[str, Tensor]:
+        example = pytree.tree_unflatten(
+            [tensors[where.index(i)] if i in where else leaf for i, leaf in enumerate(leaves)], structure
+        )
         return torch.func.grad(
             lambda given: torch.func.functional_call(loss, {f"model.{k}": v for k, v in given.items()}, (example,))
         )(values)
@@ -330,15 +402,15 @@ def _add_by_vmap(
     count = _examples_in(batch) // microbatch
     for first in range(0, count, at_once):
         some = min(at_once, count - first)
-        examples = pytree.tree_map_only(
-            Tensor,
-            lambda t: t[first * microbatch : (first + some) * microbatch].unflatten(0, (some, microbatch)),  # noqa: B023
-            batch,
-        )
+        rows = slice(first * microbatch, (first + some) * microbatch)
+        examples = [leaves[i][rows].unflatten(0, (some, microbatch)) for i in where]
         with warnings.catch_warnings():
             # of an operation without a batching rule: slower than with one, and still faster than one by one
             warnings.filterwarnings("ignore", message="There is a performance drop")
-            grads = torch.func.vmap(gradient, in_dims=(None, 0), randomness="different")(values, examples)
+            try:
+                grads = torch.func.vmap(gradient, in_dims=(None, 0), randomness="different")(values, examples)
+            except (RuntimeError, NotImplementedError) as error:
+                raise _VmapError(error) from error
         for name, grad in grads.items():
             sums.add_many(name, grad)
         sums.gradients += some
@@ -363,6 +435,8 @@ def _accumulating(sums: _Sums, params: Mapping[str, Tensor]) -> Iterator[set[str
 
     def adder(name: str) -> Callable[[Tensor], None]:
         def hook(param: Tensor) -> None:
+            if param.grad is not None and param.grad.is_sparse:
+                raise NotImplementedError(f"the gradient of {name} is sparse; use an embedding with sparse=False")
             grad, param.grad = local_gradient(param), None
             if name in added:
                 raise RuntimeError(
@@ -401,7 +475,8 @@ def _examples_in(batch: Any) -> int:
     sizes = {leaf.shape[0] if leaf.dim() else 0 for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)}
     if len(sizes) != 1 or sizes == {0}:
         raise ValueError(
-            f"the tensors of a batch have the first dimensions {sorted(sizes)}; each must count the same examples"
+            f"the tensors of a batch, a {type(batch).__name__}, have the first dimensions {sorted(sizes)}; pass lists, "
+            "tuples or dicts of tensors whose first dimension counts the same examples"
         )
     return int(sizes.pop())
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from epi_kernels import contract, ops
-from epi_kernels.distributed import Held, Ranks, agreement, group_of, local, shard_key, shard_of, wrapped
+from epi_kernels.distributed import Held, Ranks, agreement, group_of, is_dtensor, local, shard_key, shard_of, wrapped
 from epi_kernels.layers import block, without_wrappers
 from epi_kernels.ops.equations import score
 
@@ -120,8 +120,8 @@ class _Scored:
         at = self._flat(lambda found: found == self._threshold).view(self._values.shape)
         if cut:
             whole = wrapped(at.to(torch.uint8), like)
-            if whole is not at and hasattr(whole, "full_tensor"):
-                whole = whole.full_tensor()
+            if is_dtensor(whole):
+                whole = whole.full_tensor()  # type: ignore[attr-defined]
             whole = whole.bool()
             first = whole & (whole.flatten().cumsum(0).view(whole.shape) <= take)
             at = local(shard_of(first, like))

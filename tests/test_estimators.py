@@ -3,7 +3,8 @@
 - Scores equal a loop over examples in float64 to SCORE_ERROR, by every method; micro-batches, corrected, come close and
   uncorrected would not.
 - A case by hand; 16-bit accumulators keep the mean; the model is left as it was.
-- Too few examples, ragged batches and reentrant checkpointing are refused.
+- The same for models whose parameters share a gradient, have none, are recurrent, or that vmap gives up half-way.
+- Too few examples, ragged batches, reentrant checkpointing and hooks that take the gradients are refused.
 """
 
 import math
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from epi_kernels import SparseAdamW
 from epi_kernels.importance import fisher, output_magnitude, second_order, update_magnitude
+from epi_kernels.optim import release_gradients
 
 
 class _Net(nn.Module):
@@ -252,3 +255,150 @@ def test_output_magnitude_is_the_l1_norm_of_each_channel() -> None:
     assert not model[0]._forward_hooks
     with pytest.raises(ValueError, match="no torch.nn.Linear of the model was run"):
         output_magnitude(nn.ReLU(), [torch.ones(1)])
+
+
+class _Summed(nn.Module):
+    """Two parameters whose gradient is one tensor, and one that has none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 8))
+        self.delta = nn.Parameter(torch.zeros(4, 8))
+        self.bias = nn.Parameter(torch.zeros(4))
+        self.shift = nn.Parameter(torch.zeros(4))
+        self.unused = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.weight + self.delta).t() + (self.bias + self.shift)
+
+
+class _Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.LSTMCell(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, state = self.cell(x)
+        return self.cell(x, (hidden, state))[0]
+
+
+class _Stubborn(nn.Module):
+    """vmap computes its gradients, and gives up on a later batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        return y * 2 if bool(y.sum() > 1e9) else y
+
+
+def examples(count: int = 3, size: int = 6) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(2)
+    return [
+        (torch.randn(size, 8, generator=generator), torch.randint(4, (size,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+def entropy(model: nn.Module, batch: Any) -> Tensor:
+    return functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def scores_in_float64(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Return the mean square of the gradients of examples, one by one."""
+    model = model.double()
+    names = dict(model.named_parameters())
+    found = {name: torch.zeros_like(param) for name, param in names.items()}
+    for inputs, targets in batches:
+        for x, y in zip(inputs.double(), targets, strict=True):
+            loss = entropy(model, (x[None], y[None]))
+            grads = torch.autograd.grad(loss, list(names.values()), materialize_grads=True)
+            for name, grad in zip(names, grads, strict=True):
+                found[name] += grad.square() / sum(map(len, (b[1] for b in batches)))
+    return found
+
+
+@pytest.mark.parametrize("method", ["auto", "loop"])
+@pytest.mark.parametrize("kind", [_Summed, _Recurrent, _Stubborn])
+def test_gradients_that_are_shared_or_absent_count_once_for_each_parameter(kind: Any, method: Any) -> None:
+    torch.manual_seed(0)
+    model = kind()
+    found = fisher(model, examples(), entropy, method=method, progress=False)
+    agreement = second_order(model, examples(), entropy, method=method, progress=False)
+    expected = scores_in_float64(model, examples())
+    assert found.keys() == expected.keys()
+    for name, score in expected.items():
+        assert (found[name] - score).abs().max() <= SCORE_ERROR * score.max()
+        assert (agreement[name] < 1).all()
+        if "unused" in name:
+            assert not found[name].any()
+        else:
+            assert found[name].any()
+
+
+def test_batches_may_hold_more_than_tensors_and_be_any_mapping() -> None:
+    from collections import UserDict
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        assert batch["mask"] is None
+        assert batch["text"] == "as it is"
+        return entropy(model, (batch["inputs"], batch["targets"]))
+
+    batches = [UserDict(inputs=inputs, targets=targets, mask=None, text="as it is") for inputs, targets in examples()]
+    torch.manual_seed(0)
+    model = nn.Linear(8, 4)
+    plain = fisher(model, examples(), entropy, progress=False)
+    for method in ("vmap", "loop"):
+        found = fisher(model, batches, loss, method=method, progress=False)  # type: ignore[arg-type]
+        for name, score in plain.items():
+            assert (found[name] - score).abs().max() <= SCORE_ERROR * score.max()
+
+
+def test_buffers_are_left_as_they_were() -> None:
+    model = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4, momentum=0.5), nn.Linear(4, 4))
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    fisher(model, examples(4, 8), entropy, microbatch=4, progress=False)
+    output_magnitude(model, [inputs for inputs, _ in examples()])
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name])
+
+
+def test_an_example_without_a_finite_gradient_is_told_of_by_name() -> None:
+    batches = examples()
+    batches[1][0][2] = torch.nan
+    with pytest.warns(UserWarning, match="NaN or infinite, and so are scores of weight, bias"):
+        fisher(nn.Linear(8, 4), batches, entropy, progress=False)
+
+
+def test_hooks_that_take_gradients_and_gradients_that_cannot_be_squared_are_refused() -> None:
+    model = nn.Linear(8, 4)
+    trainable = {name: torch.ones_like(param, dtype=torch.bool) for name, param in model.named_parameters()}
+    release = release_gradients(model, SparseAdamW(model.named_parameters(), trainable=trainable))
+    before = {name: param.detach().clone() for name, param in model.named_parameters()}
+    for method in ("vmap", "loop"):
+        with pytest.raises(ValueError, match="weight has a hook that would take the gradients of the examples"):
+            fisher(model, examples(), entropy, method=method, progress=False)  # type: ignore[arg-type]
+    assert all(torch.equal(param, before[name]) for name, param in model.named_parameters())
+    release.remove()
+    fisher(model, examples(), entropy, method="loop", progress=False)
+
+    table = nn.Embedding(9, 4, sparse=True)
+    words = [(torch.randint(9, (8,)), torch.randint(4, (8,)))]
+    with pytest.raises(NotImplementedError, match="the gradient of weight is sparse"):
+        fisher(table, words, entropy, method="loop", progress=False)
+    with pytest.raises(NotImplementedError, match=r"weight is torch.complex64"):
+        fisher(nn.Linear(8, 4, dtype=torch.complex64), examples(), entropy, progress=False)
+
+
+def test_output_magnitude_names_a_tied_weight_as_the_model_does() -> None:
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9, bias=False))
+    model[1].weight = model[0].weight
+    assert list(output_magnitude(model, [torch.arange(9)])) == ["0.weight"] == [n for n, _ in model.named_parameters()]
+
+
+def test_the_same_tensor_before_and_after_has_not_moved_and_is_refused() -> None:
+    model = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"weight is one tensor before and after; clone\(\)"):
+        update_magnitude(dict(model.named_parameters()), dict(model.named_parameters()))

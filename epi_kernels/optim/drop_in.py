@@ -8,6 +8,7 @@ from torch import Tensor
 
 from epi_kernels import dispatch
 from epi_kernels.contract import FLOATING
+from epi_kernels.distributed import is_dtensor
 from epi_kernels.optim import compiled
 from epi_kernels.optim.checkpoint import check_state, pairs_of, taken
 from epi_kernels.optim.groups import Named, check_shared
@@ -180,7 +181,7 @@ class DropInAdamW(Named, torch.optim.AdamW):
                 raise NotImplementedError(
                     f"{self._name(param)} is {param.dtype}; this class takes {', '.join(map(str, self._DTYPES))}"
                 )
-            if type(param.data) is not Tensor and not (self._SHARDED and type(param.data).__name__ == "DTensor"):
+            if type(param.data) is not Tensor and not (self._SHARDED and is_dtensor(param)):
                 raise NotImplementedError(
                     f"{self._name(param)} is a {type(param.data).__name__}; this class takes plain tensors"
                     + (" and DTensors" if self._SHARDED else "")

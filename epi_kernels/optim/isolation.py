@@ -298,10 +298,8 @@ class Isolation(Named):
             name = str(number) if ranks is None else f"{rank}:{number}" if partitioned else self._name(param)
             layer = f"{rank}:{layers[param]}" if partitioned else layers[param]
             scope = layer if group["scope"] == "layer" else "global"
-            entries = local(param).numel()
-            whole = entries if type(param.data) is Tensor else param.numel()
             key = shard_key(param, rank, partitioned=partitioned)
-            yield param, Held(name, key, layer, (scope, group["isolation_ratio"]), entries, whole)
+            yield param, Held(name, key, layer, (scope, group["isolation_ratio"]), local(param).numel(), param.numel())
 
     def _eligible(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         """Yield the parameters whose entries may be protected, each once, with their groups."""
