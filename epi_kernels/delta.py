@@ -9,6 +9,8 @@ from os import PathLike
 import torch
 from torch import Tensor, nn
 
+from epi_kernels.distributed import is_dtensor, local, shard_of
+
 # name -> (positions in row-major order, values)
 Delta = Mapping[str, tuple[Tensor, Tensor]]
 
@@ -22,7 +24,7 @@ def apply_delta(model: nn.Module, delta: Delta) -> None:
     Deltas of tasks that were trained one after the other are applied in that order.
 
     Args:
-        model: as it was when the delta's task began; written.
+        model: as it was when the delta's task began; written. Of a sharded model every rank writes its part.
         delta: {name: (positions, values)}; names are those of ``model.named_parameters()``.
 
     Raises:
@@ -45,6 +47,8 @@ def apply_delta(model: nn.Module, delta: Delta) -> None:
                 f"{name} has positions of shape {tuple(positions.shape)} and values of {tuple(values.shape)}; both are "
                 "1-D and equally long"
             )
+        if positions.is_floating_point() or positions.dtype == torch.bool:
+            raise ValueError(f"{name} has positions of {positions.dtype}; they are integers")
         if positions.numel() and not 0 <= int(positions.min()) <= int(positions.max()) < param.numel():
             raise ValueError(
                 f"the delta has positions from {int(positions.min())} to {int(positions.max())} in {name}, which has "
@@ -55,7 +59,19 @@ def apply_delta(model: nn.Module, delta: Delta) -> None:
                 f"{name} is {param.dtype} in the model and {values.dtype} in the delta; convert one of them"
             )
     for name, (positions, values) in delta.items():
-        params[name].put_(positions.long().to(params[name].device), values.to(params[name].device))
+        _write(params[name], positions.long(), values)
+
+
+def _write(param: Tensor, positions: Tensor, values: Tensor) -> None:
+    if not is_dtensor(param):
+        param.put_(positions.to(param.device), values.to(param.device))
+        return
+    # one tensor at a time as a whole, and the part of it that belongs here
+    here = [
+        local(shard_of(torch.zeros(param.shape, dtype=part.dtype).put_(positions, part), param))
+        for part in (values, torch.ones(len(positions), dtype=torch.bool))
+    ]
+    local(param).copy_(torch.where(here[1], here[0], local(param)))
 
 
 def save_delta(delta: Delta, path: str | PathLike[str]) -> None:

@@ -171,6 +171,10 @@ def _check_settings(everyone: Sequence[Sequence[dict[str, Any]]]) -> None:
                     )
 
 
+class AgreeAgain(Exception):  # noqa: N818  no error: a rank says so to the others, and all do
+    """A rank holds something else than when all agreed."""
+
+
 class Ranks:
     """The ranks of a process group, as a refresh sees them."""
 
@@ -194,29 +198,39 @@ class Ranks:
         _check_settings([theirs for _, theirs in everyone])
         return agreement([theirs for theirs, _ in everyone], self.rank)
 
-    def ranges(self, ranges: Tensor, clock: int | Tensor) -> Tensor:
+    def ranges(self, ranges: Tensor, clock: int | Tensor, *, again: bool = False) -> Tensor:
         """Return the range of every layer over all ranks: the smallest of all minima, the largest of all maxima.
 
         Args:
             ranges: float32 [layers, 2] of this rank.
-            clock: of this refresh; must be the same on all ranks.
+            clock: of this refresh; must be the same on all ranks. Where it is on a device, the host does not look.
+            again: this rank wants all to agree again.
 
         Raises:
             RuntimeError: on every rank: one refreshes at another step than the others.
+            AgreeAgain: on every rank: one wants that.
         """
         step = torch.as_tensor(clock, dtype=torch.float64, device=self.device).reshape(1)
         low, high = ranges.to(self.device, torch.float64).unbind(1)
-        largest = torch.cat([-low, high, step, -step])
+        largest = torch.cat([-low, high, torch.full_like(step, again), step, -step])
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
         if not isinstance(clock, Tensor):
-            first, last = -largest[-1].item(), largest[-2].item()
-            if first != last:
+            wanted, last, first = largest[-3:].tolist()
+            if -first != last:
                 raise RuntimeError(
-                    f"a refresh is at step {clock} on rank {self.rank}, and the ranks are between step {int(first)} "
+                    f"a refresh is at step {clock} on rank {self.rank}, and the ranks are between step {int(-first)} "
                     f"and {int(last)}: every rank must take the same steps, and call refresh() at the same one"
                 )
-        low, high = largest[:-2].float().view(2, -1)
+            if wanted:
+                raise AgreeAgain
+        low, high = largest[:-3].float().view(2, -1)
         return torch.stack([-low, high], 1).to(ranges.device)
+
+    def union(self, names: Sequence[str]) -> list[str]:
+        """Return the names that any rank gives, in order."""
+        everyone: list[list[str]] = [[]] * dist.get_world_size(self.group)
+        dist.all_gather_object(everyone, list(names), group=self.group)
+        return sorted({name for theirs in everyone for name in theirs})
 
     def sum(self, counts: Tensor) -> Tensor:
         """Return the sum of int64 counts over all ranks."""

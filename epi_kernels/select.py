@@ -65,7 +65,12 @@ def top_k(
         key = shard_key(values, 0, partitioned=False)
         budget = (layer if scope == "layer" else "global", ratio)
         held.append(Held(name, key, layer, budget, single[name].numel(), values.numel()))
+    below = [name for name, values in single.items() if (values < 0).any()]
     asked = [{"ratio": ratio, "scope": scope, "normalize": normalize, "names": list(scores)}]
+    if ranks is not None:
+        below = ranks.union(below)
+    if below:
+        raise ValueError(f"{below[0]} has scores below 0; pass magnitudes, such as scores.abs()")
     agreed = agreement([held], 0) if ranks is None else ranks.agree(held, asked)
     layer_of = {piece.name: agreed.layers.index(piece.layer) for piece in held}
     budget_of = {piece.name: agreed.budgets.index(piece.budget) for piece in held}
@@ -150,8 +155,6 @@ def _check(scores: Mapping[str, Tensor], ratio: float, scope: str, normalize: st
     for name, values in scores.items():
         if not values.is_floating_point():
             raise ValueError(f"the scores of {name} are {values.dtype}; pass a floating dtype")
-        if (local(values) < 0).any():
-            raise ValueError(f"{name} has scores below 0; pass magnitudes, such as scores.abs()")
 
 
 def _layer(name: str, layers: str | Callable[[str], str]) -> str:

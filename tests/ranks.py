@@ -19,11 +19,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from epi_kernels import EPIAdamW, IsolatedOptimizer, MaskedAdamW, SparseAdamW, distributed, importance, select
+from epi_kernels.delta import apply_delta
 
 STEPS = 7
 SETTINGS: dict[str, Any] = {"lr": 0.02, "isolation_ratio": 0.15, "mask_interval": 2, "importance_beta": 0.5}
@@ -241,6 +242,77 @@ def piece_is_that_of_one_process() -> None:
             if name in delta:
                 start[name].put_(delta[name][0].long(), delta[name][1])
             assert torch.equal(start[name], full(param)), name
+        again, _, _ = pairs(layout)
+        apply_delta(again, delta)
+        for name, param in names_of(again).items():
+            assert torch.equal(full(param), names_of(whole)[name]), name
+        outputs_are_scored(layout)
+
+
+def outputs_are_scored(layout: str) -> None:
+    model, whole, width = pairs(layout)
+    batches = [torch.randn(5, width, generator=torch.Generator().manual_seed(1))]
+    if layout == "tp":
+        if dist.get_world_size() > 1:
+            expect(
+                NotImplementedError,
+                "models under tensor parallelism",
+                lambda: importance.output_magnitude(model, batches),
+            )
+        return
+    scores, expected = (importance.output_magnitude(one, batches) for one in (model, whole))
+    for name, score in expected.items():
+        torch.testing.assert_close(scores[name], score)
+    # the model has its shards again: an optimizer that is built now trains them
+    optimizer = SparseAdamW(model.named_parameters(), lr=0.1, trainable=select.top_k(scores, 0.3, scope="layer"))
+    before = {name: full(param).detach().clone() for name, param in names_of(model).items()}
+    loss_of(model, 1, width).backward()
+    optimizer.step()
+    for name, param in names_of(model).items():
+        moved = (full(param) != before[name]).any()
+        assert bool(moved) == (name in expected), name
+
+
+def states_of_one_process_load_into_shards() -> None:
+    """Without torch.distributed.checkpoint: every rank takes its part of the whole tensors."""
+    kinds: dict[str, Callable[[nn.Module], Any]] = {
+        "EPI": lambda model: EPIAdamW(model.named_parameters(), **SETTINGS),
+        "masked": lambda model: MaskedAdamW(model.named_parameters(), lr=0.1, frozen=every_third(model)),
+        "sparse": lambda model: SparseAdamW(model.named_parameters(), lr=0.1, trainable=every_third(model)),
+    }
+    for kind, made in kinds.items():
+        model, whole, _ = pairs("fsdp")
+        reference = made(whole)
+        for step in (1, 2, 3):
+            give(names_of(whole), step)
+            reference.step()
+        with torch.no_grad():
+            for name, param in names_of(model).items():
+                distributed.local(param).copy_(distributed.local(distributed.shard_of(names_of(whole)[name], param)))
+        optimizer = made(model)
+        optimizer.load_state_dict(copy.deepcopy(reference.state_dict()))
+        for step in (4, 5):
+            give(names_of(whole), step)
+            reference.step()
+            give(names_of(model), step)
+            optimizer.step()
+        for name, param in names_of(model).items():
+            assert torch.equal(full(param), names_of(whole)[name]), (kind, name)
+    replicated = {"state": {}, "param_groups": optimizer.state_dict()["param_groups"]}
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    epi = EPIAdamW(model.named_parameters(), **SETTINGS)
+    for number, param in enumerate(model.parameters()):
+        moments = {
+            key: distribute_tensor(torch.ones(param.shape), mesh, [Replicate()]) for key in ("exp_avg", "exp_avg_sq")
+        }
+        replicated["state"][number] = {"step": torch.tensor(1.0), **moments}
+    expect(ValueError, "exp_avg of scale is placed", lambda: epi.load_state_dict(replicated))
+
+
+def every_third(model: nn.Module) -> dict[str, Tensor]:
+    """Return masks of the weights alone."""
+    named = [(name, param) for name, param in model.named_parameters() if name.endswith("weight")]
+    return {name: torch.arange(param.numel()).view(param.shape) % 3 == 1 for name, param in named}
 
 
 def full_bool(mask: Tensor) -> Tensor:
@@ -346,8 +418,8 @@ def collectives_are_few_and_small() -> None:
                 elif step % 3:
                     assert found == ([], step == 1), found  # the ranks meet once
                 else:
-                    # ranges of 3 layers and the clock; three digits of the threshold; counts of each layer
-                    assert found == ([8 * (2 * 3 + 2), 8 * 4096, 8 * 1024, 8 * 512, 8 * 3 * 3], 0), found
+                    # ranges of 3 layers, whether to agree again, the clock twice; three digits of the threshold; counts
+                    assert found == ([8 * (2 * 3 + 3), 8 * 4096, 8 * 1024, 8 * 512, 8 * 3 * 3], 0), found
     dist.all_reduce, dist.all_gather_object = all_reduce, all_gather_object
 
 
@@ -403,6 +475,55 @@ def a_mismatch_raises_on_every_rank() -> None:
         del grads
 
     expect(RuntimeError, "every rank must take the same steps", alone)
+
+    def changed(change: Callable[[Any, nn.Module], None]) -> None:
+        model, _, _ = pairs("fsdp")
+        optimizer = EPIAdamW(model.named_parameters(), **SETTINGS)
+        for step in range(1, 5):
+            if step == 3 and last:
+                change(optimizer, model)
+            give(names_of(model), step)
+            optimizer.step()
+
+    expect(
+        ValueError,
+        f"isolation_ratio of parameter group 0 is 0.4 {who} 0.15",
+        lambda: changed(lambda optimizer, _: optimizer.param_groups[0].update(isolation_ratio=0.4)),
+    )
+    expect(
+        ValueError,
+        "entries of blocks.0.up.weight; ranks",
+        lambda: changed(lambda _, model: model.blocks[0].up.weight.requires_grad_(False)),
+    )
+
+    def fixed(kind: Callable[..., Any], argument: str, **settings: Any) -> None:
+        model, _, _ = pairs("fsdp")
+        masks = every_third(model)
+        if settings.pop("other_mask", False):
+            masks["blocks.1.up.weight"] = ~masks["blocks.1.up.weight"]
+        optimizer = kind(model.named_parameters(), **{argument: masks}, **settings)
+        give(names_of(model), 1)
+        optimizer.step()
+
+    for kind, argument in ((SparseAdamW, "trainable"), (MaskedAdamW, "frozen")):
+        expect(
+            ValueError,
+            f"lr of parameter group 0 is 0.5 {who} 0.02",
+            lambda: fixed(kind, argument, lr=0.5 if last else 0.02),  # noqa: B023
+        )
+        expect(
+            ValueError,
+            "the mask of blocks.1.up.weight of parameter group 0 is",
+            lambda: fixed(kind, argument, other_mask=last),  # noqa: B023
+        )
+
+    def negative() -> None:
+        scores = {name: param.detach().abs() for name, param in pairs("fsdp")[0].named_parameters()}
+        if last:
+            scores["blocks.0.up.weight"].to_local()[:1] = -1.0
+        select.top_k(scores, 0.1)
+
+    expect(ValueError, "blocks.0.up.weight has scores below 0", negative)
 
 
 def fsdp1_and_zero() -> None:
@@ -496,7 +617,7 @@ def resharded(kind: str) -> None:
     stage = next(i for i, (ranks, _, _) in enumerate(STAGES) if ranks == world)
     folder = Path(sys.argv[4]).parent
     model = LAYOUTS["fsdp"][0](model_of(False))
-    optimizer = optimizer_of(kind, model)
+    optimizer = optimizer_of(kind, model, selects=not stage)
     options = StateDictOptions(full_state_dict=kind == "full", cpu_offload=kind == "full")
     if stage:
         parts = get_state_dict(model, optimizer, options=options)  # makes the state, by a step of zeros
@@ -533,11 +654,12 @@ def resharded(kind: str) -> None:
         assert mine == straight.telemetry()[-1]
 
 
-def optimizer_of(kind: str, model: nn.Module) -> Any:
+def optimizer_of(kind: str, model: nn.Module, *, selects: bool = True) -> Any:
     settings = {**SETTINGS, "mask_interval": 4}
     if kind == "sparse":
-        masks = {n: torch.arange(p.numel()).view(p.shape) % 4 == 1 for n, p in model.named_parameters()}
-        return SparseAdamW(model.named_parameters(), lr=0.02, trainable=masks)
+        # a checkpoint brings its selection along
+        trainable = every_third(model) if selects else {}
+        return SparseAdamW(model.named_parameters(), lr=0.02, trainable=trainable)
     if kind == "isolated":
         settings.pop("lr")
         return IsolatedOptimizer(torch.optim.Adagrad(model.named_parameters(), lr=0.02), **settings)

@@ -45,7 +45,7 @@ TIERS = [
     ("epi_kernels.ops", 4),
     ("epi_kernels.importance", 5),
     ("epi_kernels.select", 5),
-    ("epi_kernels.delta", 0),
+    ("epi_kernels.delta", 1),
     ("epi_kernels.optim.refusals", 0),
     ("epi_kernels.optim.groups", 1),
     ("epi_kernels.optim.compiled", 0),

@@ -4,7 +4,8 @@
   ZeroRedundancyOptimizer: masks, parameters and telemetry are those of one process that was given the same gradients.
 - A planted double count of a replicated norm makes the same comparison fail.
 - Collectives of a refresh: 5, of a size that knows the number of layers alone. Of other steps, and of DDP: none.
-- Ranks that differ raise, each of them, and say in what.
+- A state of one process loads into shards without a word from torch.distributed.checkpoint.
+- Ranks that differ raise, each of them, and say in what; also when one of them changes later.
 """
 
 import subprocess
@@ -71,6 +72,10 @@ def test_checkpoints_go_from_4_ranks_to_2_to_1_to_3_bit_for_bit(kind: str, tmp_p
     for world in (4, 2, 1, 3):
         (tmp_path / "store").unlink(missing_ok=True)
         run(f"resharded:{kind}", world, tmp_path)
+
+
+def test_states_of_one_process_load_into_shards(tmp_path: Path) -> None:
+    run("states_of_one_process_load_into_shards", 3, tmp_path)
 
 
 def test_the_step_of_zeros_that_makes_a_state_changes_nothing(tmp_path: Path) -> None:

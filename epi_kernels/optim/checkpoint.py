@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from epi_kernels.contract import arithmetic_dtype
+from epi_kernels.distributed import is_dtensor
 from epi_kernels.optim.groups import Groups, name_of
 
 # state of ours and of torch that keeps its own dtype when loaded; None: that of the arithmetic
@@ -93,8 +94,24 @@ def _check_entry(
         wanted = () if key == "step" else shape_of(key, param, entry)
         if tuple(value.shape) != wanted:
             raise ValueError(f"{key} of {name} has shape {tuple(value.shape)} in the state, and {wanted} here")
+        if is_dtensor(value) and not _placed_alike(value, param):
+            theirs, ours = (_placements(tensor) for tensor in (value, param))
+            raise ValueError(
+                f"{key} of {name} is placed {theirs} in the state, and the parameter {ours} here; load it with "
+                "torch.distributed.checkpoint, which places it anew"
+            )
         if key != "step" and value.is_complex() != _dtype_of(key, param, value).is_complex:
             raise ValueError(f"{key} of {name} is {value.dtype} in the state, and {_dtype_of(key, param, value)} here")
+
+
+def _placed_alike(value: Tensor, param: Tensor) -> bool:
+    return is_dtensor(param) and _placements(value) == _placements(param)
+
+
+def _placements(tensor: Tensor) -> Any:
+    if not is_dtensor(tensor):
+        return "whole"
+    return tensor.placements, tensor.device_mesh  # type: ignore[attr-defined]
 
 
 def pairs_of(saved_groups: Groups, groups: Groups) -> Iterator[tuple[Any, Tensor]]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from epi_kernels import dispatch
 from epi_kernels.contract import FLOATING
-from epi_kernels.distributed import is_dtensor
+from epi_kernels.distributed import is_dtensor, shard_of
 from epi_kernels.optim import compiled
 from epi_kernels.optim.checkpoint import check_state, pairs_of, taken
 from epi_kernels.optim.groups import Named, check_shared
@@ -110,8 +110,8 @@ class DropInAdamW(Named, torch.optim.AdamW):
         """Check a parameter's saved state beyond its keys and shapes; ValueError is for the caller."""
 
     def _unpacked(self, entry: dict[str, Any], param: Tensor) -> dict[str, Any]:
-        """Return a parameter's saved state as `state` has it."""
-        return entry
+        """Return a parameter's saved state as `state` has it: of a DTensor this rank's part, if the whole was saved."""
+        return {key: value if key == "step" else shard_of(value, param) for key, value in entry.items()}
 
     def _check_loaded(self, groups: list[dict[str, Any]]) -> None:
         """Check the groups of a state to be loaded, completed with what it lacked; ValueError is for the caller."""

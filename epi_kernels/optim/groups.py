@@ -1,11 +1,13 @@
 """Parameters found and named in torch's parameter groups."""
 
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from epi_kernels.distributed import is_dtensor
 from epi_kernels.layers import has_names
 
 Groups = Sequence[dict[str, Any]]
@@ -40,7 +42,10 @@ def masks_of(masks: Mapping[str | Tensor, Tensor], groups: Groups, argument: str
 
     Raises:
         ValueError: a name or Parameter is unknown, or its mask is not bool or has another shape.
+        TypeError: `masks` is no mapping, or a mask no tensor.
     """
+    if not isinstance(masks, Mapping):
+        raise TypeError(f"{argument} is a {type(masks).__name__}; pass {{name or Parameter: bool tensor}}")
     by_name = {
         name: param
         for group in groups
@@ -57,12 +62,28 @@ def masks_of(masks: Mapping[str | Tensor, Tensor], groups: Groups, argument: str
             raise ValueError(f"{argument} has a tensor of shape {tuple(param.shape)} that is not a parameter here")
         name = name_of(param, groups)
         moves = {"frozen": "never moves", "trainable": "moves"}[argument]
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"{argument}[{name!r}] is a {type(mask).__name__}; pass a bool tensor, True = {moves}")
         if mask.dtype != torch.bool:
             raise ValueError(f"{argument}[{name!r}] is {mask.dtype}; pass a bool tensor, True = {moves}")
         if mask.shape != param.shape:
             raise ValueError(f"{argument}[{name!r}] has shape {tuple(mask.shape)}, the parameter {tuple(param.shape)}")
         found[param] = mask
     return found
+
+
+def digest_of(mask: Tensor) -> int:
+    """Return a number that differs where masks of whole parameters do; 0 of a DTensor, of which a rank has a part."""
+    return 0 if is_dtensor(mask) else zlib.crc32(mask.contiguous().cpu().numpy().data)
+
+
+def settings_of(group: dict[str, Any], others: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the settings of a group that must be equal on all ranks: torch's and, where it has them, `others`."""
+    keys = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", *others)
+    found = {key: group[key] for key in keys if key in group}
+    numbers = {key: float(value) for key, value in found.items() if isinstance(value, Tensor)}
+    betas = {"betas": tuple(map(float, found["betas"]))} if "betas" in found else {}
+    return {**found, **numbers, **betas}
 
 
 def check_shared(keys: Sequence[str], group: dict[str, Any], settings: dict[str, Any]) -> None:

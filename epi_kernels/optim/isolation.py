@@ -4,7 +4,9 @@ What EPIAdamW and IsolatedOptimizer share. It knows torch's parameter groups, an
 whose sign bits are the mask.
 """
 
+import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +14,21 @@ import torch
 from torch import Tensor
 
 from epi_kernels import contract, dispatch, lock
-from epi_kernels.distributed import Agreement, Held, Ranks, agreement, group_of, local, local_gradient, shard_key
+from epi_kernels.distributed import (
+    AgreeAgain,
+    Agreement,
+    Held,
+    Ranks,
+    agreement,
+    group_of,
+    local,
+    local_gradient,
+    shard_key,
+)
 from epi_kernels.integrations.deepspeed import Segment
 from epi_kernels.layers import Grouping
 from epi_kernels.optim.complex import as_real, squared_by_importance
-from epi_kernels.optim.groups import Named
+from epi_kernels.optim.groups import Named, settings_of
 from epi_kernels.optim.nonfinite import NonfiniteCounts
 from epi_kernels.optim.refresh import Candidate, refresh_
 from epi_kernels.optim.scaling import UNSCALED, Scaling
@@ -159,7 +171,24 @@ class Isolation(Named):
         Where the device alone knows whether it is time, `due` is not 0 where it is, and `clock` is there as well.
         """
         grads = {param: squared_by_importance(local_gradient(param).detach()) for param in stepping}
-        ranks, plan = self._ranks(), self._plan(grads)
+        step = self._latest_clock() if clock is None else clock
+        try:
+            self._refresh_once(grads, scaling, step, due)
+        except AgreeAgain:
+            # of the importance, which has taken the gradients in
+            self._agreed = None
+            self._refresh_once({}, scaling, step, due)
+
+    def _refresh_once(
+        self, grads: dict[Tensor, Tensor], scaling: Scaling, step: int | Tensor, due: Tensor | None
+    ) -> None:
+        """Advance the importance by these gradients, and choose the protected entries.
+
+        Raises:
+            AgreeAgain: after the importance has advanced, before anything else has: another rank holds something else
+                now than when all agreed.
+        """
+        ranks, plan = self._ranks(), self._plan(grads, step)
         if not plan.candidates and ranks is None:
             return
         shared, agreed = self.param_groups[0], plan.agreed
@@ -167,7 +196,6 @@ class Isolation(Named):
             Budget(scope, ratio, eligible, contract.budget(ratio, eligible))
             for (scope, ratio), eligible in zip(agreed.budgets, agreed.budget_eligible, strict=True)
         ]
-        step = self._latest_clock() if clock is None else clock
         found = refresh_(
             plan.candidates,
             plan.untouched,
@@ -202,11 +230,11 @@ class Isolation(Named):
         else:
             self._on_device = record.kept_where(due, self._on_device)
 
-    def _plan(self, grads: dict[Tensor, Tensor]) -> _Plan:
+    def _plan(self, grads: dict[Tensor, Tensor], clock: int | Tensor) -> _Plan:
         """Return who competes for protection, in which layer and for which budget."""
         held = dict(self._held()) if self._segments is None else {}
         pieces = list(held.values()) if self._segments is None else [piece for _, _, piece in self._pieces()]
-        plan = _Plan(self._agree() if self._ranks() else agreement([pieces], 0))
+        plan = _Plan(self._agree(clock) if self._ranks() else agreement([pieces], 0))
         layers = {layer: i for i, layer in enumerate(plan.agreed.layers)}
         budgets = {budget: i for i, budget in enumerate(plan.agreed.budgets)}
         if self._segments is not None:
@@ -274,16 +302,23 @@ class Isolation(Named):
         if self._ranks() is None or self._agreed is not None:
             return
         if any(group["isolation_ratio"] > 0 for group in self.param_groups):
-            self._agree()
+            self._agree(clock=0)
 
-    def _agree(self) -> Agreement:
+    def _agree(self, clock: int | Tensor) -> Agreement:
         """Return what all ranks hold; asked of them again when this rank holds something else than before."""
         ranks = self._ranks()
         assert ranks is not None
         bound = self._segments is not None
         held = [piece for _, _, piece in self._pieces()] if bound else [piece for _, piece in self._held()]
-        if self._agreed is None or held != self._agreed_on:
-            self._agreed = ranks.agree(held, list(map(_settings_of, self.param_groups)))
+        if self._agreed is not None and held != self._agreed_on:
+            # the others wait for this rank's ranges, and hear it there
+            nothing = torch.tensor([[math.inf, -math.inf]]).repeat(len(self._agreed.layers), 1)
+            with suppress(AgreeAgain):
+                ranks.ranges(nothing, clock, again=True)
+            self._agreed = None
+        if self._agreed is None:
+            keys = ("isolation_ratio", "importance_beta", *SHARED)
+            self._agreed = ranks.agree(held, [settings_of(group, keys) for group in self.param_groups])
             self._agreed_on = held
         return self._agreed
 
@@ -309,15 +344,6 @@ class Isolation(Named):
                 if group["isolation_ratio"] > 0 and param.requires_grad and param not in seen:
                     seen.add(param)
                     yield param, group
-
-
-def _settings_of(group: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a group that must be equal on all ranks."""
-    keys = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "isolation_ratio", "importance_beta", *SHARED)
-    found = {key: group[key] for key in keys if key in group}
-    numbers = {key: float(value) for key, value in found.items() if isinstance(value, Tensor)}
-    betas = {"betas": tuple(map(float, found["betas"]))} if "betas" in found else {}
-    return {**found, **numbers, **betas}
 
 
 def check_settings(settings: dict[str, Any]) -> None:

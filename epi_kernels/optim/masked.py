@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from epi_kernels import lock
-from epi_kernels.distributed import local, shard_of
+from epi_kernels.distributed import is_dtensor, local, shard_of
 from epi_kernels.optim.base import LockedAdamW
-from epi_kernels.optim.groups import masks_of, position_of
+from epi_kernels.optim.groups import digest_of, masks_of, position_of
 
 
 class MaskedAdamW(LockedAdamW):
@@ -34,7 +34,8 @@ class MaskedAdamW(LockedAdamW):
     State of a parameter with a mask: torch's, and ``frozen``, int8, -1 where frozen.
 
     Raises:
-        ValueError: a name or Parameter is unknown, or its mask is not bool or has another shape.
+        ValueError: a name or Parameter is unknown, or its mask is not bool or has another shape; or, at the first step
+            and on every rank that holds a part of the parameters, settings or masks of the ranks differ.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(2))
@@ -64,6 +65,7 @@ class MaskedAdamW(LockedAdamW):
         backend: str = "auto",
     ) -> None:
         self._frozen: dict[Tensor, Tensor] = {}
+        self._digests: dict[Tensor, int] = {}
         super().__init__(
             params,
             lr,
@@ -81,6 +83,7 @@ class MaskedAdamW(LockedAdamW):
             settings={},
         )
         masks = masks_of(frozen, self.param_groups, "frozen")
+        self._digests = {p: digest_of(mask) for p, mask in masks.items() if is_dtensor(p)}
         self._frozen = {p: shard_of(lock.static_lock(mask).to(p.device), p) for p, mask in masks.items()}
 
     def isolation_mask(self, param: Tensor) -> Tensor:
@@ -95,6 +98,10 @@ class MaskedAdamW(LockedAdamW):
             return torch.zeros_like(local(param), dtype=torch.bool)
         return lock.is_locked(local(signed))
 
+    def _run_step(self) -> None:
+        self._compare_ranks(self._digests)
+        super()._run_step()
+
     def _lock_in(self, param: Tensor, group: dict[str, Any]) -> str:
         return "static" if param in self._frozen or "frozen" in self.state.get(param, ()) else "none"
 
@@ -102,4 +109,4 @@ class MaskedAdamW(LockedAdamW):
         return self._frozen[param]
 
     _STATE = (*LockedAdamW._STATE, "frozen")
-    _KEPT = (*LockedAdamW._KEPT, "_frozen")
+    _KEPT = (*LockedAdamW._KEPT, "_frozen", "_digests")

@@ -5,17 +5,18 @@ counts all clocks, and one launch for each bundle of tensors.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from epi_kernels.contract import check_lists
-from epi_kernels.distributed import local, local_gradient
+from epi_kernels.distributed import Ranks, group_of, local, local_gradient
 from epi_kernels.optim.clocks import DeviceClocks, HostClocks
 from epi_kernels.optim.complex import as_real
 from epi_kernels.optim.drop_in import DropInAdamW
+from epi_kernels.optim.groups import settings_of
 
 _NOTHING: dict[str, Tensor] = {}
 
@@ -58,6 +59,8 @@ class PreparedAdamW(DropInAdamW):
     Not used itself.
     """
 
+    _met = False  # the other ranks, since parameters, masks or a state came
+
     # What a subclass says -------------------------------------------------------------------------------------------
 
     def _bundle(self, params: list[Tensor], groups: list[int]) -> Bundle:
@@ -89,6 +92,23 @@ class PreparedAdamW(DropInAdamW):
 
     # ----------------------------------------------------------------------------------------------------------------
 
+    def _compare_ranks(self, masks: Mapping[Tensor, int]) -> None:
+        """Compare the settings, and `digest_of` each mask, with those of the ranks that hold the rest, once.
+
+        Raises:
+            ValueError: on every rank: they differ; the message names the first that does.
+        """
+        if self._met:
+            return
+        group = group_of([param for group in self.param_groups for param in group["params"]], None)
+        if group is not None:
+            settings = [
+                {**settings_of(one), **{f"the mask of {self._name(p)}": masks[p] for p in one["params"] if p in masks}}
+                for one in self.param_groups
+            ]
+            Ranks(group).agree([], settings)
+        self._met = True
+
     def _step_alone(self, param: Tensor, group: int) -> None:
         prepared = self._alone.setdefault(param, Prepared())
         self._bring_up_to_date(prepared, [(self.param_groups[group], [param])])
@@ -96,6 +116,7 @@ class PreparedAdamW(DropInAdamW):
             self._update(prepared)
 
     def _forget(self) -> None:
+        self._met = False
         self._prepared = Prepared()
         self._alone: dict[Tensor, Prepared] = {}
 

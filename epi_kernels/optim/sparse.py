@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from epi_kernels.contract import arithmetic_dtype
-from epi_kernels.distributed import local, local_gradient, shard_of, wrapped
+from epi_kernels.distributed import is_dtensor, local, local_gradient, shard_of, wrapped
 from epi_kernels.ops import SparseSweep
 from epi_kernels.optim.checkpoint import pairs_of
-from epi_kernels.optim.groups import masks_of, position_of
+from epi_kernels.optim.groups import digest_of, masks_of, position_of
 from epi_kernels.optim.prepared import Bundle, Prepared, PreparedAdamW
 from epi_kernels.optim.refusals import require_default
 
@@ -45,14 +45,17 @@ class SparseAdamW(PreparedAdamW):
             `epi_kernels.select.top_k` makes it. Parameters that it does not name do not move.
         backend: "auto", or the name of one, which then runs or raises.
 
-    Of a DTensor the state is that of the shard, and a checkpoint has it in the parameter's shape, with ``trainable``,
-    the mask, so that it loads on another number of ranks: 9 bytes for each entry, made when it is saved.
+    State of a parameter with k selected entries: ``step``, ``exp_avg`` and ``exp_avg_sq`` [k], and ``indices`` [k], the
+    positions in row-major order, int32 (int64 from 2^31 entries on). A checkpoint brings its selection along.
 
-    State of a parameter with k > 0 selected entries: ``step``, ``exp_avg`` and ``exp_avg_sq`` [k], and ``indices`` [k],
-    the positions in row-major order, int32 (int64 from 2^31 entries on). A checkpoint brings its selection along.
+    Of a DTensor the state is that of the shard, and a checkpoint has it in the parameter's shape, with ``trainable``,
+    the mask, so that it loads on another number of ranks: 9 bytes for each entry, made when it is saved. What is plain
+    has k values there, and torch.distributed.checkpoint, which loads into what is there, loads it where as many entries
+    are selected. Ranks that have a replica each, as under DDP, must be given the same masks.
 
     Raises:
-        ValueError: a name or Parameter is unknown, or its mask is not bool or has another shape.
+        ValueError: a name or Parameter is unknown, or its mask is not bool or has another shape; or, at the first step
+            and on every rank that holds a part of the parameters, settings or masks of the ranks differ.
         NotImplementedError: an argument or a parameter's kind is not in this version.
 
     Example:
@@ -66,6 +69,7 @@ class SparseAdamW(PreparedAdamW):
 
     _SHARDED = True
     _STATE = ("exp_avg", "exp_avg_sq", "indices", "trainable")
+    _KEPT = (*PreparedAdamW._KEPT, "_digests")
 
     def __init__(
         self,
@@ -118,24 +122,38 @@ class SparseAdamW(PreparedAdamW):
         """
         chosen = masks_of(trainable, self.param_groups, "trainable")
         shards = {param: local(shard_of(mask.to(param.device), param)) for param, mask in chosen.items()}
+        self._digests = {param: digest_of(mask) for param, mask in chosen.items() if is_dtensor(param)}
         self.state.clear()
         self._forget()
         for param, mask in shards.items():
             self._choose(param, mask.reshape(-1).nonzero()[:, 0])
+        self._complete()
+
+    def _complete(self) -> None:
+        """Give every parameter a state: that of nothing, where nothing is selected.
+
+        torch.distributed.checkpoint loads into the states that are there, and would leave out the others of a file.
+        """
+        for group in self.param_groups:
+            for param in group["params"]:
+                if not self.state.get(param):
+                    self._choose(param, torch.zeros(0, dtype=torch.int64, device=param.device))
 
     def _choose(self, param: Tensor, positions: Tensor) -> None:
         """Give a parameter the state of entries at these positions of what this rank holds, in row-major order."""
-        # where a shard has none, the state of nothing keeps all ranks alike
-        if not positions.numel() and local(param) is param:
-            return
-        group = self.param_groups[position_of(param, self.param_groups)[0]]
+        group = self._group_of(param)
         dtype = arithmetic_dtype(param.dtype)
         self.state[param] = {
             "step": self._clock(0.0, param, group),
             "exp_avg": torch.zeros(len(positions), dtype=dtype, device=param.device),
             "exp_avg_sq": torch.zeros(len(positions), dtype=dtype, device=param.device),
-            "indices": positions if local(param).numel() >= _NARROW else positions.int(),
+            "indices": _narrow(positions, local(param)),
         }
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group as torch does; nothing of it is selected until `select`."""
+        super().add_param_group(param_group)
+        self._complete()
 
     def trainable_mask(self, param: Tensor) -> Tensor:
         """Return which entries of `param` move: a new bool tensor of its shape, or of the shard of a DTensor.
@@ -146,8 +164,7 @@ class SparseAdamW(PreparedAdamW):
         position_of(param, self.param_groups)  # raises where it has none
         held = local(param)
         mask = torch.zeros(held.numel(), dtype=torch.bool, device=param.device)
-        if self._moves(param):
-            mask[self.state[param]["indices"].long()] = True
+        mask[self.state[param]["indices"].long()] = True
         return mask.view(held.shape)
 
     @torch.no_grad()
@@ -159,28 +176,27 @@ class SparseAdamW(PreparedAdamW):
         must call; each is gathered, one after the other.
         """
         found = {}
-        for param, state in self._selected():
-            positions, whole = state["indices"], param
-            if local(param) is not param:
+        # in the order of the groups, which is the same on all ranks
+        for param in (param for group in self.param_groups for param in group["params"]):
+            positions, whole = self.state[param]["indices"], param
+            if is_dtensor(param):
                 mask = wrapped(self.trainable_mask(param).to(torch.uint8), param)
-                positions = mask.full_tensor().flatten().nonzero()[:, 0].to(positions.dtype)  # type: ignore[attr-defined]
-                whole = param.full_tensor()  # type: ignore[attr-defined]
+                mask, whole = mask.full_tensor(), param.full_tensor()  # type: ignore[attr-defined]
+                positions = _narrow(mask.flatten().nonzero()[:, 0], param)
             if positions.numel():
                 found[self._name(param)] = (positions.cpu(), whole.take(positions.long()).cpu())
         return found
 
     def __repr__(self) -> str:
         """Return torch's text and how much is selected."""
-        counts = [len(state["indices"]) for _, state in self._selected()]
+        counts = [len(state["indices"]) for state in self.state.values()]
         total = sum(local(param).numel() for group in self.param_groups for param in group["params"])
-        return f"{super().__repr__()}\nSelected: {sum(counts)} of {total} entries, in {len(counts)} tensors"
-
-    def _selected(self) -> list[tuple[Tensor, dict[str, Any]]]:
-        return [(param, state) for param, state in self.state.items() if state]
+        return f"{super().__repr__()}\nSelected: {sum(counts)} of {total} entries, in {sum(map(bool, counts))} tensors"
 
     # The step --------------------------------------------------------------------------------------------------------
 
     def _run_step(self) -> None:
+        self._compare_ranks(self._digests)
         if self._released is not None:
             self._released.end_iteration()
             return
@@ -194,7 +210,8 @@ class SparseAdamW(PreparedAdamW):
             bundle.sweep.step_(bundle.grads(), scalars, rows)
 
     def _moves(self, param: Tensor) -> bool:
-        return bool(self.state.get(param))  # looking at optimizer.state[param] leaves an empty one
+        # a DTensor even where this rank has nothing: to come by its gradient may take all ranks
+        return bool(self.state[param]["indices"].numel()) or is_dtensor(param)
 
     def _ensure_state(self, param: Tensor, group: dict[str, Any]) -> None:
         pass  # `select` has made it
@@ -229,22 +246,28 @@ class SparseAdamW(PreparedAdamW):
         for number, param in pairs_of(packed["param_groups"], self.param_groups):
             if number in packed["state"]:
                 entry = packed["state"][number]
-                state[number] = _spread(entry, param) if entry and local(param) is not param else entry
+                state[number] = _spread(entry, param) if is_dtensor(param) else entry
         return {**packed, "state": state}
 
     def _unpacked(self, entry: dict[str, Any], param: Tensor) -> dict[str, Any]:
         if "trainable" not in entry:
-            return entry
+            if not is_dtensor(param):
+                return entry
+            entry = {"step": entry["step"], **_dense(entry, param.shape)}  # of one process
         # of a DTensor's shard, or of the whole of it where the checkpoint has that
         keys = ("exp_avg", "exp_avg_sq", "trainable")
-        parts = {key: local(shard_of(entry[key].to(param.device), param)) for key in keys}
-        positions = parts["trainable"].reshape(-1).nonzero()[:, 0]
+        parts = {key: local(shard_of(entry[key].to(param.device), param)).reshape(-1) for key in keys}
+        positions = parts["trainable"].nonzero()[:, 0]
         return {
             "step": entry["step"],
-            "exp_avg": parts["exp_avg"].reshape(-1)[positions],
-            "exp_avg_sq": parts["exp_avg_sq"].reshape(-1)[positions],
-            "indices": positions if local(param).numel() >= _NARROW else positions.int(),
+            "exp_avg": parts["exp_avg"][positions],
+            "exp_avg_sq": parts["exp_avg_sq"][positions],
+            "indices": _narrow(positions, local(param)),
         }
+
+    def _after_load(self) -> None:
+        self._digests = {}  # the selection is the checkpoint's
+        self._complete()
 
     def _state_shape(self, key: str, param: Tensor, entry: dict[str, Any]) -> tuple[int, ...]:
         if "trainable" in entry:
@@ -267,15 +290,23 @@ class SparseAdamW(PreparedAdamW):
             raise ValueError(f"indices of {name} do not increase in the state: it was changed, or is not SparseAdamW's")
 
 
-def _spread(entry: dict[str, Any], param: Tensor) -> dict[str, Any]:
-    """Return the compact state of a shard in the shape of its parameter."""
-    held, positions = local(param), entry["indices"].long()
+def _narrow(positions: Tensor, tensor: Tensor) -> Tensor:
+    """Return positions in a tensor in the dtype in which they are kept."""
+    return positions.int() if tensor.numel() < _NARROW else positions
+
+
+def _dense(entry: dict[str, Any], shape: torch.Size) -> dict[str, Tensor]:
+    """Return compact moments in a shape, zeros where nothing is selected, and where it is."""
+    positions = entry["indices"].long()
 
     def spread(values: Tensor) -> Tensor:
-        dense = torch.zeros(held.numel(), dtype=values.dtype, device=values.device)
-        dense[positions] = values
-        return wrapped(dense.view(held.shape), param)
+        return torch.zeros(shape, dtype=values.dtype, device=values.device).put_(positions, values)
 
     ones = torch.ones(len(positions), dtype=torch.uint8, device=positions.device)
-    parts = {"exp_avg": entry["exp_avg"], "exp_avg_sq": entry["exp_avg_sq"], "trainable": ones}
-    return {"step": entry["step"], **{key: spread(values) for key, values in parts.items()}}
+    return {"exp_avg": spread(entry["exp_avg"]), "exp_avg_sq": spread(entry["exp_avg_sq"]), "trainable": spread(ones)}
+
+
+def _spread(entry: dict[str, Any], param: Tensor) -> dict[str, Any]:
+    """Return the compact state of a shard in the shape of its parameter."""
+    dense = _dense(entry, local(param).shape)
+    return {"step": entry["step"], **{key: wrapped(values, param) for key, values in dense.items()}}
