@@ -80,7 +80,7 @@ def top_k(
         return numbers if ranks is None else ranks.sum(torch.tensor(numbers)).tolist()
 
     own = {name: values for name, values in single.items() if name in agreed.owned}
-    ranges = _ranges(single, layer_of, len(agreed.layers), ranks) if normalize else None
+    ranges = _ranges(single, layer_of, len(agreed.layers), ranks, backend) if normalize else None
     thresholds = _thresholds(own, layer_of, budget_of, ranges, counts, ranks, backend)
     scored = {
         name: _Scored(values, thresholds[budget_of[name]], None if ranges is None else ranges[layer_of[name]])
@@ -165,7 +165,9 @@ def _layer(name: str, layers: str | Callable[[str], str]) -> str:
     return block(name) if layers == "block" else without_wrappers(name)
 
 
-def _ranges(scores: Mapping[str, Tensor], layer_of: Mapping[str, int], count: int, ranks: Ranks | None) -> Tensor:
+def _ranges(
+    scores: Mapping[str, Tensor], layer_of: Mapping[str, int], count: int, ranks: Ranks | None, backend: str
+) -> Tensor:
     """Return float32 [layers, 2] on the CPU: the smallest and the largest score of each layer."""
     ranges = torch.tensor([[torch.inf, -torch.inf]]).repeat(count, 1)
     for device, names in _by_device(scores):
@@ -180,7 +182,7 @@ def _ranges(scores: Mapping[str, Tensor], layer_of: Mapping[str, int], count: in
             True,
             None,
             None,
-            "auto",
+            backend,
         )
         low, high = here.cpu().unbind(1)
         ranges = torch.stack([torch.minimum(ranges[:, 0], low), torch.maximum(ranges[:, 1], high)], 1)

@@ -141,9 +141,10 @@ def learn(
     sparse = method in SPARSE
     optimizer = SparseAdamW(model.named_parameters(), lr=SPARSE_RATE, trainable={}) if sparse else method(model)
     for number, task in enumerate(tasks):
-        drawn = torch.Generator().manual_seed(len(tasks) * options.seed + number)
+        seed = len(tasks) * options.seed + number
+        drawn = torch.Generator().manual_seed(seed)
         if sparse:
-            scored = torch.Generator().manual_seed(1000 + number)
+            scored = torch.Generator().manual_seed(seed + (1 << 32))
             sizes = [min(SCORED, options.examples - first) for first in range(0, options.examples, SCORED)]
             started = time.perf_counter()
             mask = method(model, [task.batch(size, scored) for size in sizes], options.ratio)
@@ -174,6 +175,8 @@ def learn(
         assert all(torch.equal(value, trained[key]) for key, value in restored.state_dict().items())
     else:
         result.trained = sum(param.numel() for group in optimizer.param_groups for param in group["params"])
+        if isinstance(optimizer, EPIAdamW):
+            result.trained -= optimizer.telemetry()[-1]["protected"]
     return result
 
 

@@ -420,7 +420,8 @@ def sparse_adamw_(
         backend: "auto" or the name of one.
 
     Raises:
-        ValueError: lists do not belong together, or the backend is unknown. On the CPU also: an index is out of range.
+        ValueError: lists do not belong together, or the backend is unknown. On the CPU also: the first or the last
+            index of a tensor is out of range.
         TypeError: indices are not integers; params or grads have several dtypes.
         NotImplementedError: the backend does not have this operation.
         RuntimeError: the backend cannot run on these tensors.
