@@ -88,8 +88,7 @@ def test_float32_steps(version: dict[str, bool], name: str, backend: str) -> Non
     options = {"lr": 1e-2, **OPTIONS[name]}
     ours, theirs = both([Parameter(torch.randn(50_003) * 0.1)], "EPIAdamW", options, backend, **version)
     small, large = worst_step(ours, theirs)
-    rough = not version.get("fused") and "betas" in options
-    assert small <= (ROUGH_ROOT_ULPS if rough else STEP_ULPS)
+    assert small <= (STEP_ULPS if version.get("fused") else ROUGH_ROOT_ULPS)
     assert large <= LARGE_STEP_ULPS
 
 

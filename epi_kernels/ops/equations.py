@@ -55,8 +55,9 @@ def moved(
 
 def square_root(value: Tensor) -> Tensor:
     """Return the square root, correctly rounded in float32."""
-    # torch.sqrt may be MKL's, which takes the wrong neighbour for 0.6% of the float32 roots (torch 2.13, AVX-512). A
-    # root in double, even off by an ulp of double, is never so close to the middle of two float32 as to round wrongly
+    # torch.sqrt may be MKL's, which takes the wrong neighbour for 0.6 to 20% of the float32 roots (torch 2.13, AVX-512,
+    # Xeon and EPYC). A root in double, even off by an ulp, is never so close to the middle of two float32 as to round
+    # wrongly
     return value.double().sqrt().to(value.dtype)
 
 
