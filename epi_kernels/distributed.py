@@ -4,7 +4,9 @@ A sharded parameter is a DTensor (FSDP2, HSDP, tensor parallelism and their comb
 whole parameter that one rank alone has. Everything here goes by what a rank holds; nothing is gathered.
 """
 
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,9 +32,14 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.detach().to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def is_slice(tensor: Tensor) -> bool:
+    """Return whether a tensor is a slice that FSDP1 made of a parameter (use_orig_params=True)."""
+    return hasattr(tensor, "_fsdp_flattened")
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Return whether a tensor is a DTensor, or a slice of FSDP1's."""
-    return is_dtensor(tensor) or hasattr(tensor, "_fsdp_flattened")
+    return is_dtensor(tensor) or is_slice(tensor)
 
 
 def local_gradient(param: Tensor) -> Tensor:
@@ -95,7 +102,7 @@ class Held:
     layer: str
     budget: tuple[str, float]  # scope and isolation_ratio
     entries: int
-    of: int  # entries of the whole parameter, where that is known; else `entries`
+    of: int | None  # entries of the whole parameter; None: not known, and every rank has the name
 
 
 @dataclass
@@ -116,7 +123,7 @@ def agreement(everyone: Sequence[Sequence[Held]], rank: int) -> Agreement:
     Of equal pieces on several ranks the lowest rank counts, so that an entry counts once however it is replicated.
 
     Raises:
-        ValueError: the ranks together do not hold all of a parameter.
+        ValueError: the ranks together do not hold exactly one whole parameter of each name.
 
     Example:
         >>> piece = Held("w", ("whole",), "layer", ("global", 0.1), entries=4, of=4)
@@ -124,49 +131,74 @@ def agreement(everyone: Sequence[Sequence[Held]], rank: int) -> Agreement:
         Agreement(layers=['layer'], budgets=[('global', 0.1)], layer_eligible=[4], budget_eligible=[4], pairs=[(0, 0)],
             owned=set())
     """
+    _check_pieces(everyone)
     found = Agreement()
     layers: dict[str, int] = {}
     budgets: dict[tuple[str, float], int] = {}
     seen: set[tuple[object, ...]] = set()
-    counted: dict[str, int] = {}
-    whole: dict[str, int] = {}
     for holder, theirs in enumerate(everyone):
         for piece in theirs:
             layer = layers.setdefault(piece.layer, len(layers))
             budget = budgets.setdefault(piece.budget, len(budgets))
             found.layer_eligible += [0] * (len(layers) - len(found.layer_eligible))
             found.budget_eligible += [0] * (len(budgets) - len(found.budget_eligible))
-            whole[piece.name] = piece.of
             if (piece.name, *piece.key) in seen:
                 continue
             seen.add((piece.name, *piece.key))
-            counted[piece.name] = counted.get(piece.name, 0) + piece.entries
             found.layer_eligible[layer] += piece.entries
             found.budget_eligible[budget] += piece.entries
             if (layer, budget) not in found.pairs:
                 found.pairs.append((layer, budget))
             if holder == rank:
                 found.owned.add(piece.name)
-    for name, count in counted.items():
-        if count < whole[name]:
-            without = [r for r, theirs in enumerate(everyone) if all(piece.name != name for piece in theirs)]
-            raise ValueError(
-                f"the ranks hold {count} of the {whole[name]} entries of {name}; ranks {without} do not have it. Give "
-                "every rank's optimizer the same parameters"
-            )
     found.layers, found.budgets = list(layers), list(budgets)
     return found
 
 
+def _check_pieces(everyone: Sequence[Sequence[Held]]) -> None:
+    """Check that the pieces of each name make one whole parameter.
+
+    Raises:
+        ValueError: they do not; the message names it.
+    """
+    holders: dict[str, dict[int, Held]] = {}
+    for rank, theirs in enumerate(everyone):
+        for piece in theirs:
+            holders.setdefault(piece.name, {})[rank] = piece
+    for name, pieces in holders.items():
+        without = [rank for rank in range(len(everyone)) if rank not in pieces]
+        (first, one), *others = pieces.items()
+        for rank, other in others:
+            if other.of != one.of or (other.key == one.key and other.entries != one.entries):
+                raise ValueError(
+                    f"{name} is of {other.of} entries on rank {rank} and of {one.of} on rank {first}: a name must be "
+                    "one parameter on all ranks. Name the parameters as the whole model has them"
+                )
+        count = sum({piece.key: piece.entries for piece in pieces.values()}.values())
+        if without if one.of is None else count != one.of:
+            whole = "" if one.of is None else f", which has {one.of}"
+            raise ValueError(
+                f"the ranks hold {count} entries of {name}{whole}; ranks {without} do not have it. Give every rank's "
+                "optimizer the same parameters, named as the whole model has them"
+            )
+
+
 def _check_settings(everyone: Sequence[Sequence[dict[str, Any]]]) -> None:
+    """Check that what several ranks say of a parameter group is equal on all that say it.
+
+    Raises:
+        ValueError: naming the first that is not, and both values.
+    """
+    said: list[dict[str, tuple[int, Any]]] = [{} for _ in everyone[0]]
     for rank, theirs in enumerate(everyone):
         if len(theirs) != len(everyone[0]):
             raise ValueError(f"rank {rank} has {len(theirs)} parameter groups and rank 0 has {len(everyone[0])}")
-        for i, (first, other) in enumerate(zip(everyone[0], theirs, strict=True)):
-            for key, value in first.items():
-                if other[key] != value:
+        for i, (before, group) in enumerate(zip(said, theirs, strict=True)):
+            for key, value in group.items():
+                first, other = before.setdefault(key, (rank, value))
+                if other != value:
                     raise ValueError(
-                        f"{key} of parameter group {i} is {other[key]!r} on rank {rank} and {value!r} on rank 0; it "
+                        f"{key} of parameter group {i} is {value!r} on rank {rank} and {other!r} on rank {first}; it "
                         "must be the same on all ranks"
                     )
 
@@ -183,59 +215,79 @@ class Ranks:
         self.rank = dist.get_rank(group)
         self.device = torch.device("cuda", torch.cuda.current_device()) if _on_cuda(group) else torch.device("cpu")
 
+    @contextmanager
+    def _together(self, what: str) -> Iterator[None]:
+        """Name what this rank waited for, where the others did not come."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"rank {self.rank} waited for all ranks of the process group at {what}, and they did not come: every "
+                "rank of it must take the same steps, with gradients or without, and call refresh() and "
+                "add_param_group() alike. If some of its ranks have no part in this optimizer, give process_group="
+                f"({error})"
+            ) from error
+
     def agree(self, held: Sequence[Held], settings: Sequence[dict[str, Any]]) -> Agreement:
         """Tell all ranks what this one holds, and return what follows; one exchange of a few names for each parameter.
 
         Args:
             held: of each eligible parameter.
-            settings: of each group, what must be equal on all ranks.
+            settings: of each group, what must be equal on all ranks that say it.
 
         Raises:
             ValueError: on every rank: settings differ, or some ranks lack a piece of a parameter.
+            RuntimeError: the other ranks did not come within the group's time-out.
         """
         everyone: list[Any] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(everyone, (list(held), list(settings)), group=self.group)
+        with self._together("the exchange of settings"):
+            dist.all_gather_object(everyone, (list(held), list(settings)), group=self.group)
         _check_settings([theirs for _, theirs in everyone])
         return agreement([theirs for theirs, _ in everyone], self.rank)
 
-    def ranges(self, ranges: Tensor, clock: int | Tensor, *, again: bool = False) -> Tensor:
+    def ranges(self, ranges: Tensor, clock: int, settings: object = None, *, again: bool = False) -> Tensor:
         """Return the range of every layer over all ranks: the smallest of all minima, the largest of all maxima.
 
         Args:
             ranges: float32 [layers, 2] of this rank.
-            clock: of this refresh; must be the same on all ranks. Where it is on a device, the host does not look.
+            clock: of this refresh; must be the same on all ranks.
+            settings: what must be as it was when all agreed, or else change on all ranks alike.
             again: this rank wants all to agree again.
 
         Raises:
-            RuntimeError: on every rank: one refreshes at another step than the others.
-            AgreeAgain: on every rank: one wants that.
+            RuntimeError: on every rank: one refreshes at another step than the others; or they did not come within the
+                group's time-out.
+            AgreeAgain: on every rank: one wants that, or their settings differ by now.
         """
-        step = torch.as_tensor(clock, dtype=torch.float64, device=self.device).reshape(1)
+        digest = zlib.crc32(repr(settings).encode())
+        said = torch.tensor([again, digest, -digest, clock, -clock], dtype=torch.float64, device=self.device)
         low, high = ranges.to(self.device, torch.float64).unbind(1)
-        largest = torch.cat([-low, high, torch.full_like(step, again), step, -step])
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
-        if not isinstance(clock, Tensor):
-            wanted, last, first = largest[-3:].tolist()
-            if -first != last:
-                raise RuntimeError(
-                    f"a refresh is at step {clock} on rank {self.rank}, and the ranks are between step {int(-first)} "
-                    f"and {int(last)}: every rank must take the same steps, and call refresh() at the same one"
-                )
-            if wanted:
-                raise AgreeAgain
-        low, high = largest[:-3].float().view(2, -1)
+        largest = torch.cat([-low, high, said])
+        with self._together(f"the refresh at step {clock}"):
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+        wanted, digest_last, digest_first, last, first = largest[-5:].tolist()
+        if -first != last:
+            raise RuntimeError(
+                f"a refresh is at step {clock} on rank {self.rank}, and the ranks are between step {int(-first)} "
+                f"and {int(last)}: every rank must take the same steps, and call refresh() at the same one"
+            )
+        if wanted or -digest_first != digest_last:
+            raise AgreeAgain
+        low, high = largest[:-5].float().view(2, -1)
         return torch.stack([-low, high], 1).to(ranges.device)
 
     def union(self, names: Sequence[str]) -> list[str]:
         """Return the names that any rank gives, in order."""
         everyone: list[list[str]] = [[]] * dist.get_world_size(self.group)
-        dist.all_gather_object(everyone, list(names), group=self.group)
+        with self._together("the exchange of names"):
+            dist.all_gather_object(everyone, list(names), group=self.group)
         return sorted({name for theirs in everyone for name in theirs})
 
     def sum(self, counts: Tensor) -> Tensor:
         """Return the sum of int64 counts over all ranks."""
         total = counts.to(self.device, copy=True)
-        dist.all_reduce(total, dist.ReduceOp.SUM, group=self.group)
+        with self._together("a sum of counts"):
+            dist.all_reduce(total, dist.ReduceOp.SUM, group=self.group)
         return total.to(counts.device)
 
 
@@ -249,13 +301,15 @@ def shard_key(param: Tensor, rank: int, *, partitioned: bool) -> tuple[object, .
     """
     if is_dtensor(param):
         coordinate = param.device_mesh.get_coordinate()  # type: ignore[attr-defined]
+        if coordinate is None:
+            return ("nothing",)  # outside of the mesh
         placed = enumerate(param.placements)  # type: ignore[attr-defined]
         return tuple(
             (repr(placement), coordinate[i], param.device_mesh.size(i))  # type: ignore[attr-defined]
             for i, placement in placed
             if not placement.is_replicate()
         )
-    return ("rank", rank) if partitioned or hasattr(param, "_fsdp_flattened") else ("whole",)
+    return ("rank", rank) if partitioned or is_slice(param) else ("whole",)
 
 
 def group_of(params: Sequence[Tensor], asked: Any) -> Any | None:

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ def top_k(
     scope: Literal["global", "layer"] = "global",
     normalize: Literal["layer"] | None = None,
     layers: Literal["block", "tensor"] | Callable[[str], str] = "tensor",
+    process_group: Any = None,
     backend: str = "auto",
 ) -> dict[str, Tensor]:
     """Return a mask of the k highest scores: k = floor(ratio * d), over all d entries together, and exactly k.
@@ -42,6 +43,8 @@ def top_k(
         scope: "global", or "layer": floor(ratio * d) of every layer by itself.
         normalize: None ranks the scores as they are; "layer" by (s - min) / (max - min) of their layer, EPI Eq. 8.
         layers: what is a layer: "tensor", "block" (see `epi_kernels.layers.block`) or a callable name -> layer.
+        process_group: the ranks that share the scores out; None is the default group where a score is a DTensor, and no
+            communication otherwise.
         backend: "auto", or the name of one, which then runs or raises.
 
     Returns:
@@ -57,7 +60,7 @@ def top_k(
     _check(scores, ratio, scope, normalize)
     # float32 as the operations take it: what is float32 already is not copied
     single = {name: local(values.detach()).float() for name, values in scores.items()}
-    group = group_of(list(scores.values()), None)
+    group = group_of(list(scores.values()), process_group)
     ranks = None if group is None else Ranks(group)
     held = []
     for name, values in scores.items():

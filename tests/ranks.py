@@ -15,16 +15,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import checkpoint
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from epi_kernels import EPIAdamW, IsolatedOptimizer, MaskedAdamW, SparseAdamW, distributed, importance, select
 from epi_kernels.delta import apply_delta
+from epi_kernels.optim import isolation
 
 STEPS = 7
 SETTINGS: dict[str, Any] = {"lr": 0.02, "isolation_ratio": 0.15, "mask_interval": 2, "importance_beta": 0.5}
@@ -188,8 +195,6 @@ def other_optimizers_are_those_of_one_process() -> None:
         for step in range(1, STEPS + 1):
             step_both(model, optimizer, whole, reference, step, width)
             assert_same(model, optimizer, whole, reference)
-        if layout == "tp+fsdp":
-            continue  # a whole mask cannot be cut into strided shards without communication
         model, whole, width = pairs(layout)
         frozen = {n: torch.arange(p.numel()).view(p.shape) % 3 == 0 for n, p in names_of(whole).items()}
         prefix = "module." if layout == "ddp" else ""
@@ -206,8 +211,8 @@ def piece_is_that_of_one_process() -> None:
     """Scores, selection and training of the selected entries."""
     world = dist.get_world_size()
     for layout, (_, _, worlds) in LAYOUTS.items():
-        if world not in worlds or layout in ("tp+fsdp", "ddp"):
-            continue  # a whole gradient cannot be cut into strided shards without communication
+        if world not in worlds or layout == "ddp":
+            continue  # nothing is sharded: it is one process
         model, whole, width = pairs(layout)
         torch.manual_seed(9)
         batches = [(torch.randn(8, width), torch.randn(8, width)) for _ in range(2)]
@@ -252,8 +257,8 @@ def piece_is_that_of_one_process() -> None:
 def outputs_are_scored(layout: str) -> None:
     model, whole, width = pairs(layout)
     batches = [torch.randn(5, width, generator=torch.Generator().manual_seed(1))]
-    if layout == "tp":
-        if dist.get_world_size() > 1:
+    if layout.startswith("tp"):
+        if dist.get_world_size() > (1 if layout == "tp" else 2):  # else a layer has all of its channels
             expect(
                 NotImplementedError,
                 "models under tensor parallelism",
@@ -330,16 +335,21 @@ def stages_of_a_pipeline() -> None:
     mine = [(n, p) for n, p in stage.named_parameters() if n.startswith((f"blocks.{rank}.", "norm."))]
     optimizer = EPIAdamW(mine, **SETTINGS, process_group=dist.group.WORLD)
     reference = EPIAdamW(whole.named_parameters(), **SETTINGS)
+    late = f"blocks.{world - 1}.up.weight"  # joins at the refresh of step 4, of which one rank alone knows
     for step in range(1, STEPS + 1):
-        give(dict(whole.named_parameters()), step)
+        twins = dict(whole.named_parameters())
+        give(twins, step)
+        twins[late].requires_grad_(step > 3)
+        twins[late].grad = twins[late].grad if step > 3 else None
         for name, param in mine:
-            param.grad = dict(whole.named_parameters())[name].grad.clone()
+            param.requires_grad_(twins[name].requires_grad)
+            param.grad = None if twins[name].grad is None else twins[name].grad.clone()
         optimizer.step()
         reference.step()
         for name, param in mine:
-            twin = dict(whole.named_parameters())[name]
-            assert torch.equal(param, twin), name
-            assert torch.equal(optimizer.isolation_mask(param), reference.isolation_mask(twin)), name
+            assert torch.equal(param, twins[name]), name
+            assert torch.equal(optimizer.isolation_mask(param), reference.isolation_mask(twins[name])), name
+            assert torch.equal(optimizer.importance(param), reference.importance(twins[name])), name
     ours, theirs = optimizer.telemetry()[-1], reference.telemetry()[-1]
     assert (ours["eligible"], ours["protected"]) == (theirs["eligible"], theirs["protected"])
     by_name = {layer["layer"]: layer for layer in theirs["layers"]}
@@ -347,26 +357,31 @@ def stages_of_a_pipeline() -> None:
 
 
 def a_double_count_is_seen() -> None:
-    """A norm that is replicated over the ranks of tensor parallelism, counted by each: the masks would differ."""
+    """A norm that is replicated over the ranks of tensor parallelism, counted by each: refused, or the masks differ."""
     original = distributed.shard_key
 
     def planted(param: Tensor, rank: int, *, partitioned: bool) -> tuple[object, ...]:
         return (*original(param, rank, partitioned=partitioned), rank)
 
-    from epi_kernels.optim import isolation
-
     isolation.shard_key = planted
-    model, whole, width = pairs("tp+fsdp" if dist.get_world_size() == 4 else "tp")
-    optimizer = EPIAdamW(model.named_parameters(), **SETTINGS)
-    reference = EPIAdamW(whole.named_parameters(), **SETTINGS)
-    for step in (1, 2):
-        step_both(model, optimizer, whole, reference, step, width)
-    assert optimizer.telemetry()[-1]["eligible"] > reference.telemetry()[-1]["eligible"]
-    try:
-        assert_same(model, optimizer, whole, reference)
-    except AssertionError:
-        return
-    raise RuntimeError("a double count went unseen")
+
+    def two_steps() -> tuple[Any, Any, list[bool]]:
+        model, whole, width = pairs("tp+fsdp" if dist.get_world_size() == 4 else "tp")
+        optimizer = EPIAdamW(model.named_parameters(), **SETTINGS)
+        reference = EPIAdamW(whole.named_parameters(), **SETTINGS)
+        for step in (1, 2):
+            step_both(model, optimizer, whole, reference, step, width)
+        twins = names_of(whole)
+        same = [
+            torch.equal(mask_of(optimizer, p), reference.isolation_mask(twins[n])) for n, p in names_of(model).items()
+        ]
+        return optimizer.telemetry()[-1], reference.telemetry()[-1], same
+
+    expect(ValueError, "named as the whole model has them", two_steps)
+    distributed._check_pieces = lambda _: None
+    mine, expected, same = two_steps()
+    assert mine["eligible"] > expected["eligible"]
+    assert not all(same)
 
 
 def a_parameter_that_thaws_joins_on_all_ranks() -> None:
@@ -418,8 +433,9 @@ def collectives_are_few_and_small() -> None:
                 elif step % 3:
                     assert found == ([], step == 1), found  # the ranks meet once
                 else:
-                    # ranges of 3 layers, whether to agree again, the clock twice; three digits of the threshold; counts
-                    assert found == ([8 * (2 * 3 + 3), 8 * 4096, 8 * 1024, 8 * 512, 8 * 3 * 3], 0), found
+                    # ranges of 3 layers, whether to agree again, settings and clock twice; three digits of the
+                    # threshold; counts
+                    assert found == ([8 * (2 * 3 + 5), 8 * 4096, 8 * 1024, 8 * 512, 8 * 3 * 3], 0), found
     dist.all_reduce, dist.all_gather_object = all_reduce, all_gather_object
 
 
@@ -446,6 +462,16 @@ def a_mismatch_raises_on_every_rank() -> None:
         lambda: one_step(isolation_ratio=0.3 if last else 0.15),
     )
     expect(
+        ValueError,
+        f"isolation_ratio of parameter group 0 is 0.0 {who} 0.15",
+        lambda: one_step(isolation_ratio=0.0 if last else 0.15),
+    )
+    expect(
+        ValueError,
+        f"importance_beta of parameter group 0 is 0.9 {who} 0.5",
+        lambda: one_step(importance_beta=0.9 if last else 0.5),
+    )
+    expect(
         ValueError, f"mask_interval of parameter group 0 is 9 {who} 2", lambda: one_step(mask_interval=9 if last else 2)
     )
     expect(ValueError, f"lr of parameter group 0 is 0.5 {who} 0.02", lambda: one_step(lr=0.5 if last else 0.02))
@@ -457,7 +483,7 @@ def a_mismatch_raises_on_every_rank() -> None:
         loss_of(model, 1, width).backward()
         optimizer.step()
 
-    expect(ValueError, "entries of blocks.0.up.weight; ranks", another_list)
+    expect(ValueError, "entries of blocks.0.up.weight, which has 77; ranks [2]", another_list)
 
     def alone() -> None:
         model, _, width = pairs("fsdp")
@@ -475,6 +501,16 @@ def a_mismatch_raises_on_every_rank() -> None:
         del grads
 
     expect(RuntimeError, "every rank must take the same steps", alone)
+    brief = dist.new_group(timeout=timedelta(seconds=3))
+    model, _, _ = pairs("fsdp")
+    optimizer = EPIAdamW(model.named_parameters(), **SETTINGS, process_group=brief)
+    give(names_of(model), 1)
+    optimizer.step()
+    if last:  # and the others never
+        expect(
+            RuntimeError, "rank 2 waited for all ranks of the process group at the refresh at step 1", optimizer.refresh
+        )
+    dist.barrier()
 
     def changed(change: Callable[[Any, nn.Module], None]) -> None:
         model, _, _ = pairs("fsdp")
@@ -492,8 +528,20 @@ def a_mismatch_raises_on_every_rank() -> None:
     )
     expect(
         ValueError,
-        "entries of blocks.0.up.weight; ranks",
+        "entries of blocks.0.up.weight, which has 77; ranks [2]",
         lambda: changed(lambda _, model: model.blocks[0].up.weight.requires_grad_(False)),
+    )
+    expect(
+        ValueError,
+        f"lr of parameter group 0 is 0.5 {who} 0.02",
+        lambda: changed(lambda optimizer, _: optimizer.param_groups[0].update(lr=0.5)),
+    )
+    expect(
+        ValueError,
+        "rank 2 has 2 parameter groups and rank 0 has 1",
+        lambda: changed(
+            lambda optimizer, _: optimizer.add_param_group({"params": [("more", nn.Parameter(torch.ones(2)))]})
+        ),
     )
 
     def fixed(kind: Callable[..., Any], argument: str, **settings: Any) -> None:
@@ -501,6 +549,8 @@ def a_mismatch_raises_on_every_rank() -> None:
         masks = every_third(model)
         if settings.pop("other_mask", False):
             masks["blocks.1.up.weight"] = ~masks["blocks.1.up.weight"]
+        if settings.pop("no_mask", False):
+            del masks["blocks.1.up.weight"]
         optimizer = kind(model.named_parameters(), **{argument: masks}, **settings)
         give(names_of(model), 1)
         optimizer.step()
@@ -516,6 +566,12 @@ def a_mismatch_raises_on_every_rank() -> None:
             "the mask of blocks.1.up.weight of parameter group 0 is",
             lambda: fixed(kind, argument, other_mask=last),  # noqa: B023
         )
+        for lacking in (last, rank == 0):
+            expect(
+                ValueError,
+                "the mask of blocks.1.up.weight of parameter group 0 is",
+                lambda: fixed(kind, argument, no_mask=lacking),  # noqa: B023
+            )
 
     def negative() -> None:
         scores = {name: param.detach().abs() for name, param in pairs("fsdp")[0].named_parameters()}
@@ -524,6 +580,21 @@ def a_mismatch_raises_on_every_rank() -> None:
         select.top_k(scores, 0.1)
 
     expect(ValueError, "blocks.0.up.weight has scores below 0", negative)
+
+    # stages of a pipeline whose parameters have one name
+    weight = nn.Parameter(torch.ones(5 if last else 4))
+    weight.grad = torch.ones_like(weight)
+    optimizer = EPIAdamW([("0.weight", weight)], **SETTINGS, process_group=dist.group.WORLD)
+    expect(ValueError, "0.weight is of 5 entries on rank 2 and of 4 on rank 0", optimizer.step)
+
+    def slices() -> None:
+        model = FullyShardedDataParallel(model_of(False), use_orig_params=True, device_id=torch.device("cpu"))
+        named = [(n, p) for n, p in model.named_parameters() if not (last and n.endswith("blocks.0.up.weight"))]
+        optimizer = EPIAdamW(named, **SETTINGS)
+        loss_of(model, 1, 7).backward()
+        optimizer.step()
+
+    expect(ValueError, "blocks.0.up.weight; ranks [2] do not have it", slices)
 
 
 def fsdp1_and_zero() -> None:
@@ -555,10 +626,69 @@ def fsdp1_and_zero() -> None:
         for name, param in whole.named_parameters():
             found = torch.cat([part[f"_fsdp_wrapped_module.{name}"].reshape(-1) for part in masks])
             assert torch.equal(found.view(param.shape), reference.isolation_mask(param)), name
-    assert [r["protected"] for r in optimizer.telemetry()] == [r["protected"] for r in reference.telemetry()]
+    for mine, expected in zip(optimizer.telemetry(), reference.telemetry(), strict=True):
+        assert {**mine, "layers": 0} == {**expected, "layers": 0}
+        prefix = "_fsdp_wrapped_module."
+        assert [{**layer, "layer": layer["layer"].removeprefix(prefix)} for layer in mine["layers"]] == expected[
+            "layers"
+        ]
 
     for kind in ("ema", "exp_avg_sq"):
         zero_redundancy(kind)
+    fixed_under_zero()
+    refused_under_fsdp1()
+
+
+def fixed_under_zero() -> None:
+    """Masks by Parameter: each rank takes those of its own."""
+    for kind, argument in ((MaskedAdamW, "frozen"), (SparseAdamW, "trainable")):
+        model, whole = model_of(False), model_of(False)
+        masks = every_third(whole)
+        mine = {p: masks[n] for n, p in model.named_parameters() if n in masks}
+        cls = functools.partial(kind, process_group=dist.group.WORLD, **{argument: mine})
+        zero = ZeroRedundancyOptimizer(model.parameters(), cls, lr=0.02)
+        reference = kind(whole.named_parameters(), lr=0.02, **{argument: masks})
+        for step in (1, 2, 3):
+            for one, optimizer in ((model, zero), (whole, reference)):
+                loss_of(one, step, 7).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            for p, q in zip(model.parameters(), whole.parameters(), strict=True):
+                assert torch.equal(p, q)
+
+
+def refused_under_fsdp1() -> None:
+    sharded = FullyShardedDataParallel(model_of(False), use_orig_params=True, device_id=torch.device("cpu"))
+    masks = {f"_fsdp_wrapped_module.{n}": m for n, m in every_third(model_of(False)).items()}
+    for kind, argument in ((MaskedAdamW, "frozen"), (SparseAdamW, "trainable")):
+        named, given = sharded.named_parameters(), {argument: masks}
+        expect(NotImplementedError, "is a slice that FSDP1 made", functools.partial(kind, named, **given))
+    optimizer = EPIAdamW(sharded.named_parameters(), clip_grad_norm=1.0)
+    loss_of(sharded, 1, 7).backward()
+    expect(NotImplementedError, "clip before the step", optimizer.step)
+
+
+def replicas_of_fsdp1() -> None:
+    """HYBRID_SHARD: slices do not say which are replicas, the group that shards does."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    model, whole = model_of(False), model_of(False)
+    sharded = FullyShardedDataParallel(
+        model,
+        use_orig_params=True,
+        device_id=torch.device("cpu"),
+        device_mesh=mesh,
+        sharding_strategy=ShardingStrategy.HYBRID_SHARD,
+    )
+    optimizer = EPIAdamW(sharded.named_parameters(), **SETTINGS, process_group=mesh.get_group("shard"))
+    reference = EPIAdamW(whole.named_parameters(), **SETTINGS)
+    for step in range(1, 5):
+        for one, o in ((sharded, optimizer), (whole, reference)):
+            loss_of(one, step, 7).backward()
+            o.step()
+            o.zero_grad()
+    assert [(r["eligible"], r["protected"]) for r in optimizer.telemetry()] == [
+        (r["eligible"], r["protected"]) for r in reference.telemetry()
+    ]
 
 
 def zero_of(model: nn.Module, kind: str) -> ZeroRedundancyOptimizer:
@@ -664,6 +794,163 @@ def optimizer_of(kind: str, model: nn.Module, *, selects: bool = True) -> Any:
         settings.pop("lr")
         return IsolatedOptimizer(torch.optim.Adagrad(model.named_parameters(), lr=0.02), **settings)
     return EPIAdamW(model.named_parameters(), **settings, importance="exp_avg_sq" if kind == "exp_avg_sq" else "ema")
+
+
+def a_rank_without_entries_keeps_the_clock() -> None:
+    """Two tensors on three ranks: the third joins every refresh, over a save and a load between two of them."""
+    rank = dist.get_rank()
+    for interval in (2, 3):
+        params, twins = ([nn.Parameter(torch.arange(1.0, n)) for n in (30, 40)] for _ in range(2))
+        cls = functools.partial(EPIAdamW, process_group=dist.group.WORLD, layers="tensor")
+        settings = {**SETTINGS, "mask_interval": interval}
+        zero = ZeroRedundancyOptimizer(params, cls, **settings)
+        reference = EPIAdamW(twins, layers="tensor", **settings)
+        assert rank != 2 or not zero.optim.param_groups[0]["params"]
+        for step in range(1, 9):
+            generator = torch.Generator().manual_seed(step)
+            for p, q in zip(params, twins, strict=True):
+                p.grad = torch.randn(p.shape, generator=generator)
+                q.grad = p.grad.clone()
+            zero.step()
+            reference.step()
+            for p, q in zip(params, twins, strict=True):
+                assert torch.equal(p, q)
+            if step == 5:
+                zero.consolidate_state_dict(to=0)
+                saved = [zero.state_dict() if rank == 0 else None]
+                dist.broadcast_object_list(saved, src=0)
+                zero = ZeroRedundancyOptimizer(params, cls, **settings)
+                zero.load_state_dict(saved[0])
+            if step == 7:
+                zero.optim.refresh()
+                reference.refresh()
+        mine, expected = zero.optim.telemetry()[-1], reference.telemetry()[-1]
+        assert (mine["step"], mine["protected"]) == (expected["step"], expected["protected"])
+
+    # the same around another optimizer, by slices of FSDP1: the scale is on one rank
+    model = FullyShardedDataParallel(nn.Linear(1, 1, bias=False), use_orig_params=True, device_id=torch.device("cpu"))
+    optimizer = IsolatedOptimizer(
+        torch.optim.SGD(model.named_parameters(), lr=0.1), isolation_ratio=0.5, mask_interval=2
+    )
+    for _ in range(5):
+        model(torch.ones(2, 1)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert [record["step"] for record in optimizer.telemetry()] == [2, 4]
+
+
+def a_part_of_the_ranks() -> None:
+    """A model on two of three ranks: whoever is given their group asks no other."""
+    group = dist.new_group([0, 1])
+    if dist.get_rank() == 2:
+        return
+    mesh = DeviceMesh.from_group(group, "cpu")
+    model, whole = model_of(False), model_of(False)
+    fully_shard(model, mesh=mesh)
+    masks = every_third(whole)
+    scores = {
+        n: distributed.shard_of(p.detach().abs(), dict(model.named_parameters())[n])
+        for n, p in whole.named_parameters()
+    }
+    chosen = select.top_k(scores, 0.1, process_group=group)
+    expected = select.top_k({n: p.detach().abs() for n, p in whole.named_parameters()}, 0.1)
+    for name, mask in chosen.items():
+        assert torch.equal(full_bool(mask), expected[name]), name
+    for kind, settings in (
+        (EPIAdamW, SETTINGS),
+        (MaskedAdamW, {"lr": 0.02, "frozen": masks}),
+        (SparseAdamW, {"lr": 0.02, "trainable": masks}),
+    ):
+        optimizer = kind(model.named_parameters(), **settings, process_group=group)
+        reference = kind(whole.named_parameters(), **settings)
+        for step in (1, 2, 3):
+            give(names_of(model), step)
+            give(names_of(whole), step)
+            optimizer.step()
+            reference.step()
+        for name, param in names_of(model).items():
+            assert torch.equal(full(param), names_of(whole)[name]), (kind, name)
+
+
+def gradients_that_are_partial_sums() -> None:
+    """As of a replicated parameter behind a sharded activation: the step takes their sum."""
+    world = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world,))
+    for kind in ("replicated", "sharded"):
+        placements = [Replicate()] if kind == "replicated" else [Shard(0)]
+        whole = torch.arange(1.0, 9.0)
+        param = nn.Parameter(distribute_tensor(whole.clone(), mesh, placements))
+        param.grad = DTensor.from_local(whole * (dist.get_rank() + 1), mesh, [Partial()])
+        optimizer = EPIAdamW([("w", param)], **SETTINGS)
+        optimizer.step()
+        twin = nn.Parameter(whole.clone())
+        twin.grad = whole * sum(range(1, world + 1))
+        EPIAdamW([("w", twin)], **SETTINGS).step()
+        assert torch.equal(full(param), twin), kind
+
+
+# saved in one layout, loaded in the next, two steps in each: refreshes are at 4, 8 and 12
+JOURNEY = ("fsdp", "hsdp", "tp+fsdp", "plain", "tp", "fsdp")
+
+
+def checkpoints_between_layouts() -> None:
+    folder = Path(sys.argv[4]).parent
+    for kind in ("ema", "exp_avg_sq", "isolated"):
+        whole = model_of(True)
+        straight = optimizer_of(kind, whole)
+        for leg, layout in enumerate(JOURNEY):
+            model = model_of(True)
+            model = model if layout == "plain" else LAYOUTS[layout][0](model)
+            optimizer = optimizer_of(kind, model)
+            if leg:
+                parts = get_state_dict(model, optimizer)
+                saved = {"model": parts[0], "optimizer": parts[1]}
+                checkpoint.load(saved, checkpoint_id=folder / f"{kind}{leg - 1}")
+                set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
+            for one, o in ((model, optimizer), (whole, straight)):
+                train_stage(names_of(one), o, 2 * leg + 1, 2 * leg + 2)
+            parts = get_state_dict(model, optimizer)
+            checkpoint.save({"model": parts[0], "optimizer": parts[1]}, checkpoint_id=folder / f"{kind}{leg}")
+            for name, param in names_of(model).items():
+                twin = names_of(whole)[name]
+                assert torch.equal(full(param), twin), (kind, layout, name)
+                assert torch.equal(mask_of(optimizer, param), straight.isolation_mask(twin)), (kind, layout, name)
+        assert any(straight.isolation_mask(param).any() for param in whole.parameters())
+
+
+def a_state_is_broadcast_from_rank_0() -> None:
+    """Even shards, as torch asks for it."""
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    for kind in ("ema", "exp_avg_sq", "sparse"):
+        models = [fully_shard(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))) for _ in range(2)]
+        first = optimizer_of(kind, models[0])
+        train_stage(names_of(models[0]), first, 1, 5)
+        for param, twin in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            distributed.local(twin).copy_(distributed.local(param))
+        saves = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = copy.deepcopy(get_optimizer_state_dict(models[0], first, options=saves))
+        second = optimizer_of(kind, models[1], selects=False)
+        set_optimizer_state_dict(models[1], second, state if dist.get_rank() == 0 else {}, options=options)
+        for model, optimizer in zip(models, (first, second), strict=True):
+            train_stage(names_of(model), optimizer, 6, 9)
+        for param, twin in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            assert torch.equal(distributed.local(param), distributed.local(twin)), kind
+
+
+def a_full_sparse_state_loads_into_one_process() -> None:
+    model, whole = LAYOUTS["fsdp"][0](model_of(False)), model_of(False)
+    optimizer = optimizer_of("sparse", model)
+    train_stage(names_of(model), optimizer, 1, 4)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    parts = copy.deepcopy(get_state_dict(model, optimizer, options=options))
+    train_stage(names_of(model), optimizer, 5, 6)
+    trained = {name: full(param) for name, param in names_of(model).items()}
+    if dist.get_rank() == 0:
+        alone = optimizer_of("sparse", whole, selects=False)
+        set_state_dict(whole, alone, model_state_dict=parts[0], optim_state_dict=parts[1])
+        train_stage(names_of(whole), alone, 5, 6)
+        for name, param in names_of(whole).items():
+            assert torch.equal(param, trained[name]), name
 
 
 def a_step_of_zeros_changes_nothing() -> None:

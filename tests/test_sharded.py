@@ -2,7 +2,8 @@
 
 - FSDP2 with uneven and empty shards, HSDP, tensor parallel, both together, DDP; FSDP1 with use_orig_params and torch's
   ZeroRedundancyOptimizer: masks, parameters and telemetry are those of one process that was given the same gradients.
-- A planted double count of a replicated norm makes the same comparison fail.
+- A planted double count of a replicated norm is refused, and past that makes the same comparison fail.
+- Checkpoints go on bit for bit on other numbers of ranks and in other layouts.
 - Collectives of a refresh: 5, of a size that knows the number of layers alone. Of other steps, and of DDP: none.
 - A state of one process loads into shards without a word from torch.distributed.checkpoint.
 - Ranks that differ raise, each of them, and say in what; also when one of them changes later.
@@ -42,12 +43,12 @@ def test_masks_are_those_of_one_process(world: int, tmp_path: Path) -> None:
     run("masks_are_those_of_one_process", world, tmp_path)
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_other_optimizers_are_those_of_one_process(world: int, tmp_path: Path) -> None:
     run("other_optimizers_are_those_of_one_process", world, tmp_path)
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_scores_selection_and_sparse_steps_are_those_of_one_process(world: int, tmp_path: Path) -> None:
     run("piece_is_that_of_one_process", world, tmp_path)
 
@@ -66,12 +67,40 @@ def test_slices_of_fsdp1_and_the_parameters_of_zero(world: int, tmp_path: Path) 
     run("fsdp1_and_zero", world, tmp_path)
 
 
+def test_replicas_of_fsdp1_go_by_the_group_that_shards(tmp_path: Path) -> None:
+    run("replicas_of_fsdp1", 4, tmp_path)
+
+
+def test_a_rank_without_entries_keeps_the_clock(tmp_path: Path) -> None:
+    run("a_rank_without_entries_keeps_the_clock", 3, tmp_path)
+
+
+def test_a_part_of_the_ranks(tmp_path: Path) -> None:
+    run("a_part_of_the_ranks", 3, tmp_path)
+
+
+def test_gradients_that_are_partial_sums(tmp_path: Path) -> None:
+    run("gradients_that_are_partial_sums", 2, tmp_path)
+
+
+def test_checkpoints_between_layouts_go_on_bit_for_bit(tmp_path: Path) -> None:
+    run("checkpoints_between_layouts", 4, tmp_path)
+
+
+def test_a_state_is_broadcast_from_rank_0(tmp_path: Path) -> None:
+    run("a_state_is_broadcast_from_rank_0", 2, tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["ema", "exp_avg_sq", "isolated", "sparse", "full"])
 def test_checkpoints_go_from_4_ranks_to_2_to_1_to_3_bit_for_bit(kind: str, tmp_path: Path) -> None:
     """In the middle of an interval, with uneven shards; "full" is one file of whole tensors."""
     for world in (4, 2, 1, 3):
         (tmp_path / "store").unlink(missing_ok=True)
         run(f"resharded:{kind}", world, tmp_path)
+
+
+def test_a_full_sparse_state_loads_into_one_process(tmp_path: Path) -> None:
+    run("a_full_sparse_state_loads_into_one_process", 2, tmp_path)
 
 
 def test_states_of_one_process_load_into_shards(tmp_path: Path) -> None:

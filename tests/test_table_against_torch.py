@@ -25,12 +25,12 @@ OURS: dict[type, dict[str, set[str]]] = {
         "arguments": SETTINGS
         | {"importance", "importance_dtype", "rounding", "master_weights", "state_dtype", "process_group"}
         | {"clip_grad_norm", "backend"},
-        "group": SETTINGS | {"importance", "clip_grad_norm", "layer_digest"},
+        "group": SETTINGS | {"importance", "clip_grad_norm", "layer_digest", "isolation_clock"},
         "state": {"importance"},
         "methods": {"isolation_mask", "importance", "refresh", "telemetry", "bind_deepspeed"},
     },
     MaskedAdamW: {
-        "arguments": {"frozen", "clip_grad_norm", "backend"},
+        "arguments": {"frozen", "clip_grad_norm", "process_group", "backend"},
         "group": {"clip_grad_norm"},
         "state": {"frozen"},
         "methods": {"isolation_mask"},

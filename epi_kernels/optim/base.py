@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import _device_dtype_check_for_fused, _get_capturable_supported_devices
 
 from epi_kernels.contract import arithmetic_dtype
-from epi_kernels.distributed import local, local_gradient
+from epi_kernels.distributed import is_sharded, local, local_gradient
 from epi_kernels.ops import Sweep
 from epi_kernels.ops.table import Uploads
 from epi_kernels.optim import differentiable
@@ -20,6 +20,13 @@ from epi_kernels.optim.complex import PairLocks, as_real
 from epi_kernels.optim.nonfinite import NonfiniteCounts
 from epi_kernels.optim.prepared import Bundle, Prepared, PreparedAdamW, real_gradient
 from epi_kernels.optim.scaling import UNSCALED, Scaling, scaling_of
+
+# what is refused of parameters that are shared out over ranks, and what to do instead
+_NOT_SHARDED = {
+    "capturable": "",
+    "differentiable": "",
+    "clip_grad_norm": "; clip before the step, by torch.nn.utils.clip_grad_norm_ or what the wrapper has for it",
+}
 
 # where the lock bit is -> the state that holds it, for locks that have one of their own
 LOCK_STATE = {"importance": "importance", "static": "frozen"}
@@ -187,20 +194,16 @@ class LockedAdamW(PreparedAdamW):
 
         Raises:
             RuntimeError: entries of the parameter share memory; `fused` is on and torch's kernels cannot take it.
-            NotImplementedError: `capturable` is on and it is complex, or an option is not there for a DTensor.
+            NotImplementedError: `capturable` is on and it is complex, or an option is not there for what ranks share.
             AssertionError: `capturable` is on and it is on a device that has no graphs.
         """
         held = local(param)
-        if held is not param:
-            for flag in ("capturable", "differentiable", "clip_grad_norm"):
+        if is_sharded(param) or self._process_group is not None:
+            for flag, instead in _NOT_SHARDED.items():
                 if group[flag]:
                     raise NotImplementedError(
-                        f"{flag}={group[flag]!r} and {self._name(param)}, a DTensor: not in this version"
-                        + (
-                            "; clip by torch.nn.utils.clip_grad_norm_ before the step"
-                            if flag == "clip_grad_norm"
-                            else ""
-                        )
+                        f"{flag}={group[flag]!r} and {self._name(param)}, which is shared out over ranks: not in this "
+                        f"version{instead}"
                     )
         if any(stride == 0 and size > 1 for size, stride in zip(held.shape, held.stride(), strict=True)):
             raise RuntimeError(

@@ -13,7 +13,7 @@ from epi_kernels.integrations.deepspeed import group_of, segments_of
 from epi_kernels.layers import Grouping, LayersArgument, check_saved, has_names
 from epi_kernels.optim.base import LockedAdamW, new_state
 from epi_kernels.optim.clocks import DeviceClocks, HostClocks
-from epi_kernels.optim.isolation import SHARED, Isolation, check_settings
+from epi_kernels.optim.isolation import CLOCK, SHARED, Isolation, check_settings
 from epi_kernels.optim.prepared import Prepared
 from epi_kernels.optim.refusals import require_default
 from epi_kernels.optim.scaling import UNSCALED, Scaling
@@ -64,11 +64,13 @@ class EPIAdamW(Isolation, LockedAdamW):
         importance_dtype, rounding, master_weights, state_dtype: not in this version.
         process_group: the ranks that share the parameters out. None is the default group where a parameter is a DTensor
             (FSDP2, HSDP, tensor parallel) or a slice of FSDP1's, and no communication otherwise, DDP included. Given
-            with plain parameters that have no names, each rank's parameters are its own.
+            with plain parameters that have no names, each rank's parameters are its own. Slices of FSDP1 do not say
+            which are replicas: with HYBRID_SHARD give the group that shards, with NO_SHARD use DDP instead.
         backend: "auto", or the name of one, which then runs or raises.
 
     State of a parameter: torch's ``step``, ``exp_avg``, ``exp_avg_sq``, ``max_exp_avg_sq`` and, with
-    ``importance="ema"``, ``importance``: S in float32 with the lock in its sign bit (see `epi_kernels.lock`).
+    ``importance="ema"``, ``importance``: S in float32 with the lock in its sign bit (see `epi_kernels.lock`). A group
+    has the settings above, a digest of its layers, and ``isolation_clock``, the largest ``step`` of all ranks.
 
     Raises:
         ValueError: an argument is out of its range; the message names it and its value.
@@ -122,6 +124,7 @@ class EPIAdamW(Isolation, LockedAdamW):
             "scope": scope,
             "threshold": threshold,
             "importance": importance,
+            CLOCK: 0,
         }
         check_settings(settings)
         if rounding not in ("nearest", "stochastic"):
@@ -179,7 +182,6 @@ class EPIAdamW(Isolation, LockedAdamW):
     _STATE = (*LockedAdamW._STATE, "importance")
     _refreshed_at: int | None = None  # the clock of the last refresh between steps
     _warned = False  # of flat partitions
-    _idle = 0  # steps of a rank that holds no entry
 
     def _lock_in(self, param: Tensor, group: dict[str, Any]) -> str:
         if group["isolation_ratio"] == 0:
@@ -203,6 +205,8 @@ class EPIAdamW(Isolation, LockedAdamW):
         self._meet()
         if self._segments is not None:
             return False
+        if isinstance(clocks, HostClocks):
+            self._keep_clock(clocks.latest)
         self._warn_of_flat_partitions()
         interval = self.param_groups[0]["mask_interval"]
         due = interval is not None and clocks.due(interval)
@@ -254,13 +258,17 @@ class EPIAdamW(Isolation, LockedAdamW):
 
     def _idle_step(self) -> None:
         """Take part in the refreshes of the ranks that hold entries, where this one holds none."""
-        if self._ranks() is None or any(local(param).numel() for param, _ in self._eligible()):
+        if not self._holds_nothing():
             return
         self._meet()
-        self._idle += 1
-        interval = self.param_groups[0]["mask_interval"]
-        if interval is not None and self._idle % interval == 0:
-            self._refresh((), UNSCALED, self._idle)
+        clock, interval = self._latest_clock() + 1, self.param_groups[0]["mask_interval"]
+        self._keep_clock(clock)
+        if interval is not None and clock % interval == 0:
+            self._refresh((), UNSCALED, clock)
+
+    def _clock_device(self, param: Tensor, group: dict[str, Any]) -> torch.device | None:
+        # ranks decide together whether to refresh, and the host must know
+        return None if self._ranks() is not None else super()._clock_device(param, group)
 
     def _between_iterations(self) -> None:
         """Refresh where the step that was taken one by one brought the clock to a multiple of mask_interval."""

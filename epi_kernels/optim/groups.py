@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epi_kernels.distributed import is_dtensor
+from epi_kernels.distributed import is_dtensor, is_slice
 from epi_kernels.layers import has_names
 
 Groups = Sequence[dict[str, Any]]
@@ -32,17 +32,21 @@ def name_of(param: Tensor, groups: Groups) -> str:
     return str(groups[i]["param_names"][j]) if has_names(groups[i]) else f"{i}.{j}"
 
 
-def masks_of(masks: Mapping[str | Tensor, Tensor], groups: Groups, argument: str) -> dict[Tensor, Tensor]:
+def masks_of(
+    masks: Mapping[str | Tensor, Tensor], groups: Groups, argument: str, *, partitioned: bool
+) -> dict[Tensor, Tensor]:
     """Return the mask of each parameter that `masks` names, after checking every key and mask.
 
     Args:
         masks: {name or Parameter: bool tensor of the parameter's shape}.
         groups: torch's.
         argument: what the caller calls `masks`.
+        partitioned: there is a process group: a Parameter that is not here may be another rank's.
 
     Raises:
         ValueError: a name or Parameter is unknown, or its mask is not bool or has another shape.
         TypeError: `masks` is no mapping, or a mask no tensor.
+        NotImplementedError: a parameter is a slice that FSDP1 made, which does not say of what.
     """
     if not isinstance(masks, Mapping):
         raise TypeError(f"{argument} is a {type(masks).__name__}; pass {{name or Parameter: bool tensor}}")
@@ -59,6 +63,8 @@ def masks_of(masks: Mapping[str | Tensor, Tensor], groups: Groups, argument: str
             known = f"known are {', '.join(by_name)}" if by_name else "pass model.named_parameters() to use names"
             raise ValueError(f"{argument} has the unknown name {key!r}; {known}")
         if param not in params:
+            if partitioned and not by_name:
+                continue
             raise ValueError(f"{argument} has a tensor of shape {tuple(param.shape)} that is not a parameter here")
         name = name_of(param, groups)
         moves = {"frozen": "never moves", "trainable": "moves"}[argument]
@@ -66,6 +72,10 @@ def masks_of(masks: Mapping[str | Tensor, Tensor], groups: Groups, argument: str
             raise TypeError(f"{argument}[{name!r}] is a {type(mask).__name__}; pass a bool tensor, True = {moves}")
         if mask.dtype != torch.bool:
             raise ValueError(f"{argument}[{name!r}] is {mask.dtype}; pass a bool tensor, True = {moves}")
+        if is_slice(param):
+            raise NotImplementedError(
+                f"{name} is a slice that FSDP1 made, and does not say of which entries; use FSDP2 (fully_shard)"
+            )
         if mask.shape != param.shape:
             raise ValueError(f"{argument}[{name!r}] has shape {tuple(mask.shape)}, the parameter {tuple(param.shape)}")
         found[param] = mask
@@ -78,12 +88,16 @@ def digest_of(mask: Tensor) -> int:
 
 
 def settings_of(group: dict[str, Any], others: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the settings of a group that must be equal on all ranks: torch's and, where it has them, `others`."""
+    """Return the settings of a group that must be equal on all ranks: torch's and, where it has them, `others`.
+
+    Equal ones have the same text too: numbers are floats, but for what counts steps or is a flag.
+    """
     keys = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", *others)
     found = {key: group[key] for key in keys if key in group}
-    numbers = {key: float(value) for key, value in found.items() if isinstance(value, Tensor)}
+    exact = {key: value for key, value in found.items() if isinstance(value, bool) or key == "mask_interval"}
+    numbers = {key: float(value) for key, value in found.items() if isinstance(value, (int, float, Tensor))}
     betas = {"betas": tuple(map(float, found["betas"]))} if "betas" in found else {}
-    return {**found, **numbers, **betas}
+    return {**found, **numbers, **exact, **betas}
 
 
 def check_shared(keys: Sequence[str], group: dict[str, Any], settings: dict[str, Any]) -> None:

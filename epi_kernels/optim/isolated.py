@@ -195,7 +195,7 @@ class IsolatedOptimizer(Isolation, torch.optim.Optimizer):
                     f"{self._name(param)} has a sparse gradient; importance needs dense ones. Give its group "
                     "isolation_ratio=0"
                 )
-        if any(param.grad is not None for group in groups for param in group["params"]):
+        if self._holds_nothing() or any(param.grad is not None for group in groups for param in group["params"]):
             self._advance(stepping)
         locks = [
             (param, self._importances[param])

@@ -21,12 +21,13 @@ from epi_kernels.distributed import (
     Ranks,
     agreement,
     group_of,
+    is_slice,
     local,
     local_gradient,
     shard_key,
 )
 from epi_kernels.integrations.deepspeed import Segment
-from epi_kernels.layers import Grouping
+from epi_kernels.layers import Grouping, has_names
 from epi_kernels.optim.complex import as_real, squared_by_importance
 from epi_kernels.optim.groups import Named, settings_of
 from epi_kernels.optim.nonfinite import NonfiniteCounts
@@ -40,6 +41,10 @@ _CHOICES = {
     "threshold": ("exact", "histogram"),
     "importance": ("ema", "exp_avg_sq"),
 }
+
+# where a group keeps the number of steps, so that a checkpoint holds it: IsolatedOptimizer has no other clock, and
+# neither has a rank that holds no parameter
+CLOCK = "isolation_clock"
 
 # settings of the whole optimizer: they stand in every group, so that a checkpoint holds them, and are equal in all
 SHARED = ("mask_interval", "layers", "normalize", "scope", "threshold", "importance")
@@ -71,7 +76,7 @@ class Isolation(Named):
     _records: list[Record]
     _process_group: Any = None
     _agreed: Agreement | None = None
-    _agreed_on: Sequence[Held] = ()  # what this rank held then
+    _agreed_on: tuple[Sequence[Held], Ranks] | None = None  # what this rank held then, and with whom
     _segments: list[Segment] | None = None  # of flat partitions
     _every_group: Sequence[dict[str, Any]] = ()  # the groups that the segments count by
     _known_ranks: tuple[Ranks | None] | None = None
@@ -121,15 +126,13 @@ class Isolation(Named):
     def telemetry(self) -> list[dict[str, Any]]:
         """Return what each refresh of this object did, oldest first; reading waits for the device, stepping does not.
 
-        A record is a dict of plain numbers and names:
-
         With ``capturable``, or ``fused`` and a scaler on a GPU, the device alone knows which steps refreshed, and the
-        list has the last one.
+        list has the last one. A record is a dict of plain numbers and names, over all ranks but for ``nonfinite``:
 
         - ``step``: the clock at the refresh; ``protected_share``: protected / eligible.
         - ``eligible``, ``budget``, ``protected``: entries that compete, k, and entries protected; `protected` is below
           `budget` only for want of scores above 0, and above it only by ties at the threshold.
-        - ``nonfinite``: NaN or infinite squared gradients so far, over all parameters.
+        - ``nonfinite``: NaN or infinite squared gradients so far, over all parameters, as far as this rank holds them.
         - ``budgets``: for each, ``scope`` ("global" or the layer's name), ``isolation_ratio``, ``eligible``,
           ``budget``, ``threshold`` (tau) and ``protected``.
         - ``layers``: for each, ``layer``, ``eligible``, ``protected``, ``locked`` (newly), ``released``, and the range
@@ -156,8 +159,14 @@ class Isolation(Named):
         )
 
     def _latest_clock(self) -> int:
-        """Return the largest clock of any parameter."""
-        return int(max((float(state["step"]) for state in self.state.values() if "step" in state), default=0.0))
+        """Return the largest clock of any parameter, or that of the group where this rank holds none."""
+        steps = [float(state["step"]) for state in self.state.values() if "step" in state]
+        return int(max(steps, default=self.param_groups[0].get(CLOCK, 0)))
+
+    def _keep_clock(self, clock: int) -> None:
+        """Write the number of steps into the groups."""
+        for group in self.param_groups:
+            group[CLOCK] = clock
 
     def _refresh(
         self,
@@ -189,9 +198,14 @@ class Isolation(Named):
                 now than when all agreed.
         """
         ranks, plan = self._ranks(), self._plan(grads, step)
+        shared, agreed = self.param_groups[0], plan.agreed
+        if not agreed.layers:  # nothing can be protected
+            if ranks is not None:
+                assert isinstance(step, int)
+                ranks.ranges(torch.zeros(0, 2), step, self._settings_of_ranks())  # until a rank says otherwise
+            return
         if not plan.candidates and ranks is None:
             return
-        shared, agreed = self.param_groups[0], plan.agreed
         budgets = [
             Budget(scope, ratio, eligible, contract.budget(ratio, eligible))
             for (scope, ratio), eligible in zip(agreed.budgets, agreed.budget_eligible, strict=True)
@@ -211,6 +225,7 @@ class Isolation(Named):
             ranks=ranks,
             pairs=agreed.pairs,
             clock=step,
+            settings=self._settings_of_ranks() if ranks else None,
         )
         rows = agreed.pairs if ranks else [(candidate.layer, candidate.budget) for candidate in plan.candidates]
         record = Record(
@@ -290,18 +305,21 @@ class Isolation(Named):
         return self._known_ranks[0]
 
     def _part(self) -> None:
-        """Forget the ranks and what they agreed on: parameters or state are others now."""
-        self._known_ranks = self._agreed = None
+        """Forget the ranks: parameters are others now. What all agreed on holds until the others hear of it."""
+        self._known_ranks = None
+
+    def _holds_nothing(self) -> bool:
+        """Return whether other ranks hold all entries."""
+        params = (param for group in self.param_groups for param in group["params"])
+        return self._ranks() is not None and not any(local(param).numel() for param in params)
 
     def _meet(self) -> None:
-        """Agree with the other ranks, if there are any and anything is to be protected, once.
+        """Agree with the other ranks, if there are any, once.
 
         Raises:
             ValueError: on every rank: they have other settings, or not the same parameters.
         """
-        if self._ranks() is None or self._agreed is not None:
-            return
-        if any(group["isolation_ratio"] > 0 for group in self.param_groups):
+        if self._ranks() is not None and self._agreed is None:
             self._agree(clock=0)
 
     def _agree(self, clock: int | Tensor) -> Agreement:
@@ -310,31 +328,45 @@ class Isolation(Named):
         assert ranks is not None
         bound = self._segments is not None
         held = [piece for _, _, piece in self._pieces()] if bound else [piece for _, piece in self._held()]
-        if self._agreed is not None and held != self._agreed_on:
-            # the others wait for this rank's ranges, and hear it there
-            nothing = torch.tensor([[math.inf, -math.inf]]).repeat(len(self._agreed.layers), 1)
-            with suppress(AgreeAgain):
-                ranks.ranges(nothing, clock, again=True)
-            self._agreed = None
+        settings = self._settings_of_ranks()
+        if self._agreed is not None and self._agreed_on is not None:
+            before, partners = self._agreed_on
+            if partners.group is not ranks.group:
+                self._agreed = None
+            elif held != before:
+                # the others wait for this rank's ranges, and hear it there
+                nothing = torch.tensor([[math.inf, -math.inf]]).repeat(len(self._agreed.layers), 1)
+                with suppress(AgreeAgain):
+                    ranks.ranges(nothing, int(clock), settings, again=True)
+                self._agreed = None
         if self._agreed is None:
-            keys = ("isolation_ratio", "importance_beta", *SHARED)
-            self._agreed = ranks.agree(held, [settings_of(group, keys) for group in self.param_groups])
-            self._agreed_on = held
+            self._agreed = ranks.agree(held, settings)
+            self._agreed_on = held, ranks
         return self._agreed
+
+    def _settings_of_ranks(self) -> list[dict[str, Any]]:
+        """Return of each group what must be equal on all ranks."""
+        return [settings_of(group, ("isolation_ratio", "importance_beta", *SHARED)) for group in self.param_groups]
 
     def _held(self) -> Iterator[tuple[Tensor, Held]]:
         """Yield what this rank holds of each eligible parameter."""
         layers = self._grouping.of(self.param_groups)
         ranks = self._ranks()
-        for number, (param, group) in enumerate(self._eligible()):
-            named = any("param_names" in one for one in self.param_groups)
-            partitioned = self._process_group is not None and not named
-            rank = 0 if ranks is None else ranks.rank
-            name = str(number) if ranks is None else f"{rank}:{number}" if partitioned else self._name(param)
+        rank = 0 if ranks is None else ranks.rank
+        names = {
+            param: str(group["param_names"][j]) if has_names(group) else f"{i}.{j}"
+            for i, group in enumerate(self.param_groups)
+            for j, param in enumerate(group["params"])
+        }
+        named = any("param_names" in group for group in self.param_groups)
+        partitioned = self._process_group is not None and not named
+        for param, group in self._eligible():
+            name = f"{rank}:{names[param]}" if partitioned else names[param]
             layer = f"{rank}:{layers[param]}" if partitioned else layers[param]
             scope = layer if group["scope"] == "layer" else "global"
             key = shard_key(param, rank, partitioned=partitioned)
-            yield param, Held(name, key, layer, (scope, group["isolation_ratio"]), local(param).numel(), param.numel())
+            of = None if is_slice(param) else param.numel()
+            yield param, Held(name, key, layer, (scope, group["isolation_ratio"]), local(param).numel(), of)
 
     def _eligible(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         """Yield the parameters whose entries may be protected, each once, with their groups."""

@@ -29,6 +29,9 @@ class MaskedAdamW(LockedAdamW):
         frozen: {name or Parameter: bool tensor of the parameter's shape}, True = never moves. Parameters that it does
             not name are free.
         clip_grad_norm: as in `EPIAdamW`.
+        process_group: the ranks that share the parameters out; None is the default group where a parameter is a
+            DTensor, and no communication otherwise. Given with plain parameters that have no names, as inside of
+            ZeroRedundancyOptimizer, each rank's parameters are its own, and masks of others are left to other ranks.
         backend: "auto", or the name of one, which then runs or raises.
 
     State of a parameter with a mask: torch's, and ``frozen``, int8, -1 where frozen.
@@ -61,9 +64,11 @@ class MaskedAdamW(LockedAdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        process_group: Any = None,
         clip_grad_norm: float | None = None,
         backend: str = "auto",
     ) -> None:
+        self._process_group = process_group
         self._frozen: dict[Tensor, Tensor] = {}
         self._digests: dict[Tensor, int] = {}
         super().__init__(
@@ -82,7 +87,7 @@ class MaskedAdamW(LockedAdamW):
             backend=backend,
             settings={},
         )
-        masks = masks_of(frozen, self.param_groups, "frozen")
+        masks = masks_of(frozen, self.param_groups, "frozen", partitioned=process_group is not None)
         self._digests = {p: digest_of(mask) for p, mask in masks.items() if is_dtensor(p)}
         self._frozen = {p: shard_of(lock.static_lock(mask).to(p.device), p) for p, mask in masks.items()}
 

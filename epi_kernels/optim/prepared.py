@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from epi_kernels.contract import check_lists
-from epi_kernels.distributed import Ranks, group_of, local, local_gradient
+from epi_kernels.distributed import Ranks, group_of, is_dtensor, local, local_gradient
 from epi_kernels.optim.clocks import DeviceClocks, HostClocks
 from epi_kernels.optim.complex import as_real
 from epi_kernels.optim.drop_in import DropInAdamW
@@ -60,6 +60,7 @@ class PreparedAdamW(DropInAdamW):
     """
 
     _met = False  # the other ranks, since parameters, masks or a state came
+    _process_group: Any = None  # that the user gave
 
     # What a subclass says -------------------------------------------------------------------------------------------
 
@@ -93,20 +94,21 @@ class PreparedAdamW(DropInAdamW):
     # ----------------------------------------------------------------------------------------------------------------
 
     def _compare_ranks(self, masks: Mapping[Tensor, int]) -> None:
-        """Compare the settings, and `digest_of` each mask, with those of the ranks that hold the rest, once.
+        """Compare the settings, and `digest_of` each DTensor's mask, with those of the ranks that hold the rest, once.
 
         Raises:
             ValueError: on every rank: they differ; the message names the first that does.
         """
         if self._met:
             return
-        group = group_of([param for group in self.param_groups for param in group["params"]], None)
+        group = group_of([param for group in self.param_groups for param in group["params"]], self._process_group)
         if group is not None:
-            settings = [
-                {**settings_of(one), **{f"the mask of {self._name(p)}": masks[p] for p in one["params"] if p in masks}}
+            digests = [
+                {f"the mask of {self._name(param)}": masks.get(param) for param in filter(is_dtensor, one["params"])}
                 for one in self.param_groups
             ]
-            Ranks(group).agree([], settings)
+            settings = map(settings_of, self.param_groups)
+            Ranks(group).agree([], [{**one, **of_masks} for one, of_masks in zip(settings, digests, strict=True)])
         self._met = True
 
     def _step_alone(self, param: Tensor, group: int) -> None:

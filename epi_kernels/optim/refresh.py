@@ -52,6 +52,7 @@ def refresh_(
     ranks: Ranks | None = None,
     pairs: Sequence[tuple[int, int]] = (),
     clock: int | Tensor = 0,
+    settings: object = None,
 ) -> Refreshed:
     """Advance every importance, then lock the entries with the largest scores (EPI Alg. 1, lines 8-11).
 
@@ -70,7 +71,8 @@ def refresh_(
         backend: "auto" or the name of one.
         ranks: that hold the other pieces; all of them must call. None: there are none.
         pairs: (layer, budget) of the rows of the counts over all ranks.
-        clock: of the refresh; must be the same on all ranks.
+        clock: of the refresh; must be the same on all ranks, and on the host if there are any.
+        settings: see `Ranks.ranges`.
     """
     by_device: defaultdict[torch.device, list[int]] = defaultdict(list)
     for i, candidate in enumerate(candidates):
@@ -87,7 +89,8 @@ def refresh_(
         every = torch.stack([part.ranges.to(home) for part in parts])
         ranges = torch.stack([every[:, :, 0].amin(0), every[:, :, 1].amax(0)], 1)
     if ranks is not None:
-        ranges = ranks.ranges(ranges, clock)
+        assert isinstance(clock, int)
+        ranges = ranks.ranges(ranges, clock, settings)
     score_ranges = ranges if normalize else None
 
     def histogram(selection: Tensor, shift: int, bins: int) -> Tensor:

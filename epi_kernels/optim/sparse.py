@@ -43,6 +43,9 @@ class SparseAdamW(PreparedAdamW):
         amsgrad, capturable, differentiable: not in this version.
         trainable: {name or Parameter: bool tensor of the parameter's shape}, True = moves, as
             `epi_kernels.select.top_k` makes it. Parameters that it does not name do not move.
+        process_group: the ranks that share the parameters out; None is the default group where a parameter is a
+            DTensor, and no communication otherwise. Given with plain parameters that have no names, as inside of
+            ZeroRedundancyOptimizer, each rank's parameters are its own, and masks of others are left to other ranks.
         backend: "auto", or the name of one, which then runs or raises.
 
     State of a parameter with k selected entries: ``step``, ``exp_avg`` and ``exp_avg_sq`` [k], and ``indices`` [k], the
@@ -51,7 +54,8 @@ class SparseAdamW(PreparedAdamW):
     Of a DTensor the state is that of the shard, and a checkpoint has it in the parameter's shape, with ``trainable``,
     the mask, so that it loads on another number of ranks: 9 bytes for each entry, made when it is saved. What is plain
     has k values there, and torch.distributed.checkpoint, which loads into what is there, loads it where as many entries
-    are selected. Ranks that have a replica each, as under DDP, must be given the same masks.
+    are selected; between sharded and plain, save with ``full_state_dict=True``. Ranks that have a replica each, as under
+    DDP, must be given the same masks.
 
     Raises:
         ValueError: a name or Parameter is unknown, or its mask is not bool or has another shape; or, at the first step
@@ -86,11 +90,13 @@ class SparseAdamW(PreparedAdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        process_group: Any = None,
         backend: str = "auto",
     ) -> None:
         require_default(
             amsgrad=(amsgrad, False), capturable=(capturable, False), differentiable=(differentiable, False)
         )
+        self._process_group = process_group
         super().__init__(
             params,
             lr,
@@ -120,7 +126,8 @@ class SparseAdamW(PreparedAdamW):
         Raises:
             ValueError: as the constructor; the selection is then as it was.
         """
-        chosen = masks_of(trainable, self.param_groups, "trainable")
+        parted = self._process_group is not None
+        chosen = masks_of(trainable, self.param_groups, "trainable", partitioned=parted)
         shards = {param: local(shard_of(mask.to(param.device), param)) for param, mask in chosen.items()}
         self._digests = {param: digest_of(mask) for param, mask in chosen.items() if is_dtensor(param)}
         self.state.clear()
