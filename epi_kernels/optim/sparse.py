@@ -54,8 +54,8 @@ class SparseAdamW(PreparedAdamW):
     Of a DTensor the state is that of the shard, and a checkpoint has it in the parameter's shape, with ``trainable``,
     the mask, so that it loads on another number of ranks: 9 bytes for each entry, made when it is saved. What is plain
     has k values there, and torch.distributed.checkpoint, which loads into what is there, loads it where as many entries
-    are selected; between sharded and plain, save with ``full_state_dict=True``. Ranks that have a replica each, as under
-    DDP, must be given the same masks.
+    are selected; between sharded and plain, save with ``full_state_dict=True``. Ranks that have a replica each, as
+    under DDP, must be given the same masks.
 
     Raises:
         ValueError: a name or Parameter is unknown, or its mask is not bool or has another shape; or, at the first step
