@@ -172,11 +172,12 @@ def learn(
         for file in result.files:
             apply_delta(restored, load_delta(file))
         trained = model.state_dict()
-        assert all(torch.equal(value, trained[key]) for key, value in restored.state_dict().items())
+        if not all(torch.equal(value, trained[key]) for key, value in restored.state_dict().items()):
+            raise RuntimeError(f"the deltas of {name} have not restored the model that it trained")
     else:
         result.trained = sum(param.numel() for group in optimizer.param_groups for param in group["params"])
         if isinstance(optimizer, EPIAdamW):
-            result.trained -= optimizer.telemetry()[-1]["protected"]
+            result.trained -= sum(int(optimizer.isolation_mask(param).sum()) for param in model.parameters())
     return result
 
 
