@@ -40,16 +40,24 @@ BYTES = {
     REFRESH: 36 + 28,  # and g S, S; three times S; S, S; but S no more in the sweep
     EAGER: None,
     COMPILED_EAGER: None,
-    SPARSE: None,  # scattered: the sectors of 64 bytes decide
+    SPARSE: None,  # see bytes_of
     SCORING: 20,  # g and two sums, two sums: of one example, on top of its backward pass
 }
 
 
-def bytes_of(name: str, dtype: torch.dtype) -> int | None:
+# what a device moves to and from its memory for a single entry
+SECTOR = {"cpu": 64, "cuda": 32}
+
+
+def bytes_of(name: str, dtype: torch.dtype, device: str) -> float | None:
     """Return the bytes of one step for each entry, parameters and gradients in `dtype`.
 
-    Our states are float32. torch's have the dtype of the parameters: there it moves less.
+    Our states are float32. torch's have the dtype of the parameters: there it moves less. Selected entries lie too far
+    apart to share sectors: each has one of p and of g to read and one of p to write, whatever the dtype, and its own m,
+    v and offset.
     """
+    if name == SPARSE:
+        return SELECTED * (3 * SECTOR[device] + 2 * 8 + 4)
     size = BYTES[name]
     if size is None:
         return None

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import BASELINE, BYTES, TENSORS, Candidate, candidates, machine
+from cases import BASELINE, TENSORS, Candidate, bytes_of, candidates, machine
 from measure import Timing, interleave, ratio
 
 
@@ -23,7 +23,7 @@ def row(name: str, candidate: Candidate, timings: dict[str, Timing], entries: in
     own = timings[name].clock(clock)
     median = statistics.median(own)
     to_torch = ratio(own, timings[BASELINE].clock(clock))
-    size = BYTES[name]
+    size = bytes_of(name, torch.float32, "cpu")
     return {
         "step": name,
         "ns_per_entry": median / entries * 1e9,

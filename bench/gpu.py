@@ -112,12 +112,13 @@ def figures(
     dtype: torch.dtype,
     copy: float,
     launched: int | None,
+    device: str,
 ) -> dict[str, Any]:
     """Return what is reported of one candidate."""
     own = timings[name].wall
     median = statistics.median(own)
     middle, least, greatest = ratio(own, timings[BASELINE].wall)
-    size = bytes_of(name, dtype)
+    size = bytes_of(name, dtype, device)
     speed = size * entries / median if size else None
     found = {
         "step": name,
@@ -172,7 +173,7 @@ def run(device: str, rounds: int) -> dict[str, Any]:
         rows = []
         tqdm.write(f"\n{title} (ratio to {BASELINE}: median [least, greatest] of {rounds} rounds)")
         for name, step in steps.items():
-            found = figures(name, step, timings, entries, dtype, copy, launches(step, device))
+            found = figures(name, step, timings, entries, dtype, copy, launches(step, device), device)
             found["targets"] = verdicts(found, entries, dtype)
             if title.startswith("Llama") and name == EPI:
                 fused = statistics.median(timings[BASELINE].cpu) * 1e3

@@ -24,12 +24,13 @@ def apply_delta(model: nn.Module, delta: Delta) -> None:
     Deltas of tasks that were trained one after the other are applied in that order.
 
     Args:
-        model: as it was when the delta's task began; written. Of a sharded model every rank writes its part.
+        model: as it was when the delta's task began; written. Of a sharded model every rank writes its part. A delta
+            knows the names and sizes of its model and no more: another model of the same is not told apart.
         delta: {name: (positions, values)}; names are those of ``model.named_parameters()``.
 
     Raises:
-        ValueError: a name is unknown, positions or values do not fit the parameter, or the dtype differs; the model is
-            then as it was.
+        ValueError: a name is unknown, positions or values do not fit the parameter, a position is there twice, or the
+            dtype differs; the model is then as it was.
 
     Example:
         >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -54,6 +55,8 @@ def apply_delta(model: nn.Module, delta: Delta) -> None:
                 f"the delta has positions from {int(positions.min())} to {int(positions.max())} in {name}, which has "
                 f"{param.numel()} entries"
             )
+        if positions.unique().numel() != positions.numel():
+            raise ValueError(f"the delta has positions of {name} twice; it was changed, or put together from several")
         if values.dtype != param.dtype:
             raise ValueError(
                 f"{name} is {param.dtype} in the model and {values.dtype} in the delta; convert one of them"

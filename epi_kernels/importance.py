@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from epi_kernels import ops
-from epi_kernels.distributed import is_dtensor, local, local_gradient, reshard, wrapped
+from epi_kernels.distributed import is_dtensor, is_slice, local, local_gradient, reshard, wrapped
 
 # fewer gradients than this cannot rank entries: with one, Eq. 10 gives the same score to all
 FEWEST = 8
@@ -55,12 +55,15 @@ def fisher(
             the examples; what else is in it is handed on.
         loss_fn: (model, batch) -> the mean loss over the examples of a batch, 0-d.
         method: of getting a gradient for each example. "vmap" has many at a time and needs a model that torch.func can
-            take, and memory for them; "loop" goes one by one and holds no gradient longer than it takes to add it.
-            "auto" is vmap where the gradients of two examples or more have room and the model allows it, else loop.
+            take, and memory for gradients of 2^26 entries, their squares and what leads to them, about 1 GB; "loop"
+            goes one by one and holds no gradient longer than it takes to add it, and no more than two accumulators
+            else. "auto" is vmap where the gradients of two examples or more have room, and loop from the first
+            examples on that the model does not allow it for.
         microbatch: B examples to a gradient, for speed: an approximation. The mean of squares of such gradients is too
             small by the noise that cancels within one; for independent examples of equal weight
             ``F = B E[g^2] - (B - 1) E[g]^2`` corrects that, and is what is returned. 1: exact.
-        dtype: of the two accumulators: float32, or bfloat16, rounded stochastically, for half the memory.
+        dtype: of the two accumulators: float32, or bfloat16, rounded stochastically, for half the memory until the
+            scores, in float32, take their place.
         progress: show a progress bar, if tqdm is installed.
         backend: of the accumulation: "auto", or the name of one, which then runs or raises.
 
@@ -68,9 +71,10 @@ def fisher(
         {name: float32 tensor of the parameter's shape, >= 0}, in squared gradient units; DTensors where parameters are.
 
     Raises:
-        ValueError: there are fewer than 8 gradients; a batch does not divide into micro-batches; a parameter has a
-            gradient, or a hook that would take it (`release_gradients`); or an argument is out of its range.
-        NotImplementedError: a parameter is complex, or a gradient sparse.
+        ValueError: there are fewer than 8 gradients, or all are 0; no parameter requires one; a batch does not divide
+            into micro-batches; a parameter has a gradient, or a hook that would take it (`release_gradients`); the
+            model is a DistributedDataParallel; or an argument is out of its range.
+        NotImplementedError: a parameter is complex or a slice of FSDP1's, or a gradient sparse.
         RuntimeError: a parameter got two gradients in one backward pass, as reentrant checkpointing makes them.
 
     Warns:
@@ -83,7 +87,11 @@ def fisher(
         {'weight': tensor([[70., 85.]])}
     """
     sums = _gradient_sums(model, batches, loss_fn, method, microbatch, dtype, progress, backend)
-    return {name: sums.as_parameter(name, sums.second_moment(name)) for name in list(sums.squares)}
+    scores = {}
+    for name in list(sums.squares):
+        scores[name] = sums.as_parameter(name, sums.second_moment(name))
+        del sums.sums[name]
+    return scores
 
 
 def second_order(
@@ -117,7 +125,7 @@ def second_order(
         backend: see there.
 
     Returns:
-        {name: float32 tensor of the parameter's shape}, in [0, 1).
+        {name: float32 tensor of the parameter's shape}, in [0, 1] but for what the accumulators round.
 
     Raises:
         ValueError: `xi` is not above 0; and as `fisher`.
@@ -295,10 +303,14 @@ def _gradient_sums(
     """Return the sums over all gradients of all batches."""
     if method not in ("auto", "vmap", "loop"):
         raise ValueError(f"Invalid method: {method!r}; choose one of ('auto', 'vmap', 'loop')")
-    if microbatch < 1:
-        raise ValueError(f"Invalid microbatch: {microbatch!r}; examples to a gradient, >= 1")
+    if not isinstance(microbatch, int) or microbatch < 1:
+        raise ValueError(f"Invalid microbatch: {microbatch!r}; examples to a gradient, an int >= 1")
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"Invalid dtype: {dtype}; accumulate in torch.float32 or torch.bfloat16")
+    if isinstance(batches, Tensor):
+        raise ValueError("batches is a tensor, whose rows would be batches; pass [tensor], or a loader")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError("DistributedDataParallel averages gradients over ranks; pass what it wraps, model.module")
     params = {name: param for name, param in model.named_parameters() if param.requires_grad}
     sharded = any(is_dtensor(param) for param in params.values())
     _check(params, method, sharded)
@@ -312,19 +324,25 @@ def _gradient_sums(
                 raise ValueError(
                     f"a batch has {count} examples, which do not divide into micro-batches of {microbatch}"
                 )
+            done = 0
             if way == "vmap":
                 try:
                     _add_by_vmap(sums, model, params, loss_fn, batch, microbatch, max(1, at_once))
+                    done = count
                 except _VmapError as error:
-                    if method == "vmap" or sums.gradients:
+                    if method == "vmap":
                         raise error.reason from None
-                    way = "loop"
-            if way == "loop":
-                _add_by_loop(sums, params, model, loss_fn, batch, microbatch)
+                    way, done = "loop", error.done
+            _add_by_loop(sums, params, model, loss_fn, batch, microbatch, done)
     if sums.gradients < FEWEST:
         raise ValueError(
             f"{sums.gradients} gradients cannot rank entries: at least {FEWEST} are needed, and hundreds are wise; "
             "pass more batches, or a smaller microbatch"
+        )
+    if not sharded and not any(squares.any() for squares in sums.squares.values()):
+        raise ValueError(
+            "every gradient of every example is 0, and entries cannot be ranked; does the loss depend on the "
+            "parameters, without detach() and no_grad()?"
         )
     bad = [name for name, squares in sums.squares.items() if not squares.isfinite().all()]
     if bad:
@@ -340,7 +358,13 @@ def _gradient_sums(
 def _check(params: Mapping[str, Tensor], method: Method, sharded: bool) -> None:
     if sharded and method == "vmap":
         raise ValueError("method='vmap' and a sharded model: torch.func cannot take it; use method='loop' or 'auto'")
+    if not params:
+        raise ValueError("no parameter of the model requires a gradient: there is nothing to score")
     for name, param in params.items():
+        if is_slice(param):
+            raise NotImplementedError(
+                f"{name} is a slice that FSDP1 made, which gets no gradient of its own; use FSDP2 (fully_shard)"
+            )
         if param.is_complex():
             raise NotImplementedError(f"{name} is {param.dtype}; gradients of real parameters can be scored")
         if param.grad is not None:
@@ -372,9 +396,10 @@ def _plain(batch: Any) -> Any:
 class _VmapError(Exception):
     """torch.func cannot take the model: data-dependent control flow, or an operation without a batching rule."""
 
-    def __init__(self, reason: Exception) -> None:
+    def __init__(self, reason: Exception, done: int) -> None:
         super().__init__(str(reason))
         self.reason = reason
+        self.done = done  # examples of the batch whose gradients have been added
 
 
 def _add_by_vmap(
@@ -410,17 +435,23 @@ def _add_by_vmap(
             try:
                 grads = torch.func.vmap(gradient, in_dims=(None, 0), randomness="different")(values, examples)
             except (RuntimeError, NotImplementedError) as error:
-                raise _VmapError(error) from error
+                raise _VmapError(error, first * microbatch) from error
         for name, grad in grads.items():
             sums.add_many(name, grad)
         sums.gradients += some
 
 
 def _add_by_loop(
-    sums: _Sums, params: Mapping[str, Tensor], model: nn.Module, loss_fn: LossFunction, batch: Any, microbatch: int
+    sums: _Sums,
+    params: Mapping[str, Tensor],
+    model: nn.Module,
+    loss_fn: LossFunction,
+    batch: Any,
+    microbatch: int,
+    done: int,
 ) -> None:
     with _accumulating(sums, params) as added:
-        for first in range(0, _examples_in(batch), microbatch):
+        for first in range(done, _examples_in(batch), microbatch):
             added.clear()
             example = pytree.tree_map_only(Tensor, lambda t: t[first : first + microbatch], batch)  # noqa: B023
             with torch.enable_grad():

@@ -31,7 +31,8 @@ def top_k(
 
     PIECE (arXiv 2511.15375), Alg. 1. Of equal scores at the threshold the first by position are taken: by the order of
     `scores`, then row-major. That the count is exact lets compact states have a fixed size. The k-th largest score is
-    found by its bits (`epi_kernels.ops.find_threshold`), in three passes over the scores.
+    found by its bits (`epi_kernels.ops.find_threshold`), in three passes over the scores, without sorting or copying
+    them: but for copies in float32 of what has another dtype, the masks are all the memory it takes.
 
     Scores of a sharded model are DTensors, and so are the masks: the selection is that of one process. Every rank must
     call. (A threshold that cuts through equal scores gathers one bool for each entry of the tensor where it does.)
@@ -127,12 +128,10 @@ class _Scored:
         """
         at = self._flat(lambda found: found == self._threshold).view(self._values.shape)
         if cut:
-            whole = wrapped(at.to(torch.uint8), like)
-            if is_dtensor(whole):
-                whole = whole.full_tensor()  # type: ignore[attr-defined]
-            whole = whole.bool()
-            first = whole & (whole.flatten().cumsum(0).view(whole.shape) <= take)
-            at = local(shard_of(first, like))
+            if is_dtensor(like):
+                at = wrapped(at.to(torch.uint8), like).full_tensor().bool().contiguous()  # type: ignore[attr-defined]
+            _keep_first(at.view(-1), take)
+            at = local(shard_of(at, like))
         above = self._flat(lambda found: found > self._threshold).view(self._values.shape)
         return wrapped(above | at if take else above, like)
 
@@ -144,6 +143,16 @@ class _Scored:
         """Yield the scores of Eq. 8, or as they are, in row-major order."""
         for piece in self._values.reshape(-1).split(_PIECE) if self._values.numel() else ():
             yield score(piece, self._range)
+
+
+def _keep_first(flags: Tensor, count: int) -> None:
+    """Clear all flags of a 1-D tensor but the first `count` that are set; in place."""
+    for piece in flags.split(_PIECE):
+        found = int(piece.sum())
+        if found > count:
+            # positions of a piece alone: of the whole they would be eight times the flags
+            piece &= piece.cumsum(0) <= count
+        count -= min(found, count)
 
 
 def _check(scores: Mapping[str, Tensor], ratio: float, scope: str, normalize: str | None) -> None:

@@ -663,6 +663,13 @@ def refused_under_fsdp1() -> None:
     for kind, argument in ((MaskedAdamW, "frozen"), (SparseAdamW, "trainable")):
         named, given = sharded.named_parameters(), {argument: masks}
         expect(NotImplementedError, "is a slice that FSDP1 made", functools.partial(kind, named, **given))
+    batches = [torch.randn(8, 7)]
+    for model, error, text in (
+        (sharded, NotImplementedError, "is a slice that FSDP1 made"),
+        (DistributedDataParallel(model_of(False)), ValueError, "pass what it wraps, model.module"),
+    ):
+        square = functools.partial(importance.fisher, model, batches, lambda m, b: m(b).square().mean())
+        expect(error, text, functools.partial(square, progress=False))
     optimizer = EPIAdamW(sharded.named_parameters(), clip_grad_norm=1.0)
     loss_of(sharded, 1, 7).backward()
     expect(NotImplementedError, "clip before the step", optimizer.step)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from epi_kernels import SparseAdamW
+from epi_kernels import SparseAdamW, importance
 from epi_kernels.importance import fisher, output_magnitude, second_order, update_magnitude
 from epi_kernels.optim import release_gradients
 
@@ -175,6 +175,120 @@ def test_the_model_is_left_as_it_was(method: Any) -> None:
     assert model.scale.grad is not None
 
 
+class _Late(nn.Module):
+    """torch.func takes it as long as inputs are short."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x).sum(-2)
+        return y * 2 if x.shape[-2] > 5 and bool(y.sum() > 1e9) else y
+
+
+def mean_of(model: nn.Module, batch: Any) -> Tensor:
+    return model(batch).square().mean()
+
+
+def test_what_vmap_gives_up_on_half_way_goes_on_by_the_loop_and_counts_once() -> None:
+    torch.manual_seed(0)
+    model, batches = _Late(), [torch.randn(8, length, 3) for length in (4, 9, 4)]
+    found = fisher(model, batches, mean_of, progress=False)
+    expected = fisher(model, batches, mean_of, method="loop", progress=False)
+    for name, score in expected.items():
+        torch.testing.assert_close(found[name], score)
+    with pytest.raises(RuntimeError):
+        fisher(model, batches, mean_of, method="vmap", progress=False)
+
+
+@pytest.mark.parametrize("fails_at", [None, 3])
+def test_many_examples_go_through_vmap_some_at_a_time(monkeypatch: pytest.MonkeyPatch, fails_at: int | None) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(8, 4)
+    monkeypatch.setattr(importance, "_AT_ONCE", 3 * 36)  # 3 examples of 36 parameters: 4 chunks of 10, the last of 1
+    calls = 0
+    vmap = torch.func.vmap
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == fails_at:
+            raise RuntimeError("no more")
+        return vmap(*args, **kwargs)
+
+    monkeypatch.setattr(torch.func, "vmap", counted)
+    found = fisher(model, examples(2, 10), entropy, progress=False)
+    assert calls == (8 if fails_at is None else fails_at)
+    expected = scores_in_float64(model, examples(2, 10))
+    for name, score in expected.items():
+        assert (found[name] - score).abs().max() <= SCORE_ERROR * score.max()
+
+
+def test_xi_counts_examples_and_not_micro_batches() -> None:
+    found = second_order(net(), data(), loss_of, microbatch=2, progress=False)
+    given = second_order(net(), data(), loss_of, microbatch=2, xi=1 / 24, progress=False)
+    assert all(torch.equal(found[name], given[name]) for name in found)
+
+
+@pytest.mark.parametrize("method", ["vmap", "loop"])
+def test_16_bit_sums_of_negative_gradients_score_as_those_of_positive_ones(method: Any) -> None:
+    x = torch.rand(400, 1) + 1.0
+    for sign in (1.0, -1.0):
+        model = nn.Linear(1, 1, bias=False)
+        scores = second_order(
+            model, [sign * x], lambda m, b: m(b).mean(), dtype=torch.bfloat16, method=method, progress=False
+        )
+        assert scores["weight"].item() == pytest.approx(float(x.mean() / x.square().mean().sqrt()), rel=0.02)
+
+
+def test_scores_are_had_where_gradients_are_off() -> None:
+    expected = fisher(net(), data(), loss_of, method="loop", progress=False)
+    with torch.no_grad():
+        for method in ("vmap", "loop"):
+            found = fisher(net(), data(), loss_of, method=method, progress=False)  # type: ignore[arg-type]
+            assert error(found, {name: score.double() for name, score in expected.items()}) <= SCORE_ERROR
+
+
+def test_dropout_is_another_for_each_example() -> None:
+    class Dropped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return functional.dropout(x * self.weight, 0.5, training=True)
+
+    torch.manual_seed(0)
+    # a gradient is 0 or 2: with one mask for all, the mean of squares would be 0 or 4
+    score = fisher(Dropped(), [torch.ones(256, 1)], lambda m, b: m(b).mean(), method="vmap", progress=False)
+    assert 1.0 < score["weight"].item() < 3.0
+
+
+def test_nothing_is_left_of_a_pass_that_fails() -> None:
+    model = nn.Linear(8, 4)
+
+    def fails(m: nn.Module, batch: Any) -> Tensor:
+        if m.weight.grad is None:
+            m.weight.grad = torch.ones_like(m.weight)  # as of a backward pass that was cut off
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fisher(model, examples(), fails, method="loop", progress=False)
+    assert all(p.grad is None and not p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def test_a_loss_that_depends_on_nothing_is_refused() -> None:
+    model = nn.Linear(8, 4)
+    with pytest.raises(ValueError, match="every gradient of every example is 0"):
+        fisher(model, examples(), lambda m, b: entropy(m, b).detach(), method="vmap", progress=False)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        fisher(model, examples(), lambda m, b: entropy(m, b).detach(), method="loop", progress=False)
+    for method in ("auto", "loop"):
+        with pytest.raises(ValueError, match="no parameter of the model requires a gradient"):
+            fisher(nn.Linear(8, 4).requires_grad_(False), examples(), entropy, method=method, progress=False)  # type: ignore[arg-type]
+
+
 def test_no_more_than_one_gradient_is_held() -> None:
     model, most = net(), 0
 
@@ -220,7 +334,9 @@ def test_what_cannot_give_a_score_is_refused() -> None:
         fisher(model, [x], mean, microbatch=3, progress=False)
     with pytest.raises(ValueError, match=r"first dimensions \[8, 16\]"):
         fisher(model, [(x, x[:8])], mean, progress=False)
-    for name, value in (("method", "fast"), ("microbatch", 0), ("dtype", torch.float16)):
+    with pytest.raises(ValueError, match=r"batches is a tensor, whose rows would be batches; pass \[tensor\]"):
+        fisher(model, x, mean, progress=False)
+    for name, value in (("method", "fast"), ("microbatch", 0), ("microbatch", 2.0), ("dtype", torch.float16)):
         with pytest.raises(ValueError, match=f"Invalid {name}: {value!r}"):
             fisher(model, [x], mean, progress=False, **{name: value})
     with pytest.raises(ValueError, match="Invalid xi: 0.0"):
@@ -283,7 +399,7 @@ class _Recurrent(nn.Module):
 
 
 class _Stubborn(nn.Module):
-    """vmap computes its gradients, and gives up on a later batch."""
+    """torch.func cannot take it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -390,6 +506,14 @@ def test_hooks_that_take_gradients_and_gradients_that_cannot_be_squared_are_refu
         fisher(table, words, entropy, method="loop", progress=False)
     with pytest.raises(NotImplementedError, match=r"weight is torch.complex64"):
         fisher(nn.Linear(8, 4, dtype=torch.complex64), examples(), entropy, progress=False)
+
+
+def test_output_magnitude_sums_16_bit_outputs_in_float32() -> None:
+    model = nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    found = output_magnitude(model, [torch.full((1001, 1), 3.0, dtype=torch.bfloat16)])
+    assert found["weight"].item() == 3003.0
 
 
 def test_output_magnitude_names_a_tied_weight_as_the_model_does() -> None:

@@ -11,7 +11,10 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from epi_kernels import select
 from epi_kernels.select import top_k
 
 
@@ -71,12 +74,37 @@ def test_more_entries_than_are_looked_at_together() -> None:
     assert same(top_k(scores, 0.4), by_sorting(scores, 0.4))
 
 
+class _Largest(TorchDispatchMode):
+    """The bytes of the largest tensor that any operation returns."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for leaf in pytree.tree_leaves(found):
+            if isinstance(leaf, Tensor):
+                self.bytes = max(self.bytes, leaf.numel() * leaf.element_size())
+        return found
+
+
+def test_ties_at_the_threshold_take_no_memory_but_the_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select, "_PIECE", 1 << 10)
+    scores = {"a": (torch.rand(1 << 16) * 4).floor()}
+    with _Largest() as largest:
+        mask = top_k(scores, 0.4)
+    assert same(mask, by_sorting(scores, 0.4))
+    # views of the scores themselves are of float32
+    assert largest.bytes <= 4 << 16
+
+
 def test_of_each_layer_by_itself() -> None:
     scores = {"h.0.a": torch.rand(40), "h.0.b": torch.rand(60) * 9, "h.1.a": torch.rand(100) * 1e-6}
     mask = top_k(scores, 0.1, scope="layer", layers="block")
     assert int(mask["h.0.a"].sum() + mask["h.0.b"].sum()) == 10
     assert same({"h.1.a": mask["h.1.a"]}, by_sorting({"h.1.a": scores["h.1.a"]}, 0.1))
+    assert same({n: mask[n] for n in ("h.0.a", "h.0.b")}, by_sorting({n: scores[n] for n in ("h.0.a", "h.0.b")}, 0.1))
     mask = top_k(scores, 0.1, scope="layer")
+    assert same({"h.0.b": mask["h.0.b"]}, by_sorting({"h.0.b": scores["h.0.b"]}, 0.1))
     assert [int(m.sum()) for m in mask.values()] == [4, 6, 10]
     mask = top_k(scores, 0.1, scope="layer", layers=lambda name: name[-1])
     assert int(mask["h.0.a"].sum() + mask["h.1.a"].sum()) == 14

@@ -18,7 +18,7 @@ from torch.nn import Parameter
 
 from epi_kernels import EPIAdamW, IsolatedOptimizer, SparseAdamW
 from epi_kernels.delta import apply_delta, load_delta, save_delta
-from epi_kernels.optim import release_gradients
+from epi_kernels.optim import release_gradients, sparse
 
 SHAPES = {"h.0.weight": (30, 70), "h.0.bias": (30,), "head.weight": (110, 5), "scale": (), "untouched": (40,)}
 
@@ -216,6 +216,10 @@ def test_resumed_is_uninterrupted_and_brings_its_selection(tmp_path: Any) -> Non
             "indices of h.0.bias go from 500 to",
         ),
         (
+            lambda s: s["state"][1]["indices"].sub_(40),
+            "indices of h.0.bias go from -",
+        ),
+        (
             lambda s: s["state"][0].update(indices=s["state"][0]["indices"].flip(0)),
             "indices of h.0.weight do not increase",
         ),
@@ -315,6 +319,16 @@ def test_a_delta_that_does_not_fit_changes_nothing(tmp_path: Any) -> None:
             "positions from 2 to 2 in bias, which has 2",
         ),
         (
+            {"weight": good, "bias": (torch.tensor([-1, 0]), torch.tensor([1.0, 2.0]))},
+            "positions from -1 to 0 in bias, which has 2",
+        ),
+        ({"weight": good, "bias": (torch.tensor([0.0]), torch.tensor([1.0]))}, "bias has positions of torch.float32"),
+        ({"weight": good, "bias": (torch.tensor([True]), torch.tensor([1.0]))}, "bias has positions of torch.bool"),
+        (
+            {"weight": good, "bias": (torch.tensor([1, 1]), torch.tensor([1.0, 2.0]))},
+            "the delta has positions of bias twice",
+        ),
+        (
             {"weight": good, "bias": (torch.tensor([0, 1]), torch.tensor([1.0]))},
             r"positions of shape \(2,\) and values of",
         ),
@@ -328,9 +342,69 @@ def test_a_delta_that_does_not_fit_changes_nothing(tmp_path: Any) -> None:
         assert same_state(dict(model.state_dict()), before)
     from safetensors.torch import save_file
 
-    save_file({"weight": torch.ones(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="is no delta: it holds weight"):
-        load_delta(tmp_path / "other.safetensors")
+    for key in ("weight", "weight.indices", "weight.values"):
+        save_file({key: torch.ones(2)}, tmp_path / "other.safetensors")
+        with pytest.raises(ValueError, match=f"is no delta: it holds {key}"):
+            load_delta(tmp_path / "other.safetensors")
+
+
+def test_a_delta_needs_names() -> None:
+    param = Parameter(torch.ones(2))
+    optimizer = SparseAdamW([param], trainable={param: torch.tensor([True, False])})
+    with pytest.raises(ValueError, match=r"a delta goes by names, and the optimizer has none; pass it model.named_"):
+        optimizer.delta()
+
+
+def test_wide_positions_of_a_state_are_kept_narrow() -> None:
+    params = parameters()
+    optimizer = SparseAdamW(params.items(), trainable=masks())
+    saved = copy.deepcopy(optimizer.state_dict())
+    for entry in saved["state"].values():
+        entry["indices"] = entry["indices"].long()
+    optimizer.load_state_dict(saved)
+    assert all(state["indices"].dtype == torch.int32 for state in optimizer.state.values())
+    train(params, optimizer, 1, 2)
+
+
+def test_a_group_that_joins_is_not_selected_until_it_is() -> None:
+    params = parameters()
+    optimizer = SparseAdamW([("w", params["h.0.weight"])], trainable={"w": masks()["h.0.weight"]}, lr=0.1)
+    late = params["h.0.bias"]
+    optimizer.add_param_group({"params": [("b", late)]})
+    before = late.detach().clone()
+    train(params, optimizer, 1, 2)
+    assert torch.equal(late, before)
+    # a distributed checkpoint loads into what is there
+    assert len(optimizer.state_dict()["state"]) == 2
+    optimizer.select({"b": torch.ones(30, dtype=torch.bool)})
+    train(params, optimizer, 3, 4)
+    assert (late != before).all()
+
+
+def test_a_scaler_unscales_and_skips_by_itself_with_fused_too() -> None:
+    params = {"w": Parameter(torch.ones(4))}
+    optimizer = SparseAdamW(params.items(), trainable={"w": torch.ones(4, dtype=torch.bool)}, lr=0.1, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for gradient, moves in ((1.0, True), (float("inf"), False)):
+        before = params["w"].detach().clone()
+        scaler.scale((params["w"] * gradient).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert bool((params["w"] != before).all()) == moves
+    assert int(optimizer.state[params["w"]]["step"]) == 1
+    assert optimizer.state[params["w"]]["exp_avg"].tolist() == pytest.approx([0.1] * 4)  # of 1, not of 1024
+
+
+def test_the_positions_of_each_tensor_are_as_narrow_as_it_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparse, "_NARROW", 100)  # as if at 2^31
+    params, twins, mask = parameters(), parameters(), masks()
+    optimizer = SparseAdamW(params.items(), trainable=mask, lr=0.01)
+    assert {state["indices"].dtype for state in optimizer.state.values()} == {torch.int32, torch.int64}
+    train(params, optimizer, 1, 3)
+    monkeypatch.undo()
+    train(twins, SparseAdamW(twins.items(), trainable=mask, lr=0.01), 1, 3)
+    assert same_state(dict(params), dict(twins))
 
 
 def test_what_this_version_lacks_is_named() -> None:

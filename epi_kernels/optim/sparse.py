@@ -179,9 +179,13 @@ class SparseAdamW(PreparedAdamW):
         """Return what this task may have changed: {name: (positions, values)} of the selected entries, on the CPU.
 
         Put onto the model as it was when the task began, it is the model as it is, bit for bit: `epi_kernels.delta`.
-        The names are the optimizer's: construct it with ``model.named_parameters()``. Of sharded parameters every rank
-        must call; each is gathered, one after the other.
+        Of sharded parameters every rank must call; each is gathered, one after the other.
+
+        Raises:
+            ValueError: the optimizer has no names, which are what a delta goes by.
         """
+        if not all("param_names" in group for group in self.param_groups):
+            raise ValueError("a delta goes by names, and the optimizer has none; pass it model.named_parameters()")
         found = {}
         # in the order of the groups, which is the same on all ranks
         for param in (param for group in self.param_groups for param in group["params"]):
@@ -259,7 +263,7 @@ class SparseAdamW(PreparedAdamW):
     def _unpacked(self, entry: dict[str, Any], param: Tensor) -> dict[str, Any]:
         if "trainable" not in entry:
             if not is_dtensor(param):
-                return entry
+                return {**entry, "indices": _narrow(entry["indices"], param)}
             entry = {"step": entry["step"], **_dense(entry, param.shape)}  # of one process
         # of a DTensor's shard, or of the whole of it where the checkpoint has that
         keys = ("exp_avg", "exp_avg_sq", "trainable")
@@ -299,7 +303,7 @@ class SparseAdamW(PreparedAdamW):
 
 def _narrow(positions: Tensor, tensor: Tensor) -> Tensor:
     """Return positions in a tensor in the dtype in which they are kept."""
-    return positions.int() if tensor.numel() < _NARROW else positions
+    return positions.int() if tensor.numel() < _NARROW else positions.long()
 
 
 def _dense(entry: dict[str, Any], shape: torch.Size) -> dict[str, Tensor]:
