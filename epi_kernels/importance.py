@@ -20,8 +20,11 @@ from epi_kernels.distributed import is_dtensor, is_slice, local, local_gradient,
 # fewer gradients than this cannot rank entries: with one, Eq. 10 gives the same score to all
 FEWEST = 8
 
-# entries of per-example gradients that `vmap` holds at a time
-_AT_ONCE = 1 << 26
+# entries of per-example gradients that `vmap` holds at a time, and the fewest examples for which "auto" takes it: what
+# it saves is the overhead of backward passes. On 2 cores it took a third to a half of the loop's time for models of 0.1
+# to 0.8 million parameters, as long for 3 million, and longer for 13
+_AT_ONCE = 1 << 24
+_WORTH_VMAP = 16
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 Method = Literal["auto", "vmap", "loop"]
@@ -54,11 +57,11 @@ def fisher(
         batches: of the new task: each any nesting of lists, tuples and dicts of tensors whose first dimension counts
             the examples; what else is in it is handed on.
         loss_fn: (model, batch) -> the mean loss over the examples of a batch, 0-d.
-        method: of getting a gradient for each example. "vmap" has many at a time and needs a model that torch.func can
-            take, and memory for gradients of 2^26 entries, their squares and what leads to them, about 1 GB; "loop"
-            goes one by one and holds no gradient longer than it takes to add it, and no more than two accumulators
-            else. "auto" is vmap where the gradients of two examples or more have room, and loop from the first
-            examples on that the model does not allow it for.
+        method: of getting a gradient for each example. "loop" goes one by one and holds no gradient longer than it
+            takes to add it, and else the two accumulators alone. "vmap" has many at a time, in 64 MB and what they are
+            made of, and needs a model that torch.func can take. "auto" is vmap for models of up to a million
+            parameters, where 16 gradients fit into that, and loop from the first examples on for which torch.func gives
+            up.
         microbatch: B examples to a gradient, for speed: an approximation. The mean of squares of such gradients is too
             small by the noise that cancels within one; for independent examples of equal weight
             ``F = B E[g^2] - (B - 1) E[g]^2`` corrects that, and is what is returned. 1: exact.
@@ -71,9 +74,9 @@ def fisher(
         {name: float32 tensor of the parameter's shape, >= 0}, in squared gradient units; DTensors where parameters are.
 
     Raises:
-        ValueError: there are fewer than 8 gradients, or all are 0; no parameter requires one; a batch does not divide
-            into micro-batches; a parameter has a gradient, or a hook that would take it (`release_gradients`); the
-            model is a DistributedDataParallel; or an argument is out of its range.
+        ValueError: there are fewer than 8 gradients; no parameter requires one, or the loss depends on none; a batch
+            does not divide into micro-batches; a parameter has a gradient, or a hook that would take it
+            (`release_gradients`); the model has a DistributedDataParallel; or an argument is out of its range.
         NotImplementedError: a parameter is complex or a slice of FSDP1's, or a gradient sparse.
         RuntimeError: a parameter got two gradients in one backward pass, as reentrant checkpointing makes them.
 
@@ -244,24 +247,23 @@ class _Sums:
     def examples(self) -> int:
         return self.gradients * self.microbatch
 
-    def add_one(self, name: str, grad: Tensor) -> None:
-        """Add one gradient of a parameter."""
-        if self.sums[name].dtype == torch.float32:
-            ops.gradient_sums_([self.sums[name]], [self.squares[name]], [grad], self._backend)
-        else:
+    def add(self, grads: Mapping[str, Tensor]) -> None:
+        """Add one gradient of some parameters."""
+        sums, squares = ([of[name] for name in grads] for of in (self.sums, self.squares))
+        if sums[0].dtype == torch.float32:
+            ops.gradient_sums_(sums, squares, list(grads.values()), self._backend)
+            return
+        for total, square, grad in zip(sums, squares, grads.values(), strict=True):
             wide = grad.float()
-            self._round_into(self.sums[name], wide)
-            self._round_into(self.squares[name], wide.square())
+            self._round_into(total, wide)
+            # not square_(): a gradient may be that of another parameter too
+            self._round_into(square, wide.square())
 
-    def add_many(self, name: str, grads: Tensor) -> None:
-        """Add gradients that are stacked in a first dimension."""
-        wide = grads.float()
-        # not square_(): autograd gives one tensor to parameters whose gradients are equal, and zeros of one place
-        for total, more in ((self.sums[name], wide.sum(0)), (self.squares[name], wide.square().sum(0))):
-            if total.dtype == torch.float32:
-                total += more
-            else:
-                self._round_into(total, more)
+    def add_many(self, grads: Mapping[str, Tensor]) -> None:
+        """Add gradients of all parameters, those of several examples stacked in a first dimension."""
+        # row by row: sums over them all, and their squares in between, would take ten times as long and a copy
+        for row in zip(*grads.values(), strict=True):
+            self.add(dict(zip(grads, row, strict=True)))
 
     def _round_into(self, total: Tensor, more: Tensor) -> None:
         """Add in float32 and round to bfloat16, up or down with the probability that keeps the mean."""
@@ -309,14 +311,17 @@ def _gradient_sums(
         raise ValueError(f"Invalid dtype: {dtype}; accumulate in torch.float32 or torch.bfloat16")
     if isinstance(batches, Tensor):
         raise ValueError("batches is a tensor, whose rows would be batches; pass [tensor], or a loader")
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise ValueError("DistributedDataParallel averages gradients over ranks; pass what it wraps, model.module")
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "DistributedDataParallel averages gradients when they have been added; pass what it wraps, model.module"
+        )
     params = {name: param for name, param in model.named_parameters() if param.requires_grad}
     sharded = any(is_dtensor(param) for param in params.values())
     _check(params, method, sharded)
     sums = _Sums(params, microbatch, dtype, backend)
     at_once = _AT_ONCE // max(1, sum(param.numel() for param in params.values()))
-    way = method if method != "auto" else "vmap" if microbatch == 1 and at_once > 1 and not sharded else "loop"
+    many = microbatch == 1 and at_once >= _WORTH_VMAP and not sharded
+    way = method if method != "auto" else "vmap" if many else "loop"
     with _buffers_kept(model):
         for batch in map(_plain, _shown(batches, progress)):
             count = _examples_in(batch)
@@ -324,7 +329,7 @@ def _gradient_sums(
                 raise ValueError(
                     f"a batch has {count} examples, which do not divide into micro-batches of {microbatch}"
                 )
-            done = 0
+            done = 0  # examples
             if way == "vmap":
                 try:
                     _add_by_vmap(sums, model, params, loss_fn, batch, microbatch, max(1, at_once))
@@ -333,16 +338,12 @@ def _gradient_sums(
                     if method == "vmap":
                         raise error.reason from None
                     way, done = "loop", error.done
-            _add_by_loop(sums, params, model, loss_fn, batch, microbatch, done)
+            if done < count:
+                _add_by_loop(sums, params, model, loss_fn, batch, microbatch, done)
     if sums.gradients < FEWEST:
         raise ValueError(
             f"{sums.gradients} gradients cannot rank entries: at least {FEWEST} are needed, and hundreds are wise; "
             "pass more batches, or a smaller microbatch"
-        )
-    if not sharded and not any(squares.any() for squares in sums.squares.values()):
-        raise ValueError(
-            "every gradient of every example is 0, and entries cannot be ranked; does the loss depend on the "
-            "parameters, without detach() and no_grad()?"
         )
     bad = [name for name, squares in sums.squares.items() if not squares.isfinite().all()]
     if bad:
@@ -436,8 +437,7 @@ def _add_by_vmap(
                 grads = torch.func.vmap(gradient, in_dims=(None, 0), randomness="different")(values, examples)
             except (RuntimeError, NotImplementedError) as error:
                 raise _VmapError(error, first * microbatch) from error
-        for name, grad in grads.items():
-            sums.add_many(name, grad)
+        sums.add_many(grads)
         sums.gradients += some
 
 
@@ -455,7 +455,7 @@ def _add_by_loop(
             added.clear()
             example = pytree.tree_map_only(Tensor, lambda t: t[first : first + microbatch], batch)  # noqa: B023
             with torch.enable_grad():
-                loss_fn(model, example).backward()
+                _checked(loss_fn(model, example)).backward()
             sums.gradients += 1
 
 
@@ -476,7 +476,7 @@ def _accumulating(sums: _Sums, params: Mapping[str, Tensor]) -> Iterator[set[str
                 )
             added.add(name)
             with torch.no_grad():
-                sums.add_one(name, grad)
+                sums.add({name: grad})
 
         return hook
 
@@ -499,7 +499,17 @@ class _Loss(nn.Module):
         self.loss_fn = loss_fn
 
     def forward(self, batch: Any) -> Tensor:
-        return self.loss_fn(self.model, batch)
+        return _checked(self.loss_fn(self.model, batch))
+
+
+def _checked(loss: Tensor) -> Tensor:
+    """Return a loss, if gradients can come of it: under torch.func they would be 0."""
+    if not (isinstance(loss, Tensor) and loss.requires_grad):
+        raise ValueError(
+            "loss_fn returned what depends on no parameter that requires a gradient; let it return a 0-d tensor, "
+            "without detach(), item() and no_grad()"
+        )
+    return loss
 
 
 def _examples_in(batch: Any) -> int:

@@ -32,7 +32,8 @@ def top_k(
     PIECE (arXiv 2511.15375), Alg. 1. Of equal scores at the threshold the first by position are taken: by the order of
     `scores`, then row-major. That the count is exact lets compact states have a fixed size. The k-th largest score is
     found by its bits (`epi_kernels.ops.find_threshold`), in three passes over the scores, without sorting or copying
-    them: but for copies in float32 of what has another dtype, the masks are all the memory it takes.
+    them: memory goes to the masks, copies in float32 of what has another dtype, and one of a tensor at a time that is
+    not contiguous.
 
     Scores of a sharded model are DTensors, and so are the masks: the selection is that of one process. Every rank must
     call. (A threshold that cuts through equal scores gathers one bool for each entry of the tensor where it does.)
