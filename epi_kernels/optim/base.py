@@ -186,10 +186,12 @@ class LockedAdamW(PreparedAdamW):
         """Check what a step cannot do with a parameter.
 
         Raises:
-            RuntimeError: entries of the parameter share memory; `fused` is on and torch's kernels cannot take it.
+            RuntimeError: entries of the parameter share memory, or are in none; `fused` is on and torch's kernels
+                cannot take it.
             NotImplementedError: `capturable` is on and it is complex, or an option is not there for a DTensor.
             AssertionError: `capturable` is on and it is on a device that has no graphs.
         """
+        super()._check_layout(param, group)
         held = local(param)
         if held is not param:
             for flag in ("capturable", "differentiable", "clip_grad_norm"):

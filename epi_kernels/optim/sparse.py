@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from epi_kernels.contract import arithmetic_dtype
-from epi_kernels.distributed import is_dtensor, local, local_gradient, shard_of, wrapped
+from epi_kernels.distributed import is_dtensor, local, shard_of, wrapped
 from epi_kernels.ops import SparseSweep
 from epi_kernels.optim.checkpoint import pairs_of
 from epi_kernels.optim.groups import digest_of, masks_of, position_of
-from epi_kernels.optim.prepared import Bundle, Prepared, PreparedAdamW
+from epi_kernels.optim.prepared import Bundle, Prepared, PreparedAdamW, real_gradient
 from epi_kernels.optim.refusals import require_default
 
 # positions fit int32 below this
@@ -224,7 +224,7 @@ class SparseAdamW(PreparedAdamW):
         states = [self.state[param] for param in params]
         sweep = SparseSweep(
             list(map(local, params)),
-            list(map(local_gradient, params)),
+            list(map(real_gradient, params)),
             [state["indices"] for state in states],
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
