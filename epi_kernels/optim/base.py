@@ -45,8 +45,6 @@ class LockedAdamW(PreparedAdamW):
 
     def __init__(self, *torchs: Any, clip_grad_norm: float | None, settings: dict[str, Any], **others: Any) -> None:
         """Check every argument, then build torch's optimizer; `settings` are a subclass's defaults of its groups."""
-        if clip_grad_norm is not None and not clip_grad_norm > 0.0:
-            raise ValueError(f"Invalid clip_grad_norm: {clip_grad_norm!r}; a norm > 0, or None for no clipping")
         self._nonfinite = NonfiniteCounts()
         super().__init__(*torchs, settings={"clip_grad_norm": clip_grad_norm, **settings}, **others)
 
@@ -166,6 +164,12 @@ class LockedAdamW(PreparedAdamW):
             locked = None if self._lock_in(param, group) == "none" else self.isolation_mask(param)
             with torch.enable_grad():
                 differentiable.step_(param, self.state[param], group, locked, scaling.factor.get(param.device))
+
+    def _check_settings(self, group: dict[str, Any], shared: dict[str, Any]) -> None:
+        norm = group["clip_grad_norm"]
+        if norm is not None and not norm > 0.0:
+            raise ValueError(f"Invalid clip_grad_norm: {norm!r}; a norm > 0, or None for no clipping")
+        super()._check_settings(group, shared)
 
     # Preparation -----------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """torch.optim.AdamW in all that a program sees of it but the step: groups, state, checkpoints, hooks, compilation."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -10,7 +11,7 @@ from epi_kernels import dispatch
 from epi_kernels.contract import FLOATING
 from epi_kernels.distributed import is_dtensor, shard_of
 from epi_kernels.optim import compiled
-from epi_kernels.optim.checkpoint import check_state, pairs_of, taken
+from epi_kernels.optim.checkpoint import check_form, check_state, named, pairs_of, taken
 from epi_kernels.optim.groups import Named, check_shared
 
 # torch's complaint about a capture that its own flags do not allow; the first name is that of torch >= 2.9
@@ -19,6 +20,9 @@ _HEALTH_CHECK = next(
     for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
     if hasattr(torch.optim.Optimizer, name)
 )
+
+# the settings of torch's
+_TORCHS = [name for name in inspect.signature(torch.optim.AdamW).parameters if name != "params"]
 
 
 class Released(Protocol):
@@ -34,11 +38,14 @@ class DropInAdamW(Named, torch.optim.AdamW):
     Not used itself. Arguments up to `fused` are torch's, with torch's errors.
     """
 
-    # settings of ours that are one for all groups: they stand in every group, so that a checkpoint holds them
-    _SHARED: tuple[str, ...] = ()
+    # settings that are one for all groups: they stand in every group, so that a checkpoint holds them
+    _SHARED: tuple[str, ...] = ("differentiable",)
 
     # keys of a parameter's state that a checkpoint may hold
     _STATE: tuple[str, ...] = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+    # whether every parameter has a state from the start
+    _COMPLETE = False
 
     # of parameters
     _DTYPES: tuple[torch.dtype, ...] = FLOATING
@@ -174,8 +181,7 @@ class DropInAdamW(Named, torch.optim.AdamW):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Check a group that was just added; a subclass extends it."""
-        _check_torchs(group)
-        check_shared(self._SHARED, group, self.defaults)
+        self._check_settings(group, self.defaults)
         for param in group["params"]:
             if param.dtype not in self._DTYPES:
                 raise NotImplementedError(
@@ -188,6 +194,16 @@ class DropInAdamW(Named, torch.optim.AdamW):
                 )
             # raises where the backend cannot run
             dispatch.explain(param.device, self._backend, param.dtype.to_real() if param.is_complex() else param.dtype)
+
+    def _check_settings(self, group: dict[str, Any], shared: dict[str, Any]) -> None:
+        """Check the settings of a group, of which those that are one for all are as in `shared`; a subclass extends it.
+
+        Raises:
+            ValueError, RuntimeError: they are out of their range, or not possible together; torch's with its texts.
+        """
+        # torch checks them in its constructor alone, and those of the first arguments at that
+        torch.optim.AdamW([torch.zeros(())], **{key: group[key] for key in _TORCHS if key in group})
+        check_shared(self._SHARED, group, shared)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state as torch does, with the dtypes of this class: torch casts every state to its parameter's.
@@ -205,27 +221,40 @@ class DropInAdamW(Named, torch.optim.AdamW):
         settings = [dict(group) if captured else {} for group in self.param_groups]
 
         def check(_: Any, given: dict[str, Any]) -> dict[str, Any]:
-            check_state(given, self.param_groups, self._STATE, self._state_shape, self._check_entry)
-            groups = given["param_groups"]
-            if len(groups) == len(self.param_groups):  # else torch says so
-                own = [{key: group[key] for key in self._settings} for group in self.param_groups]
-                groups = [{**ours, **theirs} for ours, theirs in zip(own, groups, strict=True)]
-                self._check_loaded(groups)
-                if [len(g["params"]) for g in groups] == [len(g["params"]) for g in self.param_groups]:
-                    params = dict(pairs_of(groups, self.param_groups))
-                    entries.update({params[number]: entry for number, entry in given["state"].items() if entry})
+            if not check_form(given, self.param_groups):
+                return given
+            check_state(
+                given, self.param_groups, self._STATE, self._state_shape, self._check_entry, complete=self._COMPLETE
+            )
+            own = [{key: group[key] for key in self._settings} for group in self.param_groups]
+            groups = [{**ours, **theirs} for ours, theirs in zip(own, given["param_groups"], strict=True)]
+            lacking = {key: self.defaults[key] for key in self._SHARED}  # in a state of an old torch
+            for i, group in enumerate(groups):
+                with named(f"parameter group {i} of the state"):
+                    # torch's constructor refuses integers, its step takes them
+                    betas = tuple(float(beta) if isinstance(beta, int) else beta for beta in group["betas"])
+                    self._check_settings({**lacking, **group, "betas": betas}, {**lacking, **groups[0]})
+            self._check_loaded(groups)
+            params = dict(pairs_of(groups, self.param_groups))
+            entries.update({params[number]: entry for number, entry in given["state"].items() if entry})
             # the tensors are kept from torch, which would make a copy of them in the dtypes of the parameters
             return {**given, "state": {}, "param_groups": groups}
 
         def take(_: Any) -> None:
-            for param, entry in entries.items():
-                state = taken(self._unpacked(entry, param), param, before.get(param, {}))
+            for param in dict.fromkeys((*entries, *before)):
+                entry = self._unpacked(entries[param], param) if param in entries else {}
+                state = taken(entry, param, before.get(param, {}))
                 state["step"] = self._clock(state["step"], param, self._group_of(param))
                 self.state[param] = state
             for group, old in zip(self.param_groups, settings, strict=True):
                 for key in ("lr", "eps", "weight_decay"):
                     if isinstance(old.get(key), Tensor):
                         group[key] = old[key].copy_(torch.as_tensor(group[key]))
+                group["betas"] = tuple(
+                    ours.copy_(torch.as_tensor(beta)) if isinstance(ours, Tensor) else beta
+                    for ours, beta in zip(old.get("betas", (None, None)), group["betas"], strict=True)
+                )
+            self.defaults.update({key: self.param_groups[0][key] for key in self._SHARED})
             self._settle()
             self._after_load()
 
@@ -279,20 +308,3 @@ class DropInAdamW(Named, torch.optim.AdamW):
 
     # the attributes of ours that pickle and deepcopy keep
     _KEPT: tuple[str, ...] = ("_backend", "_settings")
-
-
-def _check_torchs(group: dict[str, Any]) -> None:
-    """Check the settings of torch's that a group brings; torch itself checks them in the constructor alone.
-
-    Raises:
-        ValueError: with torch's text.
-    """
-    if not group["lr"] >= 0.0:
-        raise ValueError(f"Invalid learning rate: {group['lr']}")
-    if not group["eps"] >= 0.0:
-        raise ValueError(f"Invalid epsilon value: {group['eps']}")
-    for i, beta in enumerate(group["betas"]):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
-    if not group["weight_decay"] >= 0.0:
-        raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")

@@ -273,7 +273,6 @@ class EPIAdamW(Isolation, LockedAdamW):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        check_settings(group)
         for param in group["params"]:
             if param.is_complex() and self._lock_in(param, group) == "exp_avg_sq":
                 raise NotImplementedError(
@@ -283,6 +282,10 @@ class EPIAdamW(Isolation, LockedAdamW):
         self._grouping.resolve(named="param_names" in group)
         self._grouping.stamp(self.param_groups)
         self._part()
+
+    def _check_settings(self, group: dict[str, Any], shared: dict[str, Any]) -> None:
+        check_settings(group)
+        super()._check_settings(group, shared)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state in torch's form.
@@ -297,11 +300,8 @@ class EPIAdamW(Isolation, LockedAdamW):
 
     def _check_loaded(self, groups: list[dict[str, Any]]) -> None:
         check_saved(groups, self.param_groups)
-        for group in groups:
-            check_settings({**group, "layers": self._grouping.layers})
 
     def _after_load(self) -> None:
-        self.defaults.update({key: self.param_groups[0][key] for key in self._SHARED if key != "layers"})
         self._grouping.stamp(self.param_groups)
         self._part()
         if self._segments is not None:

@@ -18,6 +18,9 @@ from epi_kernels.optim.refusals import require_default
 # positions fit int32 below this
 _NARROW = 1 << 31
 
+# flags of AdamW that this version does not have for compact states
+_REFUSED = ("amsgrad", "capturable", "differentiable")
+
 
 @dataclass(slots=True)
 class _Bundle(Bundle):
@@ -68,6 +71,7 @@ class SparseAdamW(PreparedAdamW):
     """
 
     _SHARDED = True
+    _COMPLETE = True
     _STATE = ("exp_avg", "exp_avg_sq", "indices", "trainable")
     _KEPT = (*PreparedAdamW._KEPT, "_digests")
 
@@ -88,9 +92,6 @@ class SparseAdamW(PreparedAdamW):
         fused: bool | None = None,
         backend: str = "auto",
     ) -> None:
-        require_default(
-            amsgrad=(amsgrad, False), capturable=(capturable, False), differentiable=(differentiable, False)
-        )
         super().__init__(
             params,
             lr,
@@ -149,6 +150,10 @@ class SparseAdamW(PreparedAdamW):
             "exp_avg_sq": torch.zeros(len(positions), dtype=dtype, device=param.device),
             "indices": _narrow(positions, local(param)),
         }
+
+    def _check_settings(self, group: dict[str, Any], shared: dict[str, Any]) -> None:
+        _refuse_flags(group)
+        super()._check_settings(group, shared)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as torch does; nothing of it is selected until `select`."""
@@ -212,6 +217,13 @@ class SparseAdamW(PreparedAdamW):
     def _moves(self, param: Tensor) -> bool:
         # a DTensor even where this rank has nothing: to come by its gradient may take all ranks
         return bool(self.state[param]["indices"].numel()) or is_dtensor(param)
+
+    def _settings_seen(self, group: dict[str, Any]) -> tuple[object, ...]:
+        return tuple(group[flag] for flag in _REFUSED)
+
+    def _check_layout(self, param: Tensor, group: dict[str, Any]) -> None:
+        _refuse_flags(group)  # that were set since the group was added
+        super()._check_layout(param, group)
 
     def _ensure_state(self, param: Tensor, group: dict[str, Any]) -> None:
         pass  # `select` has made it
@@ -278,7 +290,8 @@ class SparseAdamW(PreparedAdamW):
         if "trainable" in entry:
             return
         indices = entry.get("indices")
-        if not isinstance(indices, Tensor) or indices.dtype not in (torch.int32, torch.int64) or indices.dim() != 1:
+        integers = isinstance(indices, Tensor) and indices.dtype in (torch.int32, torch.int64) and not indices.is_meta
+        if not isinstance(indices, Tensor) or not integers or indices.dim() != 1:
             raise ValueError(f"the state of {name} has no 1-D integer indices: it is not SparseAdamW's")
         if len(indices) and not (int(indices[0]) >= 0 and int(indices[-1]) < param.numel()):
             raise ValueError(
@@ -288,6 +301,10 @@ class SparseAdamW(PreparedAdamW):
         # a step would write wherever they point
         if not bool((indices[1:] > indices[:-1]).all()):
             raise ValueError(f"indices of {name} do not increase in the state: it was changed, or is not SparseAdamW's")
+
+
+def _refuse_flags(group: dict[str, Any]) -> None:
+    require_default(**{flag: (group.get(flag, False), False) for flag in _REFUSED})
 
 
 def _narrow(positions: Tensor, tensor: Tensor) -> Tensor:
