@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from numbers import Real
 from typing import Any
 
 import torch
@@ -138,9 +137,9 @@ def _check_entry(
 
 def _check_step(step: Any, param: Tensor, name: str) -> None:
     if isinstance(step, Tensor):
-        _check_place("step", step, param, name, ())
+        check_place("step", step, param, name, ())
     clock = local(step).item() if isinstance(step, Tensor) else step  # a number of an old torch
-    if not (isinstance(clock, Real) and 0 <= clock < math.inf):
+    if not (isinstance(clock, (int, float)) and 0 <= clock < math.inf):
         raise ValueError(f"step of {name} is {clock!r} in the state; it is a number of steps, >= 0")
 
 
@@ -152,13 +151,18 @@ def check_tensor(key: str, value: Any, param: Tensor, name: str, shape: tuple[in
     """
     if not isinstance(value, Tensor):
         raise ValueError(f"{key} of {name} is a {type(value).__name__} and not a tensor")
-    _check_place(key, value, param, name, shape)
+    check_place(key, value, param, name, shape)
     wanted = _dtype_of(key, param, value)
     if value.is_complex() != wanted.is_complex or (wanted.is_floating_point and not value.is_floating_point()):
         raise ValueError(f"{key} of {name} is {value.dtype} in the state, and {wanted} here")
 
 
-def _check_place(key: str, value: Tensor, param: Tensor, name: str, shape: tuple[int, ...]) -> None:
+def check_place(key: str, value: Tensor, param: Tensor, name: str, shape: tuple[int, ...]) -> None:
+    """Check that `key` of a parameter's saved state has this shape, and values where the parameter has its own.
+
+    Raises:
+        ValueError: it has not; the message names it.
+    """
     if value.layout != torch.strided or value.is_meta:
         raise ValueError(
             f"{key} of {name} is {value.layout} on {value.device} in the state; a step needs all its values"
