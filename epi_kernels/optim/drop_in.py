@@ -31,6 +31,9 @@ class Released(Protocol):
     def end_iteration(self) -> None:
         """Do what is left of a step."""
 
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Check a group that is added or loaded; ValueError is for the caller."""
+
 
 class DropInAdamW(Named, torch.optim.AdamW):
     """torch.optim.AdamW whose step is another's.
@@ -204,6 +207,8 @@ class DropInAdamW(Named, torch.optim.AdamW):
         # torch checks them in its constructor alone, and those of the first arguments at that
         torch.optim.AdamW([torch.zeros(())], **{key: group[key] for key in _TORCHS if key in group})
         check_shared(self._SHARED, group, shared)
+        if self._released is not None:
+            self._released.check_group(group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state as torch does, with the dtypes of this class: torch casts every state to its parameter's.
@@ -286,8 +291,10 @@ class DropInAdamW(Named, torch.optim.AdamW):
 
     def _settle(self) -> None:
         """Take over what the groups say now."""
-        # a scaler then leaves the gradients alone and the step reads its factor; else it unscales and skips by itself
-        self._step_supports_amp_scaling = any(group["fused"] for group in self.param_groups)
+        # a scaler then leaves the gradients alone and the step reads its factor; else it unscales and skips by itself.
+        # Of released ones it would find none, and say that and not why
+        fused = any(group["fused"] for group in self.param_groups)
+        self._step_supports_amp_scaling = fused or self._released is not None
         # the name under which a compiler follows the groups: of the other it believes that it is torch's optimizer's
         self._groups = self.param_groups
         self._number = compiled.register(self)

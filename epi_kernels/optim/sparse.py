@@ -249,7 +249,7 @@ class SparseAdamW(PreparedAdamW):
     def _settle(self) -> None:
         super()._settle()
         # a scaler unscales and skips by itself: the gradients that would be left to the step are dense
-        self._step_supports_amp_scaling = False
+        self._step_supports_amp_scaling = self._released is not None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state in torch's form."""
