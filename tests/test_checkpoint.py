@@ -160,6 +160,19 @@ def test_our_state_loads_into_torch_and_goes_on(importance: str) -> None:
         torch.testing.assert_close(params[name][moving], twins[name][moving], rtol=0, atol=1e-7)
 
 
+def test_a_hook_after_saving_sees_what_the_checkpoint_holds() -> None:
+    optimizer, params = trained(importance="exp_avg_sq")
+    assert any(mask.any() for mask in masks(optimizer, params))
+    seen = []
+
+    def look(_: Any, state: dict[str, Any]) -> None:
+        seen.extend(bool((entry["exp_avg_sq"] >= 0).all()) for entry in state["state"].values())
+
+    optimizer.register_state_dict_post_hook(look)
+    optimizer.state_dict()
+    assert seen == [True] * len(SHAPES)
+
+
 def test_states_keep_their_dtypes_under_bfloat16_parameters() -> None:
     params = parameters(torch.bfloat16)
     optimizer = epi(params)

@@ -297,6 +297,53 @@ def test_a_group_added_in_the_middle_has_a_clock_of_its_own() -> None:
     assert optimizer.telemetry()[0]["eligible"] == 16
 
 
+@pytest.mark.parametrize("kind", ["EPIAdamW", "S = exp_avg_sq", "MaskedAdamW"])
+def test_amsgrad_that_is_switched_on_later_starts_with_the_moments_of_then(kind: str) -> None:
+    param, twin = Parameter(torch.ones(6)), Parameter(torch.ones(6))
+    ours, theirs = ALL[kind](param), torch.optim.AdamW([twin], lr=0.1)
+    for step in range(6):
+        if step == 3:
+            ours.param_groups[0]["amsgrad"] = theirs.param_groups[0]["amsgrad"] = True
+            # torch itself makes it for a parameter without a state alone
+            theirs.state[twin]["max_exp_avg_sq"] = torch.zeros(6)
+        give([param], step)
+        param.grad /= step + 1.0
+        twin.grad = param.grad.clone()
+        ours.step()
+        theirs.step()
+        torch.testing.assert_close(param, twin, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ours.state[param]["max_exp_avg_sq"], theirs.state[twin]["max_exp_avg_sq"])
+
+
+def test_the_largest_clock_of_any_parameter_decides_a_refresh_asleep_or_not() -> None:
+    first, second = Parameter(torch.ones(8)), Parameter(torch.ones(8))
+    optimizer = EPIAdamW([("a.w", first), ("b.w", second)], isolation_ratio=0.25, mask_interval=4)
+    for step in range(8):  # four steps of the first, then four of the second, whose clock so reaches 4 too
+        give([first, second], step)
+        (second if step < 4 else first).grad = None
+        optimizer.step()
+    assert [record["step"] for record in optimizer.telemetry()] == [4]
+
+
+def test_a_clock_that_the_program_sets_back_counts_from_there() -> None:
+    param = Parameter(torch.ones(8))
+    optimizer = EPIAdamW([("a.w", param)], isolation_ratio=0.25, mask_interval=4)
+    for step in range(10):
+        if step == 6:
+            optimizer.state[param]["step"].fill_(0)
+        give([param], step)
+        optimizer.step()
+    assert [record["step"] for record in optimizer.telemetry()] == [4, 4]
+
+
+def test_a_name_is_whatever_torch_takes_for_one() -> None:
+    params = [Parameter(torch.ones(8)), Parameter(torch.ones(8))]
+    optimizer = EPIAdamW(list(enumerate(params)), isolation_ratio=0.25, mask_interval=1)
+    give(params, 0)
+    optimizer.step()
+    assert [layer["eligible"] for layer in optimizer.telemetry()[0]["layers"]] == [8, 8]
+
+
 def test_a_frozen_parameter_that_thaws_and_freezes() -> None:
     first, second = Parameter(torch.ones(8)), Parameter(torch.ones(8), requires_grad=False)
     optimizer = EPIAdamW([("a.w", first), ("b.w", second)], isolation_ratio=0.25, mask_interval=1)

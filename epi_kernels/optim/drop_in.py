@@ -119,6 +119,10 @@ class DropInAdamW(Named, torch.optim.AdamW):
     def _check_entry(self, entry: dict[str, Any], param: Tensor, name: str) -> None:
         """Check a parameter's saved state beyond its keys and shapes; ValueError is for the caller."""
 
+    def _packed(self, packed: dict[str, Any]) -> dict[str, Any]:
+        """Return torch's state_dict as a checkpoint shall have it."""
+        return packed
+
     def _unpacked(self, entry: dict[str, Any], param: Tensor) -> dict[str, Any]:
         """Return a parameter's saved state as `state` has it: of a DTensor this rank's part, if the whole was saved."""
         return {key: value if key == "step" else shard_of(value, param) for key, value in entry.items()}
@@ -209,6 +213,15 @@ class DropInAdamW(Named, torch.optim.AdamW):
         check_shared(self._SHARED, group, shared)
         if self._released is not None:
             self._released.check_group(group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state in torch's form."""
+        # before the hooks of the user, who shall see what a checkpoint holds
+        ours = self.register_state_dict_post_hook(lambda _, packed: self._packed(packed), prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            ours.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state as torch does, with the dtypes of this class: torch casts every state to its parameter's.

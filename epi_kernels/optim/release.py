@@ -23,7 +23,7 @@ class GradientRelease:
         self._handles = {
             param: _hooked(param, functools.partial(self._step, group=i))
             for i, group in enumerate(optimizer.param_groups)
-            for param in group["params"]
+            for param in dict.fromkeys(group["params"])
         }
         optimizer._released = self
         optimizer._settle()

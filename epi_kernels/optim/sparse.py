@@ -251,9 +251,7 @@ class SparseAdamW(PreparedAdamW):
         # a scaler unscales and skips by itself: the gradients that would be left to the step are dense
         self._step_supports_amp_scaling = self._released is not None
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state in torch's form."""
-        packed = super().state_dict()
+    def _packed(self, packed: dict[str, Any]) -> dict[str, Any]:
         state = {}
         for number, param in pairs_of(packed["param_groups"], self.param_groups):
             if number in packed["state"]:
