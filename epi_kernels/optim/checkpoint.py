@@ -199,9 +199,7 @@ def taken(entry: dict[str, Any], param: Tensor, before: dict[str, Tensor]) -> di
     A tensor that fits is taken and not copied, as torch does it: two copies would be a second optimizer's worth of
     memory. What `before` has is written instead of replaced: 0 where the entry has nothing of it, a mask excepted.
     """
-    state: dict[str, Any] = {
-        key: old if key == "frozen" else old.zero_() for key, old in before.items() if key not in entry
-    }
+    state: dict[str, Any] = {}
     for key, value in entry.items():
         if key in before:
             state[key] = before[key].copy_(torch.as_tensor(value))
@@ -209,6 +207,9 @@ def taken(entry: dict[str, Any], param: Tensor, before: dict[str, Tensor]) -> di
             state[key] = value  # whoever takes it knows where a clock runs
         else:
             state[key] = value.to(device=param.device, dtype=_dtype_of(key, param, value))
+    for key, old in before.items():
+        if key not in state:
+            state[key] = old if key == "frozen" else old.zero_()
     return state
 
 

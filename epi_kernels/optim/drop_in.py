@@ -235,7 +235,8 @@ class DropInAdamW(Named, torch.optim.AdamW):
         entries: dict[Tensor, dict[str, Any]] = {}
         # a captured step has the addresses of its state; else the old one goes before the new one is made
         captured = any(group["capturable"] for group in self.param_groups)
-        before = dict(self.state) if captured else {}
+        params = [param for group in self.param_groups for param in group["params"]]
+        before = {param: self.state[param] for param in params if captured and param in self.state}
         settings = [dict(group) if captured else {} for group in self.param_groups]
 
         def check(_: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -253,8 +254,8 @@ class DropInAdamW(Named, torch.optim.AdamW):
                     betas = tuple(float(beta) if isinstance(beta, int) else beta for beta in group["betas"])
                     self._check_settings({**lacking, **group, "betas": betas}, {**lacking, **groups[0]})
             self._check_loaded(groups)
-            params = dict(pairs_of(groups, self.param_groups))
-            entries.update({params[number]: entry for number, entry in given["state"].items() if entry})
+            numbers = dict(pairs_of(groups, self.param_groups))
+            entries.update({numbers[number]: entry for number, entry in given["state"].items() if entry})
             # the tensors are kept from torch, which would make a copy of them in the dtypes of the parameters
             return {**given, "state": {}, "param_groups": groups}
 

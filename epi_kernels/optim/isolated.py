@@ -297,7 +297,7 @@ class IsolatedOptimizer(Isolation, torch.optim.Optimizer):
             ValueError: the state is of another optimizer than the base, of other shapes or another grouping of the
                 parameters into layers, or a setting is out of its range; the message names the entry.
 
-        Whatever is raised, by a hook or the base too, nothing has changed then.
+        Whatever is raised, by the base too, nothing has changed then.
         """
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
