@@ -95,7 +95,7 @@ class Grouping:
         for i, group in enumerate(groups):
             named = has_names(group)
             for j, param in enumerate(group["params"]):
-                name = group["param_names"][j] if named else f"{i}.{j}"
+                name = str(group["param_names"][j]) if named else f"{i}.{j}"  # torch takes any name
                 layers.setdefault(param, self.layer(name))
         return layers
 

@@ -1,5 +1,6 @@
 """The runs of test_resume.py, and the process that goes on with them: ``python tests/resume.py <file>``."""
 
+import copy
 import itertools
 import sys
 import warnings
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from epi_kernels import EPIAdamW, IsolatedOptimizer, MaskedAdamW
+from epi_kernels import EPIAdamW, IsolatedOptimizer, MaskedAdamW, SparseAdamW
 
 SHAPES = {"blocks.0.weight": (30, 7), "blocks.0.bias": (30,), "blocks.1.weight": (9, 8), "head.weight": (11, 5)}
 HALF, WHOLE = 50, 100  # in the middle of an interval of 7
@@ -27,14 +28,21 @@ EPI = {
     "clipped": {"clip_grad_norm": 0.1},
     "maximize": {"maximize": True},
     "reference": {"backend": "reference"},
+    "tensor lr and betas": {"lr": torch.tensor(1e-2), "betas": (torch.tensor(0.8), torch.tensor(0.95))},
 }
-MODES = [*EPI, "masked", "isolated SGD", "isolated Adagrad"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64]
+BASES: dict[str, Any] = {
+    "isolated SGD": lambda p: torch.optim.SGD(p, lr=1e-2),
+    "isolated SGD with momentum": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, nesterov=True),
+    "isolated Adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2),
+    "isolated AdamW with amsgrad": lambda p: torch.optim.AdamW(p, lr=1e-2, amsgrad=True),
+}
+MODES = [*EPI, "masked", "sparse", *BASES]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128]
 RUNS = [
     (mode, dtype)
     for mode, dtype in itertools.product(MODES, DTYPES)
-    # refused: see test_drop_in.py
-    if not (dtype.is_complex and mode in ("S = exp_avg_sq", "fused"))
+    # refused: see test_drop_in.py and test_sparse_optimizer.py
+    if not (dtype.is_complex and mode in ("S = exp_avg_sq", "fused", "sparse"))
 ]
 
 
@@ -45,12 +53,14 @@ def parameters(dtype: torch.dtype) -> dict[str, Parameter]:
 
 def optimizer_of(mode: str, params: dict[str, Parameter]) -> torch.optim.Optimizer:
     isolation: dict[str, Any] = {"isolation_ratio": 0.2, "mask_interval": 7}
+    mask = {"head.weight": torch.arange(55).view(11, 5) % 3 == 0}
     if mode == "masked":
-        return MaskedAdamW(params.items(), lr=1e-2, frozen={"head.weight": torch.arange(55).view(11, 5) % 3 == 0})
-    if mode.startswith("isolated"):
-        base = torch.optim.SGD if mode == "isolated SGD" else torch.optim.Adagrad
-        return IsolatedOptimizer(base(params.items(), lr=1e-2), **isolation)
-    return EPIAdamW(params.items(), **{"lr": 1e-2, **isolation, **EPI[mode]})
+        return MaskedAdamW(params.items(), lr=1e-2, frozen=mask)
+    if mode == "sparse":
+        return SparseAdamW(params.items(), lr=1e-2, trainable=mask)
+    if mode in BASES:
+        return IsolatedOptimizer(BASES[mode](params.items()), **isolation)
+    return EPIAdamW(params.items(), **{"lr": 1e-2, **isolation, **copy.deepcopy(EPI[mode])})
 
 
 def train(params: dict[str, Parameter], optimizer: torch.optim.Optimizer, first: int, last: int) -> None:

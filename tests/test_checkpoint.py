@@ -8,6 +8,7 @@ import copy
 import gc
 import io
 import pickle
+import re
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -159,6 +160,19 @@ def test_our_state_loads_into_torch_and_goes_on(importance: str) -> None:
         torch.testing.assert_close(params[name][moving], twins[name][moving], rtol=0, atol=1e-7)
 
 
+def test_a_hook_after_saving_sees_what_the_checkpoint_holds() -> None:
+    optimizer, params = trained(importance="exp_avg_sq")
+    assert any(mask.any() for mask in masks(optimizer, params))
+    seen = []
+
+    def look(_: Any, state: dict[str, Any]) -> None:
+        seen.extend(bool((entry["exp_avg_sq"] >= 0).all()) for entry in state["state"].values())
+
+    optimizer.register_state_dict_post_hook(look)
+    optimizer.state_dict()
+    assert seen == [True] * len(SHAPES)
+
+
 def test_states_keep_their_dtypes_under_bfloat16_parameters() -> None:
     params = parameters(torch.bfloat16)
     optimizer = epi(params)
@@ -225,10 +239,74 @@ MISFITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda s: s["state"][0].update(exp_avg=torch.zeros(30, 7, dtype=torch.complex64)),
         "exp_avg of blocks.0.weight is torch.complex64 in the state, and torch.float32 here",
     ),
-    "an impossible setting": (
-        lambda s: s["param_groups"][0].update(isolation_ratio=3.0),
-        "Invalid isolation_ratio: 3.0",
+    "integer moments": (
+        lambda s: s["state"][0].update(exp_avg=torch.zeros(30, 7, dtype=torch.int64)),
+        "exp_avg of blocks.0.weight is torch.int64 in the state, and torch.float32 here",
     ),
+    "sparse moments": (
+        lambda s: s["state"][0].update(exp_avg=torch.zeros(30, 7).to_sparse()),
+        "exp_avg of blocks.0.weight is torch.sparse_coo on cpu in the state",
+    ),
+    "moments on the meta device": (
+        lambda s: s["state"][1].update(exp_avg_sq=torch.zeros(30, device="meta")),
+        "exp_avg_sq of blocks.0.bias is torch.strided on meta in the state",
+    ),
+    "amsgrad without its moment": (
+        lambda s: s["param_groups"][0].update(amsgrad=True),
+        "the state of blocks.0.weight has no max_exp_avg_sq and is not AdamW's with amsgrad",
+    ),
+    "an entry that is a list": (
+        lambda s: s["state"].update({1: [1.0]}),
+        "the state of blocks.0.bias is a list and not a dict",
+    ),
+    **{
+        f"step is {step!r}": (
+            lambda s, step=step: s["state"][2].update(step=step),
+            f"step of head.weight is {re.escape(repr(step))} in the state",
+        )
+        for step in ("a", None, [3.0], float("nan"), float("inf"), -1.0, 1j)
+    },
+    "step is NaN in a tensor": (
+        lambda s: s["state"][2].update(step=torch.tensor(float("nan"))),
+        "step of head.weight is nan in the state",
+    ),
+    "step is complex in a tensor": (
+        lambda s: s["state"][2].update(step=torch.tensor(1j)),
+        r"step of head.weight is \(?1j",
+    ),
+    "state is None": (lambda s: s.update(state=None), "'state' of the state is a NoneType and not a dict"),
+    "groups are None": (lambda s: s.update(param_groups=None), "'param_groups' of the state is a NoneType"),
+    "a group that is none": (
+        lambda s: s.update(param_groups=[3]),
+        "parameter group 0 of the state has no list of params",
+    ),
+    "a group without params": (
+        lambda s: s["param_groups"][0].pop("params"),
+        "parameter group 0 of the state has no list of params",
+    ),
+    "Adam's decay": (
+        lambda s: s["param_groups"][0].update(decoupled_weight_decay=False),
+        "parameter group 0 of the state has decoupled_weight_decay=False: it is Adam's",
+    ),
+    "no amsgrad, as RAdam and NAdam": (
+        lambda s: s["param_groups"][0].pop("amsgrad"),
+        "parameter group 0 of the state has no amsgrad: it is not AdamW's",
+    ),
+    **{
+        f"{key} is {value!r}": (
+            lambda s, key=key, value=value: s["param_groups"][0].update({key: value}),
+            f"parameter group 0 of the state: {text}",
+        )
+        for key, value, text in (
+            ("lr", "x", "'<=' not supported"),
+            ("lr", -1.0, "Invalid learning rate: -1.0"),
+            ("betas", (2.0, 0.9), "Invalid beta parameter at index 0: 2.0"),
+            ("betas", (0.9,), "tuple index out of range"),
+            ("clip_grad_norm", -1.0, "Invalid clip_grad_norm: -1.0"),
+            ("isolation_ratio", 3.0, "Invalid isolation_ratio: 3.0"),
+            ("mask_interval", 0, "Invalid mask_interval: 0"),
+        )
+    },
 }
 
 
@@ -256,10 +334,12 @@ def test_a_state_that_does_not_fit_is_named_and_changes_nothing(
         torch.optim.RMSprop,
         torch.optim.Adamax,
         torch.optim.NAdam,
+        torch.optim.RAdam,
+        torch.optim.Adam,
         torch.optim.Adafactor,
         lambda p: masked(dict(zip(SHAPES, p, strict=True))),
     ],
-    ids=["SGD", "plain SGD", "Adagrad", "RMSprop", "Adamax", "NAdam", "Adafactor", "MaskedAdamW"],
+    ids=["SGD", "plain SGD", "Adagrad", "RMSprop", "Adamax", "NAdam", "RAdam", "Adam", "Adafactor", "MaskedAdamW"],
 )
 def test_the_state_of_another_optimizer_is_refused_and_changes_nothing(foreign: Callable[..., Any]) -> None:
     params = parameters()
@@ -267,9 +347,49 @@ def test_the_state_of_another_optimizer_is_refused_and_changes_nothing(foreign: 
     train(params, other, 1, 3)
     optimizer, _ = trained()
     before = copy.deepcopy(optimizer.state_dict())
-    with pytest.raises(ValueError, match="of the state has no betas|is not AdamW's|which this optimizer has not"):
+    with pytest.raises(
+        ValueError, match="of the state has no betas|is not AdamW's|is Adam's|which this optimizer has not"
+    ):
         optimizer.load_state_dict(other.state_dict())
     assert same_state(optimizer.state_dict(), before)
+
+
+def test_settings_that_are_one_for_all_groups_are_so_in_a_state() -> None:
+    params = list(parameters().items())
+    optimizer = EPIAdamW([{"params": params[:2]}, {"params": params[2:]}], mask_interval=4)
+    wrong = copy.deepcopy(optimizer.state_dict())
+    wrong["param_groups"][1]["mask_interval"] = 5
+    with pytest.raises(ValueError, match="parameter group 1 of the state: mask_interval=5 in a parameter group"):
+        optimizer.load_state_dict(wrong)
+    assert [group["mask_interval"] for group in optimizer.param_groups] == [4, 4]
+
+
+def test_a_state_of_an_older_torch_loads_which_had_integers_and_fewer_keys() -> None:
+    optimizer, params = trained(betas=(0.0, 0.999))
+    older = copy.deepcopy(optimizer.state_dict())
+    for key in ("maximize", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay"):
+        del older["param_groups"][0][key]
+    older["param_groups"][0]["betas"] = (0, 0.999)
+    for entry in older["state"].values():
+        entry["step"] = int(entry["step"])
+    twins = {n: Parameter(p.detach().clone()) for n, p in params.items()}
+    other = epi(twins)
+    other.load_state_dict(older)
+    train(params, optimizer, 11, 14)
+    train(twins, other, 11, 14)
+    for name in SHAPES:
+        assert torch.equal(params[name], twins[name])
+
+
+@pytest.mark.parametrize("build", [epi, masked], ids=["EPIAdamW", "MaskedAdamW"])
+def test_the_defaults_are_those_of_the_state_so_that_a_group_can_join(build: Callable[..., Any]) -> None:
+    optimizer = build(parameters())
+    state = copy.deepcopy(optimizer.state_dict())
+    state["param_groups"][0]["clip_grad_norm"] = 2.0
+    optimizer.load_state_dict(state)
+    assert optimizer.defaults["clip_grad_norm"] == 2.0
+    optimizer.add_param_group({"params": [("more.weight", Parameter(torch.ones(2)))]})
+    assert optimizer.param_groups[1]["clip_grad_norm"] == 2.0
 
 
 def test_a_truncated_file_loses_nothing(tmp_path: Any) -> None:

@@ -189,6 +189,51 @@ def test_a_load_writes_into_the_state_that_is_there(build: Any, backend: str) ->
     assert [v.data_ptr() for s in optimizer.state.values() for v in s.values()] == addresses
 
 
+@pytest.mark.parametrize("kind", ["ema", "exp_avg_sq", "masked"])
+@pytest.mark.parametrize("entries", ["all", "some", "none"])
+def test_a_load_of_torchs_state_keeps_every_tensor_that_a_captured_step_reads(
+    kind: str, entries: str, backend: str
+) -> None:
+    def number(value: float) -> Tensor:
+        return torch.tensor(value)
+
+    settings = {"lr": number(0.01), "eps": number(1e-8), "weight_decay": number(0.1)}
+    params, optimizer, twins, twin = pair(KINDS[kind], backend, **settings, betas=(number(0.9), number(0.99)))
+    for group in (optimizer.param_groups[0], twin.param_groups[0]):
+        group["amsgrad"] = True  # of which the state to be loaded has nothing
+    for step in range(1, 5):
+        give(params, step)
+        optimizer.step()
+    group = optimizer.param_groups[0]
+    tensors = [*(group[key] for key in settings), *group["betas"]]
+    addresses = {n: {k: v.data_ptr() for k, v in optimizer.state[p].items()} for n, p in params.items()}
+
+    others = parameters()
+    theirs = torch.optim.AdamW(others.values(), lr=0.03125, eps=2**-20, weight_decay=0.25, betas=(0.75, 0.875))
+    if entries != "none":
+        give(others, 11, missing=entries == "some")
+        theirs.step()
+    optimizer.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    twin.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    assert all(
+        one is other for one, other in zip(tensors, [*(group[k] for k in settings), *group["betas"]], strict=True)
+    )
+    assert [float(value) for value in tensors] == [0.03125, 2**-20, 0.25, 0.75, 0.875]  # exact in float32
+    for group in (optimizer.param_groups[0], twin.param_groups[0]):
+        group["amsgrad"] = True
+        group["capturable"] = group is optimizer.param_groups[0]
+    for name, param in params.items():
+        param.data.copy_(twins[name])
+        found = {k: v.data_ptr() for k, v in optimizer.state[param].items()}
+        assert found == addresses[name]
+    for step in range(5, 9):
+        give(params, step)
+        give(twins, step)
+        optimizer.step()
+        twin.step()
+        assert_same(params, optimizer, twins, twin)
+
+
 class NoReading(TorchDispatchMode):
     """Raises where a tensor becomes a number of Python's: on a GPU that waits, and in a graph it cannot be."""
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from epi_kernels import EPIAdamW, MaskedAdamW
+from epi_kernels import EPIAdamW, MaskedAdamW, SparseAdamW
 
 
 def give(params: list[Tensor], step: int) -> None:
@@ -140,6 +140,114 @@ def test_a_differentiable_step_protects_what_the_other_protects(importance_beta:
     assert all(map(torch.equal, *results))
 
 
+# What is in memory with another sign ---------------------------------------------------------------------------------
+
+ALL: dict[str, Any] = {
+    "EPIAdamW": lambda p: EPIAdamW([("w", p)], lr=0.1, isolation_ratio=0.0),
+    "S = exp_avg_sq": lambda p: EPIAdamW([("w", p)], lr=0.1, importance="exp_avg_sq"),
+    "MaskedAdamW": lambda p: MaskedAdamW([("w", p)], lr=0.1, frozen={}),
+    "SparseAdamW": lambda p: SparseAdamW(
+        [("w", p)], lr=0.1, trainable={"w": torch.ones(p.shape, dtype=torch.bool, device=p.device)}
+    ),
+}
+every_optimizer = pytest.mark.parametrize("build", ALL.values(), ids=ALL)
+
+
+@every_optimizer
+def test_a_gradient_that_is_negated_lazily_has_its_own_sign(build: Any) -> None:
+    values = torch.tensor([1.0, 2.0, -3.0, 4.0])
+    # in memory the first has the other sign, with the parameter's strides and without
+    lazy = [torch._neg_view(values), torch.conj(torch.complex(values, -values)).imag, values, torch._neg_view(values)]
+    param, twin = Parameter(torch.ones(4)), Parameter(torch.ones(4))
+    ours, theirs = build(param), build(twin)
+    for grad in lazy:  # the sign changes from step to step
+        param.grad, twin.grad = grad, grad.clone().resolve_neg()
+        ours.step()
+        theirs.step()
+        assert torch.equal(param, twin)
+
+
+def test_gradients_of_complex_parameters_that_are_conjugated_lazily(backend: str) -> None:
+    params = [Parameter(torch.ones(6, dtype=torch.complex64)) for _ in range(2)]
+    ours, theirs = (EPIAdamW([("w", p)], lr=0.1, backend=backend) for p in params)
+    every_second = torch.randn(12, dtype=torch.complex64)[::2]
+    for grad in (
+        every_second.conj(),
+        every_second,
+        torch._neg_view(every_second),
+        torch._neg_view(every_second).conj(),
+    ):
+        params[0].grad, params[1].grad = grad, grad.resolve_conj().resolve_neg().clone()
+        ours.step()
+        theirs.step()
+        assert torch.equal(*params)
+
+
+@every_optimizer
+def test_a_parameter_that_is_negated_lazily_is_refused_by_name(build: Any) -> None:
+    param = torch._neg_view(torch.ones(4)).detach().requires_grad_()
+    param.grad = torch.ones(4)
+    with pytest.raises(RuntimeError, match="w is negated lazily: its values are not in memory"):
+        build(param).step()
+
+
+@pytest.mark.parametrize("kind", ["EPIAdamW", "MaskedAdamW"])
+def test_a_parameter_that_is_conjugated_lazily_is_refused_by_name(kind: str) -> None:
+    param = torch.ones(4, dtype=torch.complex64).conj().detach().requires_grad_()
+    param.grad = torch.ones(4, dtype=torch.complex64)
+    with pytest.raises(RuntimeError, match="w is conjugated lazily: its values are not in memory"):
+        ALL[kind](param).step()
+
+
+# What the look before a step sees ------------------------------------------------------------------------------------
+
+
+@every_optimizer
+def test_a_gradient_of_other_strides_is_seen(build: Any) -> None:
+    param, twin = Parameter(torch.ones(3, 4)), Parameter(torch.ones(3, 4))
+    ours, theirs = build(param), build(twin)
+    for step in range(4):
+        twin.grad = torch.randn(3, 4)
+        param.grad = twin.grad if step % 2 == 0 else twin.grad.t().contiguous().t()
+        ours.step()
+        theirs.step()
+        assert torch.equal(param, twin)
+
+
+@every_optimizer
+def test_a_parameter_of_other_strides_at_the_same_place_is_seen(build: Any) -> None:
+    storage = torch.arange(16.0)
+    param, twin = Parameter(storage.view(4, 4)), Parameter(storage.view(4, 4).clone())
+    ours, theirs = build(param), build(twin)
+    for step in range(4):
+        if step == 2:
+            param.data, twin.data = param.data.t(), twin.data.t().contiguous()
+        param.grad = torch.randn(4, 4)
+        twin.grad = param.grad.clone()
+        ours.step()
+        theirs.step()
+        assert torch.equal(param, twin)
+
+
+def test_a_parameter_that_freezes_between_steps_advances_its_importance_all_the_same() -> None:
+    # what a refresh advances and what it does not are two launches: which one a parameter is in must follow
+    param, twin, other, other_twin = (Parameter(torch.ones(8)) for _ in range(4))
+    settings: dict[str, Any] = {"isolation_ratio": 0.25, "mask_interval": 2, "importance_beta": 0.5}
+    ours = EPIAdamW([("a.w", param), ("b.w", other)], **settings)
+    theirs = EPIAdamW([("a.w", twin), ("b.w", other_twin)], **settings)
+    for step in range(4):
+        param.requires_grad_(step != 1)
+        twin.requires_grad_(step != 1)
+        give([param, other], step)
+        give([twin, other_twin], step)
+        theirs._forget()  # looks anew
+        ours.step()
+        theirs.step()
+        for p, q in ((param, twin), (other, other_twin)):
+            assert torch.equal(ours.importance(p), theirs.importance(q))
+            assert torch.equal(p, q)
+
+
 # Options that change between steps -----------------------------------------------------------------------------------
 
 
@@ -187,6 +295,53 @@ def test_a_group_added_in_the_middle_has_a_clock_of_its_own() -> None:
     assert [int(optimizer.state[p]["step"]) for p in (first, second)] == [4, 1]
     assert [record["step"] for record in optimizer.telemetry()] == [4]
     assert optimizer.telemetry()[0]["eligible"] == 16
+
+
+@pytest.mark.parametrize("kind", ["EPIAdamW", "S = exp_avg_sq", "MaskedAdamW"])
+def test_amsgrad_that_is_switched_on_later_starts_with_the_moments_of_then(kind: str) -> None:
+    param, twin = Parameter(torch.ones(6)), Parameter(torch.ones(6))
+    ours, theirs = ALL[kind](param), torch.optim.AdamW([twin], lr=0.1)
+    for step in range(6):
+        if step == 3:
+            ours.param_groups[0]["amsgrad"] = theirs.param_groups[0]["amsgrad"] = True
+            # torch itself makes it for a parameter without a state alone
+            theirs.state[twin]["max_exp_avg_sq"] = torch.zeros(6)
+        give([param], step)
+        param.grad /= step + 1.0
+        twin.grad = param.grad.clone()
+        ours.step()
+        theirs.step()
+        torch.testing.assert_close(param, twin, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ours.state[param]["max_exp_avg_sq"], theirs.state[twin]["max_exp_avg_sq"])
+
+
+def test_the_largest_clock_of_any_parameter_decides_a_refresh_asleep_or_not() -> None:
+    first, second = Parameter(torch.ones(8)), Parameter(torch.ones(8))
+    optimizer = EPIAdamW([("a.w", first), ("b.w", second)], isolation_ratio=0.25, mask_interval=4)
+    for step in range(8):  # four steps of the first, then four of the second, whose clock so reaches 4 too
+        give([first, second], step)
+        (second if step < 4 else first).grad = None
+        optimizer.step()
+    assert [record["step"] for record in optimizer.telemetry()] == [4]
+
+
+def test_a_clock_that_the_program_sets_back_counts_from_there() -> None:
+    param = Parameter(torch.ones(8))
+    optimizer = EPIAdamW([("a.w", param)], isolation_ratio=0.25, mask_interval=4)
+    for step in range(10):
+        if step == 6:
+            optimizer.state[param]["step"].fill_(0)
+        give([param], step)
+        optimizer.step()
+    assert [record["step"] for record in optimizer.telemetry()] == [4, 4]
+
+
+def test_a_name_is_whatever_torch_takes_for_one() -> None:
+    params = [Parameter(torch.ones(8)), Parameter(torch.ones(8))]
+    optimizer = EPIAdamW(list(enumerate(params)), isolation_ratio=0.25, mask_interval=1)
+    give(params, 0)
+    optimizer.step()
+    assert [layer["eligible"] for layer in optimizer.telemetry()[0]["layers"]] == [8, 8]
 
 
 def test_a_frozen_parameter_that_thaws_and_freezes() -> None:

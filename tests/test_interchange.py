@@ -114,6 +114,48 @@ def test_our_state_goes_on_in_torch(options: dict[str, Any], kind: str, loaded: 
     assert (worst(params, optimizer, twins, twin, free) <= STEP_ULPS) == loaded
 
 
+OTHER_DTYPES = [
+    (dtype, fused)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64, torch.complex64)
+    for fused in (True, False)
+    if not (fused and dtype.is_complex)  # torch's fused takes none
+]
+
+
+@pytest.mark.parametrize(("dtype", "fused"), OTHER_DTYPES, ids=str)
+@pytest.mark.parametrize("direction", ["to torch", "to EPIAdamW"])
+@pytest.mark.parametrize("loaded", [True, False], ids=["loaded", "not loaded"])
+def test_states_of_other_dtypes_go_on_to_2_ulp(dtype: torch.dtype, fused: bool, direction: str, loaded: bool) -> None:
+    """A step after the load, from the same parameters and moments, in ulp of the parameter's dtype."""
+    generator = torch.Generator().manual_seed(3)
+    wide = torch.complex64 if dtype.is_complex else torch.float32
+    start, *grads = (torch.randn(4000, generator=generator, dtype=wide).to(dtype) for _ in range(12))
+    ours, theirs = Parameter(start.clone()), Parameter(start.clone())
+    # an eps of 1e-8 is 0 in float16, and torch's loop then divides 0 by 0
+    options: dict[str, Any] = {"lr": 1e-2, "eps": 1e-4, "fused": fused}
+    mine = EPIAdamW([("h.0.w", ours)], mask_interval=None, **options)
+    other = torch.optim.AdamW([theirs], foreach=False, **options)
+    pairs = [(mine, ours), (other, theirs)]
+    (source, p), (target, q) = pairs if direction == "to torch" else reversed(pairs)
+    for grad in grads[:-1]:
+        p.grad = grad.clone()
+        source.step()
+    for key in ("exp_avg", "exp_avg_sq"):
+        moment = source.state[p][key]
+        moment.copy_(moment.to(dtype))  # torch keeps 16 bits of it under 16-bit parameters: let both have those
+    if loaded:
+        target.load_state_dict(through_a_file(source.state_dict()))
+    q.data.copy_(p.detach())
+    before = p.detach().clone()
+    for param, optimizer in ((p, source), (q, target)):
+        param.grad = grads[-1].clone()
+        optimizer.step()
+    one, two, old = (torch.view_as_real(x) if dtype.is_complex else x for x in (p.detach(), q.detach(), before))
+    scale = torch.stack([old.abs(), (two - old).abs(), two.abs()]).amax(0)
+    ulp = torch.nextafter(scale, torch.full_like(scale, torch.inf)).double() - scale.double()
+    assert (((one.double() - two.double()).abs() / ulp).max().item() <= STEP_ULPS) == loaded
+
+
 def test_there_and_back_is_the_same_state() -> None:
     params = parameters()
     optimizer = EPIAdamW(params.items(), isolation_ratio=0.25, mask_interval=5)

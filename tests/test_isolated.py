@@ -6,15 +6,23 @@
 """
 
 import copy
+import functools
+import gc
 import io
 import pickle
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from states import same_state
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn import Parameter
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from epi_kernels import EPIAdamW, IsolatedOptimizer
 
@@ -237,16 +245,233 @@ def test_states_of_the_base_load_and_the_base_loads_ours() -> None:
     train(params, base, 6, 6)
 
 
-def test_a_state_that_does_not_fit_changes_nothing() -> None:
+MISFITS: dict[str, tuple[Any, str]] = {
+    "an impossible ratio": (
+        lambda s: s["param_groups"][0].update(isolation_ratio=3),
+        "parameter group 0 of the state: Invalid isolation_ratio: 3",
+    ),
+    "an impossible interval": (
+        lambda s: s["param_groups"][0].update(mask_interval=0),
+        "parameter group 0 of the state: Invalid mask_interval: 0",
+    ),
+    "an impossible clock": (
+        lambda s: s["param_groups"][0].update(isolation_clock=-1),
+        "parameter group 0 of the state: Invalid isolation_clock: -1",
+    ),
+    "an importance elsewhere": (
+        lambda s: s["param_groups"][0].update(importance="exp_avg_sq"),
+        "parameter group 0 of the state: importance='exp_avg_sq': a base has no place for it",
+    ),
+    "an importance of integers": (
+        lambda s: s["state"][0].update(importance=torch.zeros(30, 7, dtype=torch.int64)),
+        "importance of h.0.weight is torch.int64 in the state, and torch.float32 here",
+    ),
+    "an importance of another shape": (
+        lambda s: s["state"][1].update(importance=torch.zeros(3)),
+        r"importance of h.0.bias has shape \(3,\) in the state, and \(30,\) here",
+    ),
+    "an importance that is none": (
+        lambda s: s["state"][2].update(importance=3.0),
+        "importance of head.weight is a float and not a tensor",
+    ),
+    "a moment of another shape": (
+        lambda s: s["state"][0].update(exp_avg=torch.zeros(7, 30)),
+        r"exp_avg of h.0.weight has shape \(7, 30\) in the state, and \(30, 7\) here",
+    ),
+    "an entry that is a list": (
+        lambda s: s["state"].update({1: [1]}),
+        "the state of h.0.bias is a list and not a dict",
+    ),
+    "no groups": (lambda s: s.pop("param_groups"), "the state has no 'param_groups'"),
+    "a group without params": (
+        lambda s: s["param_groups"][0].pop("params"),
+        "parameter group 0 of the state has no list of params",
+    ),
+    "another number of groups": (
+        lambda s: s["param_groups"].append(s["param_groups"][0]),
+        "loaded state dict has a different number of parameter groups",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), MISFITS.values(), ids=MISFITS)
+def test_a_state_that_does_not_fit_is_named_and_changes_nothing(change: Any, message: str) -> None:
     params = parameters()
     optimizer = isolated(params, BASES["AdamW"])
     train(params, optimizer, 1, 5)
-    wrong = copy.deepcopy(optimizer.state_dict())
-    wrong["state"][1]["importance"] = torch.zeros(3)
-    before = copy.deepcopy(optimizer.state_dict())
-    with pytest.raises(ValueError, match=r"importance of h.0.bias has shape \(3,\) in the state, and \(30,\) here"):
+    before, wrong = (copy.deepcopy(optimizer.state_dict()) for _ in range(2))
+    change(wrong)
+    with pytest.raises(ValueError, match=message):
         optimizer.load_state_dict(wrong)
     assert same_state(optimizer.state_dict(), before)
+    train(params, optimizer, 6, 7)
+
+
+@pytest.mark.parametrize("stepped", [True, False])
+@pytest.mark.parametrize(
+    ("make", "foreign"),
+    [
+        (BASES["AdamW"], BASES["SGD"]),
+        (BASES["SGD"], BASES["AdamW"]),
+        (torch.optim.Adamax, BASES["AdamW"]),
+        (torch.optim.RAdam, torch.optim.NAdam),
+        (torch.optim.RMSprop, torch.optim.Adagrad),
+    ],
+)
+def test_the_state_of_another_optimizer_is_refused_and_changes_nothing(make: Any, foreign: Any, stepped: bool) -> None:
+    params, others = parameters(), parameters()
+    other = foreign(others.items())
+    train(others, other, 1, 2)
+    optimizer = isolated(params, make)
+    if stepped:
+        train(params, optimizer, 1, 5)
+    before = copy.deepcopy(optimizer.state_dict())
+    groups = optimizer.base.param_groups
+    with pytest.raises(ValueError, match="of the state has no |, the base, has no "):
+        optimizer.load_state_dict(copy.deepcopy(other.state_dict()))
+    assert same_state(optimizer.state_dict(), before)
+    assert optimizer.base.param_groups is groups
+
+
+def test_a_base_that_raises_while_it_loads_is_as_it_was() -> None:
+    params = parameters()
+    optimizer = isolated(params, BASES["SGD"])
+    train(params, optimizer, 1, 5)
+    saved = copy.deepcopy(optimizer.state_dict())
+    train(params, optimizer, 6, 7)
+    before = copy.deepcopy(optimizer.state_dict())
+
+    def give_up(base: torch.optim.Optimizer) -> None:
+        raise KeyError("of the user's")
+
+    handle = optimizer.base.register_load_state_dict_post_hook(give_up)
+    with pytest.raises(KeyError, match="of the user's"):
+        optimizer.load_state_dict(saved)
+    assert same_state(optimizer.state_dict(), before)
+    handle.remove()
+    optimizer.load_state_dict(saved)
+    assert same_state(optimizer.state_dict(), saved)
+
+
+def test_a_state_after_a_scheduler_and_with_settings_of_the_user_s_loads() -> None:
+    optimizer, other = isolated(parameters(), BASES["SGD"]), isolated(parameters(), BASES["SGD"])
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=10)
+    optimizer.param_groups[0]["name"] = "all"
+    other.load_state_dict(optimizer.state_dict())
+    assert other.param_groups[0]["max_lr"] == 1.0
+    assert other.param_groups[0]["name"] == "all"
+
+
+def test_the_old_importances_are_gone_before_new_ones_are_made() -> None:
+    params = parameters()
+    optimizer = isolated(params, BASES["SGD"])
+    old = [weakref.ref(optimizer._importances[param]) for param in params.values()]
+    seen = []
+
+    class OnAnotherDevice(Tensor):
+        """Stands for a tensor whose copy takes memory."""
+
+        def to(self, *args: Any, **kwargs: Any) -> Tensor:
+            gc.collect()
+            seen.append([one() is None for one in old])
+            return torch.zeros(self.shape)
+
+    saved = copy.deepcopy(optimizer.state_dict())
+    for entry in saved["state"].values():
+        entry["importance"] = entry["importance"].as_subclass(OnAnotherDevice)
+    optimizer.load_state_dict(saved)
+    assert seen == [[True] * len(SHAPES)] * len(SHAPES)
+
+
+sharded = functools.partial(distribute_tensor, src_data_rank=None)
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """Return the mesh of one rank, which moves nothing and so needs no backend that can.
+
+    Gloo's threads and Python's lock can wait for each other for ever where it is taken down within a process.
+    """
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("base", ["SGD", "AdamW"])
+def test_a_state_of_one_process_loads_into_dtensors(base: str, mesh: DeviceMesh) -> None:
+    params = parameters()
+    optimizer = isolated(params, BASES[base])
+    train(params, optimizer, 1, 5)
+    shards = {
+        n: Parameter(sharded(p.detach().clone(), mesh, [Shard(0) if p.dim() else Replicate()]))
+        for n, p in params.items()
+    }
+    other = isolated(shards, BASES[base])
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for step in range(6, 10):
+        train(params, optimizer, step, step)
+        for name, shard in shards.items():
+            grad = params[name].grad
+            shard.grad = None if grad is None else sharded(grad.clone(), mesh, shard.placements)
+        other.step()
+    for name, param in params.items():
+        assert torch.equal(param, shards[name].to_local())
+        assert torch.equal(optimizer.isolation_mask(param), other.isolation_mask(shards[name]))
+
+
+def test_hooks_before_and_after_saving_and_loading_are_called_once_each() -> None:
+    optimizer = isolated(parameters(), BASES["SGD"])
+    seen = []
+    optimizer.register_state_dict_pre_hook(lambda _: seen.append("save pre"))
+    optimizer.register_state_dict_post_hook(lambda _, state: {**state, "mark": seen.append("save post")})
+    optimizer.register_load_state_dict_pre_hook(lambda _, state: seen.append(f"load pre {'mark' in state}"))
+    optimizer.register_load_state_dict_post_hook(lambda _: seen.append("load post"))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert seen == ["save pre", "save post", "load pre True", "load post"]
+
+
+@pytest.mark.parametrize("given", ["a tensor", "a tensor of one zero", "a generator", "an empty list"])
+def test_a_group_may_be_given_as_torch_takes_it(given: str) -> None:
+    optimizer = IsolatedOptimizer(torch.optim.SGD([Parameter(torch.ones(3))], lr=0.1), layers="tensor")
+    param = Parameter(torch.zeros(1) if "zero" in given else torch.ones(5))
+    params: Any = {"a generator": (p for p in [param]), "an empty list": []}.get(given, param)
+    optimizer.add_param_group({"params": params, "isolation_ratio": 0.5})
+    expected = [] if given == "an empty list" else [param]
+    assert len(optimizer.param_groups) == 2
+    assert all(one is other for one, other in zip(optimizer.param_groups[1]["params"], expected, strict=True))
+    assert optimizer.param_groups[1]["isolation_ratio"] == 0.5
+    with pytest.raises(TypeError, match="param_group must be a dict, but got <class 'list'>"):
+        optimizer.add_param_group([param])
+
+
+def test_a_base_of_several_groups_and_one_that_was_isolated_before() -> None:
+    items = list(parameters().items())
+    base = torch.optim.SGD([{"params": items[:2]}, {"params": items[2:]}], lr=0.1)
+    assert "2 layers by 'block'" in repr(IsolatedOptimizer(base))
+    assert "2 layers by 'block'" in repr(IsolatedOptimizer(base))
+
+
+def test_a_group_that_was_added_to_the_base_itself_is_taken_over() -> None:
+    params = parameters()
+    items = list(params.items())
+    optimizer = IsolatedOptimizer(torch.optim.SGD(items[:2], lr=0.1), isolation_ratio=0.3, mask_interval=2)
+    train(dict(items[:2]), optimizer, 1, 2)
+    optimizer.base.add_param_group({"params": items[2:]})
+    assert not optimizer.isolation_mask(params["head.weight"]).any()
+    train(params, optimizer, 3, 4)
+    assert optimizer.telemetry()[-1]["eligible"] == sum(p.numel() for p in params.values())
+    assert optimizer.param_groups[1]["isolation_ratio"] == 0.3
+
+
+def test_a_step_in_which_no_parameter_has_a_gradient_is_not_counted() -> None:
+    params = parameters()
+    optimizer = isolated(params, BASES["SGD"], mask_interval=2)
+    train(params, optimizer, 1, 1)
+    optimizer.zero_grad()
+    optimizer.step()
+    assert optimizer.telemetry() == []
+    train(params, optimizer, 2, 2)
+    assert [record["step"] for record in optimizer.telemetry()] == [2]
 
 
 def test_what_cannot_be_isolated_is_refused_with_a_reason() -> None:

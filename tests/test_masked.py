@@ -56,6 +56,17 @@ def test_a_mask_that_does_not_fit_is_named(frozen: dict[Any, torch.Tensor], mess
         MaskedAdamW([("weight", Parameter(torch.ones(4)))], frozen=frozen)
 
 
+def test_a_mask_by_name_and_by_parameter_is_one_too_many() -> None:
+    weight, mask = Parameter(torch.ones(4)), torch.ones(4, dtype=torch.bool)
+    with pytest.raises(ValueError, match="frozen has 'weight' by name and by Parameter"):
+        MaskedAdamW([("weight", weight)], frozen={"weight": mask, weight: ~mask})
+
+
+def test_a_name_is_whatever_torch_takes_for_one() -> None:
+    optimizer = MaskedAdamW([(7, weight := Parameter(torch.ones(2)))], frozen={7: torch.tensor([True, False])})
+    assert optimizer.isolation_mask(weight).tolist() == [True, False]
+
+
 def test_names_need_an_optimizer_that_knows_names() -> None:
     with pytest.raises(ValueError, match=r"unknown name 'weight'; pass model.named_parameters\(\)"):
         MaskedAdamW([Parameter(torch.ones(1))], frozen={"weight": torch.ones(1, dtype=torch.bool)})

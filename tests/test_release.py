@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from states import same_state
 from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from epi_kernels import EPIAdamW, MaskedAdamW
 from epi_kernels.optim import release_gradients
@@ -156,6 +159,129 @@ def test_a_scaler_is_refused_with_the_reason(fused: bool | None) -> None:
     scaler.scale(loss_of(model, 0)).backward()
     with pytest.raises(RuntimeError, match="a gradient scaler cannot work with released gradients"):
         scaler.step(optimizer)
+
+
+def test_a_scaler_is_refused_after_a_load_too_and_works_after_a_removal() -> None:
+    for fused in (None, True):
+        model = model_of()
+        optimizer = EPIAdamW(model.named_parameters(), fused=fused)
+        release = release_gradients(model, optimizer)
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        assert optimizer._step_supports_amp_scaling
+        release.remove()
+        assert optimizer._step_supports_amp_scaling == bool(fused)
+
+
+def test_the_amp_flag_is_that_of_any_group_as_with_torch() -> None:
+    # torch's constructor goes by its argument; a state or a group may bring others
+    params = list(model_of().named_parameters())
+    optimizer = EPIAdamW([{"params": params[:2], "fused": True}, {"params": params[2:]}])
+    assert optimizer._step_supports_amp_scaling
+
+
+def test_a_parameter_that_thaws_after_release_trains() -> None:
+    ours, theirs = model_of(), model_of()
+    for model in (ours, theirs):
+        optimizer = BUILD["isolation off"](model)
+        model[1].requires_grad_(False)
+        if model is ours:
+            release_gradients(model, optimizer)
+        assert not any(p.requires_grad for p in model[1].parameters())
+        train(model, optimizer, range(3))
+        model[1].requires_grad_()
+        train(model, optimizer, range(3, 6))
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_parameter_that_joins_after_release_is_refused_by_name() -> None:
+    model = model_of()
+    optimizer = EPIAdamW(list(model[:2].named_parameters()), isolation_ratio=0.2, mask_interval=1)
+    release = release_gradients(model, optimizer)
+    late = [(f"late.{name}", param) for name, param in model[2:].named_parameters()]
+    optimizer.add_param_group({"params": late})
+    loss_of(model, 0).backward()
+    with pytest.raises(RuntimeError, match="late.2.weight joined the optimizer after release_gradients"):
+        optimizer.step()
+    assert optimizer.telemetry() == []
+    release.remove()
+    optimizer.zero_grad()
+    before = model[2].weight.detach().clone()
+    release_gradients(model, optimizer)
+    train(model, optimizer, range(1, 2))
+    assert not torch.equal(model[2].weight, before)
+
+
+def test_a_gradient_that_was_set_by_hand_is_refused_by_name() -> None:
+    model = model_of()
+    optimizer = BUILD["isolation off"](model)
+    release_gradients(model, optimizer)
+    model[2].bias.grad = torch.ones(12)
+    with pytest.raises(RuntimeError, match="2.bias has a gradient that backward"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("clip_grad_norm", 1.0), ("capturable", True), ("differentiable", True)]
+)
+def test_settings_that_come_after_release_are_refused_before_anything_moves(setting: str, value: Any) -> None:
+    model = model_of()
+    optimizer = EPIAdamW(model.named_parameters())
+    release_gradients(model, optimizer)
+    wrong = copy.deepcopy(optimizer.state_dict())
+    wrong["param_groups"][0][setting] = value
+    with pytest.raises(ValueError, match=f"parameter group 0 of the state: {setting}="):
+        optimizer.load_state_dict(wrong)
+    optimizer.param_groups[0][setting] = value
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=f"{setting}="):
+        loss_of(model, 0).backward()
+    assert same_state(dict(model.state_dict()), dict(before))
+
+
+def test_removed_between_backward_and_step_a_refresh_that_is_due_is_not_lost() -> None:
+    model = model_of()
+    optimizer = EPIAdamW(model.named_parameters(), isolation_ratio=0.2, mask_interval=2)
+    release = release_gradients(model, optimizer)
+    train(model, optimizer, range(1))
+    loss_of(model, 1).backward()
+    release.remove()
+    assert [record["step"] for record in optimizer.telemetry()] == [2]
+    optimizer.step()
+    assert len(optimizer.telemetry()) == 1
+
+
+def of_one_rank(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Return the average over one rank."""
+    future: torch.futures.Future[Tensor] = torch.futures.Future()
+    future.set_result(bucket.buffer())
+    return future
+
+
+def test_gradients_that_distributed_data_parallel_averages_are_refused() -> None:
+    # not gloo: taken down within a process, its threads and Python's lock can wait for each other for ever
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    try:
+        model = model_of()
+        parallel = torch.nn.parallel.DistributedDataParallel(model)
+        parallel.register_comm_hook(None, of_one_rank)
+        optimizer = BUILD["isolation off"](model)
+        for whole in (parallel, torch.nn.Sequential(parallel)):
+            with pytest.raises(ValueError, match="DistributedDataParallel averages gradients"):
+                release_gradients(whole, optimizer)
+        release_gradients(model, optimizer)  # which says nothing of what is around it
+        loss_of(parallel, 0).backward()
+        with pytest.raises(RuntimeError, match="has a gradient that backward.* or by DistributedDataParallel"):
+            optimizer.step()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_slices_of_fsdp1_are_refused() -> None:
+    model = model_of()
+    model[1].bias._fsdp_flattened = True
+    with pytest.raises(ValueError, match="1.bias is a slice that FSDP1 made"):
+        release_gradients(model, EPIAdamW(model.named_parameters()))
 
 
 def test_what_cannot_work_is_refused_when_it_is_asked_for() -> None:

@@ -170,6 +170,38 @@ def test_the_norm_of_16_bit_gradients_is_taken_in_float32() -> None:
     torch.testing.assert_close(optimizer.state[param]["exp_avg"], torch.full((3000,), 3000**-0.5), rtol=1e-6, atol=0)
 
 
+def test_the_norm_is_that_of_gradients_of_all_dtypes_together() -> None:
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    params = [Parameter(torch.ones(4, dtype=dtype)) for dtype in dtypes]
+    optimizer = EPIAdamW([(f"w.{i}", p) for i, p in enumerate(params)], betas=(0.0, 0.0), clip_grad_norm=2.0)
+    for i, param in enumerate(params):
+        param.grad = torch.full_like(param, i + 1)
+    optimizer.step()
+    for i, param in enumerate(params):
+        expected = torch.full((4,), (i + 1) * 2.0 / 120**0.5)
+        torch.testing.assert_close(optimizer.state[param]["exp_avg"], expected, check_dtype=False)
+
+
+@pytest.mark.parametrize("isolation_ratio", [0.0, 0.3])
+def test_a_differentiable_step_clips_as_the_other(isolation_ratio: float) -> None:
+    found = []
+    for differentiable in (False, True):
+        leaf = Parameter(torch.linspace(-1, 1, 20))
+        param = leaf.clone() if differentiable else leaf  # autograd writes into no leaf that requires a gradient
+        optimizer = EPIAdamW(
+            [("w", param)],
+            isolation_ratio=isolation_ratio,
+            mask_interval=2,
+            clip_grad_norm=0.1,
+            differentiable=differentiable,
+        )
+        for step in range(3):
+            param.grad = torch.linspace(1, 2 + step, 20)
+            optimizer.step()
+        found.append((param.detach(), optimizer.state[param]["exp_avg"], optimizer.importance(param)))
+    torch.testing.assert_close(*found, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
 def test_a_norm_that_makes_no_sense_is_refused(value: float) -> None:
     with pytest.raises(ValueError, match="Invalid clip_grad_norm"):

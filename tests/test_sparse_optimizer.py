@@ -223,6 +223,16 @@ def test_resumed_is_uninterrupted_and_brings_its_selection(tmp_path: Any) -> Non
             lambda s: s["state"][0].update(indices=s["state"][0]["indices"].flip(0)),
             "indices of h.0.weight do not increase",
         ),
+        (
+            lambda s: s["state"][0].update(indices=torch.zeros(3, dtype=torch.int64, device="meta")),
+            "the state of h.0.weight has no 1-D integer indices",
+        ),
+        (lambda s: s["state"].pop(2), "the state has no entry for head.weight, which would not train any more"),
+        (lambda s: s["state"].update({2: {}}), "the state has no entry for head.weight"),
+        (
+            lambda s: s["param_groups"][0].update(capturable=True),
+            "parameter group 0 of the state: capturable=True is not part",
+        ),
     ],
 )
 def test_a_state_that_does_not_fit_is_named_and_changes_nothing(change: Any, message: str) -> None:
@@ -411,6 +421,17 @@ def test_what_this_version_lacks_is_named() -> None:
     for argument in ("amsgrad", "capturable", "differentiable"):
         with pytest.raises(NotImplementedError, match=f"{argument}=True is not part of this version"):
             SparseAdamW(parameters().items(), trainable={}, **{argument: True})
+        group = {"params": list(parameters().items()), argument: True}
+        with pytest.raises(NotImplementedError, match=f"{argument}=True is not part of this version"):
+            SparseAdamW([group], trainable={})
+        optimizer = SparseAdamW(
+            params := [Parameter(torch.ones(2))], trainable={params[0]: torch.tensor([True, False])}
+        )
+        optimizer.param_groups[0][argument] = True
+        params[0].grad = torch.ones(2)
+        with pytest.raises(NotImplementedError, match=f"{argument}=True is not part of this version"):
+            optimizer.step()
+        assert params[0].tolist() == [1.0, 1.0]
     with pytest.raises(NotImplementedError, match="z is torch.complex64"):
         SparseAdamW([("z", Parameter(torch.ones(1, dtype=torch.complex64)))], trainable={})
     with pytest.raises(ValueError, match="SparseAdamW locks entries by itself"):

@@ -11,7 +11,14 @@ Exceptions, with their reasons:
 - differentiable inputs with S = exp_avg_sq: refused, see `epi_kernels.optim.differentiable`.
 - amsgrad, differentiable and complex inputs with SparseAdamW: refused by name.
 - isolation on, against a loop of torch's: only what is not protected is compared.
-- test_*_cuda*, multi-GPU, capturable, peak memory, foreach of many tensors, MPS: they need a GPU (tests/test_gpu.py).
+- test_*_cuda*, test_forloop_goes_right_direction_multigpu, test_mixed_device_dtype, test_cpu_load_state_dict,
+  test_state_dict_with_cuda_params, test_*_large_tensor, test_peak_memory_foreach, capturable, MPS: they need a GPU
+  (tests/test_gpu.py); large offsets are in test_large_offsets.py.
+- test_defaults_changed_to_foreach: which of torch's own implementations runs by default, on a GPU; none of them does
+  here.
+- test_optim_infos_do_not_specify_global_cliquey_kwargs: of torch's table alone.
+- test_fused_does_not_step_if_foundinf: in test_scaling.py, over all optimizers.
+- test_fused_error_on_params_on_meta with SparseAdamW: of a tensor without values nothing can be selected.
 - test_rosenbrock_sparse and other tests of sparse gradients: AdamW has none.
 - test_less_mem_beta1_zero and tests of single other optimizers: not AdamW's.
 """
@@ -460,6 +467,51 @@ def test_state_dict_and_load_state_dict_hooks(system: Callable[..., Any]) -> Non
     optimizer.load_state_dict(saved)
     assert seen[:3] == ["save pre", "save post", "load pre"]
     assert set(seen[3]) == {5.0}
+
+
+@every_system
+def test_hooks_that_are_prepended_come_first(system: Callable[..., Any]) -> None:
+    seen: list[str] = []
+    optimizer = system([Parameter(torch.ones(2))])
+    kinds = ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post")
+    for kind in kinds:
+        register = getattr(optimizer, f"register_{kind}_hook")
+        for name, prepend in (("second", False), ("first", True), ("third", False)):
+            register(lambda *_, text=f"{kind} {name}": seen.append(text), prepend=prepend)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert seen == [f"{kind} {name}" for kind in kinds for name in ("first", "second", "third")]
+
+
+@every_system
+def test_hooks_after_saving_and_before_loading_may_return_nothing_or_another_state(system: Callable[..., Any]) -> None:
+    param = Parameter(torch.ones(2))
+    optimizer = system([param])
+    param.grad = torch.ones(2)
+    optimizer.step()
+
+    def in_place(_: Any, state: dict[str, Any]) -> None:
+        state["param_groups"][0]["lr"] *= 2.0
+
+    def another(_: Any, state: dict[str, Any]) -> dict[str, Any]:
+        return {**state, "param_groups": [{**group, "lr": group["lr"] + 1.0} for group in state["param_groups"]]}
+
+    optimizer.register_state_dict_post_hook(in_place)
+    optimizer.register_state_dict_post_hook(another)
+    optimizer.register_load_state_dict_pre_hook(in_place)
+    optimizer.register_load_state_dict_pre_hook(another)
+    lr = optimizer.param_groups[0]["lr"]
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert optimizer.param_groups[0]["lr"] == (lr * 2.0 + 1.0) * 2.0 + 1.0
+    assert int(optimizer.state[param]["step"]) == 1
+
+
+@pytest.mark.parametrize("name", [name for name in SYSTEMS if name != "SparseAdamW"])
+def test_fused_error_on_params_on_meta(name: str) -> None:
+    param = Parameter(torch.ones(2, device="meta"))
+    optimizer = MaskedAdamW([param], frozen={}, fused=True) if "Masked" in name else SYSTEMS[name]([param], fused=True)
+    param.grad = torch.ones(2, device="meta")
+    with pytest.raises(RuntimeError, match="`fused=True` requires all the params to be floating point Tensors of"):
+        optimizer.step()
 
 
 @every_case

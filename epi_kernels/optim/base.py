@@ -52,8 +52,6 @@ class LockedAdamW(PreparedAdamW):
 
     def __init__(self, *torchs: Any, clip_grad_norm: float | None, settings: dict[str, Any], **others: Any) -> None:
         """Check every argument, then build torch's optimizer; `settings` are a subclass's defaults of its groups."""
-        if clip_grad_norm is not None and not clip_grad_norm > 0.0:
-            raise ValueError(f"Invalid clip_grad_norm: {clip_grad_norm!r}; a norm > 0, or None for no clipping")
         self._nonfinite = NonfiniteCounts()
         super().__init__(*torchs, settings={"clip_grad_norm": clip_grad_norm, **settings}, **others)
 
@@ -174,6 +172,12 @@ class LockedAdamW(PreparedAdamW):
             with torch.enable_grad():
                 differentiable.step_(param, self.state[param], group, locked, scaling.factor.get(param.device))
 
+    def _check_settings(self, group: dict[str, Any], shared: dict[str, Any]) -> None:
+        norm = group["clip_grad_norm"]
+        if norm is not None and not norm > 0.0:
+            raise ValueError(f"Invalid clip_grad_norm: {norm!r}; a norm > 0, or None for no clipping")
+        super()._check_settings(group, shared)
+
     # Preparation -----------------------------------------------------------------------------------------------------
 
     def _forget(self) -> None:
@@ -193,10 +197,12 @@ class LockedAdamW(PreparedAdamW):
         """Check what a step cannot do with a parameter.
 
         Raises:
-            RuntimeError: entries of the parameter share memory; `fused` is on and torch's kernels cannot take it.
+            RuntimeError: entries of the parameter share memory, or are in none; `fused` is on and torch's kernels
+                cannot take it.
             NotImplementedError: `capturable` is on and it is complex, or an option is not there for what ranks share.
             AssertionError: `capturable` is on and it is on a device that has no graphs.
         """
+        super()._check_layout(param, group)
         held = local(param)
         if is_sharded(param) or self._process_group is not None:
             for flag, instead in _NOT_SHARDED.items():

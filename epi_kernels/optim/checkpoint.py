@@ -1,13 +1,15 @@
 """The state of an optimizer of torch's form, checked before any of it is taken, and taken without a second copy."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from epi_kernels.contract import arithmetic_dtype
-from epi_kernels.distributed import is_dtensor
+from epi_kernels.distributed import is_dtensor, local
 from epi_kernels.optim.groups import Groups, name_of
 
 # state of ours and of torch that keeps its own dtype when loaded; None: that of the arithmetic
@@ -22,7 +24,38 @@ STATE_DTYPES: dict[str, torch.dtype | None] = {
 
 # what an entry of AdamW cannot be without
 _NEEDED = ("step", "exp_avg", "exp_avg_sq")
-_NEEDED_IN_GROUP = ("lr", "betas", "eps", "weight_decay", "params")
+_NEEDED_IN_GROUP = ("lr", "betas", "eps", "weight_decay", "amsgrad")
+
+
+@contextmanager
+def named(what: str) -> Iterator[None]:
+    """Raise what a check of a setting raises as ValueError, with `what` before its text."""
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, RuntimeError) as error:
+        raise ValueError(f"{what}: {error}") from error
+
+
+def check_form(state_dict: dict[str, Any], groups: Groups) -> bool:
+    """Check that a saved state has torch's form, and return whether its groups are of the size of `groups`.
+
+    Where they are not torch says so, in its words.
+
+    Raises:
+        ValueError: it has not; the message says what it has instead.
+    """
+    for key, kind in (("state", dict), ("param_groups", list)):
+        if key not in state_dict:
+            raise ValueError(f"the state has no {key!r}; pass what state_dict() of an optimizer returned")
+        if not isinstance(state_dict[key], kind):
+            raise ValueError(
+                f"{key!r} of the state is a {type(state_dict[key]).__name__} and not a {kind.__name__}; pass what "
+                "state_dict() of an optimizer returned"
+            )
+    for i, group in enumerate(state_dict["param_groups"]):
+        if not isinstance(group, dict) or not isinstance(group.get("params"), (list, tuple)):
+            raise ValueError(f"parameter group {i} of the state has no list of params; it is incomplete")
+    return [len(group["params"]) for group in state_dict["param_groups"]] == [len(g["params"]) for g in groups]
 
 
 def check_state(
@@ -31,8 +64,9 @@ def check_state(
     known: Sequence[str],
     shape_of: Callable[[str, Tensor, dict[str, Any]], tuple[int, ...]],
     check_entry: Callable[[dict[str, Any], Tensor, str], None],
+    complete: bool,
 ) -> None:
-    """Check that a saved state is AdamW's and fits the parameters of `groups`.
+    """Check that a saved state, of the form and size of `groups`, is AdamW's and fits their parameters.
 
     Args:
         state_dict: in torch's form.
@@ -40,44 +74,54 @@ def check_state(
         known: the keys of a parameter's state that the optimizer can take.
         shape_of: (key, parameter, entry) -> the shape that it must have there.
         check_entry: (entry, parameter, its name); raises ValueError for what else is wrong.
+        complete: whether every parameter that requires a gradient must have an entry.
 
     Raises:
         ValueError: the state is of another optimizer, of other shapes or incomplete; the message names the entry.
     """
-    for key in ("state", "param_groups"):
-        if key not in state_dict:
-            raise ValueError(f"the state has no {key!r}; pass what state_dict() of an optimizer returned")
     saved_groups = state_dict["param_groups"]
-    if [len(group["params"]) for group in saved_groups] != [len(group["params"]) for group in groups]:
-        return  # torch says so, in its words
     for i, group in enumerate(saved_groups):
         missing = [key for key in _NEEDED_IN_GROUP if key not in group]
         if missing:
             raise ValueError(f"parameter group {i} of the state has no {', '.join(missing)}: it is not AdamW's")
+        if not group.get("decoupled_weight_decay", True):
+            raise ValueError(
+                f"parameter group {i} of the state has decoupled_weight_decay=False: it is Adam's, whose weight decay "
+                "is a part of the gradient. Set it to True there to go on with AdamW's"
+            )
     params = dict(pairs_of(saved_groups, groups))
+    amsgrad = {number for group in saved_groups if group["amsgrad"] for number in group["params"]}
     for saved_id, entry in state_dict["state"].items():
         if saved_id not in params:
             raise ValueError(
                 f"the state has an entry {saved_id!r} that belongs to none of its {len(params)} parameters; it is "
                 "incomplete, or was changed"
             )
+        name = name_of(params[saved_id], groups)
+        if not isinstance(entry, dict):
+            raise ValueError(f"the state of {name} is a {type(entry).__name__} and not a dict")
         if entry:
-            name = name_of(params[saved_id], groups)
             check_entry(entry, params[saved_id], name)
-            _check_entry(entry, params[saved_id], name, known, shape_of)
+            needed = (*_NEEDED, "max_exp_avg_sq") if saved_id in amsgrad else _NEEDED
+            _check_entry(entry, params[saved_id], name, needed, known, shape_of)
+    for saved_id, param in params.items():
+        if complete and param.requires_grad and not state_dict["state"].get(saved_id):
+            raise ValueError(f"the state has no entry for {name_of(param, groups)}, which would not train any more")
 
 
 def _check_entry(
     entry: dict[str, Any],
     param: Tensor,
     name: str,
+    needed: Sequence[str],
     known: Sequence[str],
     shape_of: Callable[[str, Tensor, dict[str, Any]], tuple[int, ...]],
 ) -> None:
-    missing = [key for key in _NEEDED if key not in entry]
+    missing = [key for key in needed if key not in entry]
     if missing:
         raise ValueError(
-            f"the state of {name} has no {', '.join(missing)} and is not AdamW's; it has {', '.join(map(str, entry))}"
+            f"the state of {name} has no {', '.join(missing)} and is not AdamW's"
+            f"{' with amsgrad' if needed != _NEEDED else ''}; it has {', '.join(map(str, entry))}"
         )
     foreign = [key for key in entry if key != "step" and key not in known]
     if foreign:
@@ -86,22 +130,51 @@ def _check_entry(
             f"another one. Take these out of it to go on with the rest"
         )
     for key, value in entry.items():
-        if key == "step" and not isinstance(value, Tensor):
-            float(value)  # of an old torch
-            continue
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{key} of {name} is a {type(value).__name__} and not a tensor")
-        wanted = () if key == "step" else shape_of(key, param, entry)
-        if tuple(value.shape) != wanted:
-            raise ValueError(f"{key} of {name} has shape {tuple(value.shape)} in the state, and {wanted} here")
-        if is_dtensor(value) and not _placed_alike(value, param):
-            theirs, ours = (_placements(tensor) for tensor in (value, param))
-            raise ValueError(
-                f"{key} of {name} is placed {theirs} in the state, and the parameter {ours} here; load it with "
-                "torch.distributed.checkpoint, which places it anew"
-            )
-        if key != "step" and value.is_complex() != _dtype_of(key, param, value).is_complex:
-            raise ValueError(f"{key} of {name} is {value.dtype} in the state, and {_dtype_of(key, param, value)} here")
+        if key != "step":
+            check_tensor(key, value, param, name, shape_of(key, param, entry))
+    _check_step(entry["step"], param, name)
+
+
+def _check_step(step: Any, param: Tensor, name: str) -> None:
+    if isinstance(step, Tensor):
+        check_place("step", step, param, name, ())
+    clock = local(step).item() if isinstance(step, Tensor) else step  # a number of an old torch
+    if not (isinstance(clock, (int, float)) and 0 <= clock < math.inf):
+        raise ValueError(f"step of {name} is {clock!r} in the state; it is a number of steps, >= 0")
+
+
+def check_tensor(key: str, value: Any, param: Tensor, name: str, shape: tuple[int, ...]) -> None:
+    """Check that `key` of a parameter's saved state is a tensor that can be taken, of this shape.
+
+    Raises:
+        ValueError: it is not; the message names it.
+    """
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{key} of {name} is a {type(value).__name__} and not a tensor")
+    check_place(key, value, param, name, shape)
+    wanted = _dtype_of(key, param, value)
+    if value.is_complex() != wanted.is_complex or (wanted.is_floating_point and not value.is_floating_point()):
+        raise ValueError(f"{key} of {name} is {value.dtype} in the state, and {wanted} here")
+
+
+def check_place(key: str, value: Tensor, param: Tensor, name: str, shape: tuple[int, ...]) -> None:
+    """Check that `key` of a parameter's saved state has this shape, and values where the parameter has its own.
+
+    Raises:
+        ValueError: it has not; the message names it.
+    """
+    if value.layout != torch.strided or value.is_meta:
+        raise ValueError(
+            f"{key} of {name} is {value.layout} on {value.device} in the state; a step needs all its values"
+        )
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{key} of {name} has shape {tuple(value.shape)} in the state, and {shape} here")
+    if is_dtensor(value) and not _placed_alike(value, param):
+        theirs, ours = (_placements(tensor) for tensor in (value, param))
+        raise ValueError(
+            f"{key} of {name} is placed {theirs} in the state, and the parameter {ours} here; load it with "
+            "torch.distributed.checkpoint, which places it anew"
+        )
 
 
 def _placed_alike(value: Tensor, param: Tensor) -> bool:
@@ -124,7 +197,7 @@ def taken(entry: dict[str, Any], param: Tensor, before: dict[str, Tensor]) -> di
     """Return the state of a parameter from a saved entry, in the dtypes that it has in this package.
 
     A tensor that fits is taken and not copied, as torch does it: two copies would be a second optimizer's worth of
-    memory. What `before` has is written instead of replaced.
+    memory. What `before` has is written instead of replaced: 0 where the entry has nothing of it, a mask excepted.
     """
     state: dict[str, Any] = {}
     for key, value in entry.items():
@@ -134,6 +207,9 @@ def taken(entry: dict[str, Any], param: Tensor, before: dict[str, Tensor]) -> di
             state[key] = value  # whoever takes it knows where a clock runs
         else:
             state[key] = value.to(device=param.device, dtype=_dtype_of(key, param, value))
+    for key, old in before.items():
+        if key not in state:
+            state[key] = old if key == "frozen" else old.zero_()
     return state
 
 

@@ -32,7 +32,8 @@ class HostClocks:
         self._sizes = [len(bundle) for bundle in bundles]
         self._values: list[float] = []
         self._before = 0
-        self.latest = int(max((float(step) for step in (*steps, *others)), default=0.0))
+        self._others = max(map(float, others), default=0.0)
+        self.latest = int(max([self._others, *map(float, steps)]))
 
     def elements(self) -> list[Tensor]:
         """Return the clock of each parameter, bundle by bundle: what ``state["step"]`` shall be."""
@@ -44,7 +45,7 @@ class HostClocks:
             return False
         self._values = self._vector.add_(1).tolist()
         self._before = self.latest
-        self.latest = max(self.latest, int(max(self._values)))
+        self.latest = int(max([self._others, *self._values]))  # not what it was: a program may set a clock back
         return True
 
     def due(self, interval: int) -> bool:

@@ -10,9 +10,12 @@ from epi_kernels.distributed import local
 
 
 def as_real(tensor: Tensor) -> Tensor:
-    """Return what this rank holds of a tensor: real as it is, complex as a view of its pairs, [..., 2]."""
+    """Return what this rank holds of a tensor: real as it is, complex as a view of its pairs, [..., 2].
+
+    Kernels read memory, which a lazily conjugated or negated tensor has not written yet: of such a one it is a copy.
+    """
     tensor = local(tensor)
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).resolve_neg()
 
 
 def squared_by_importance(grad: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """torch.optim.AdamW in all that a program sees of it but the step: groups, state, checkpoints, hooks, compilation."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -10,7 +11,7 @@ from epi_kernels import dispatch
 from epi_kernels.contract import FLOATING
 from epi_kernels.distributed import is_dtensor, shard_of
 from epi_kernels.optim import compiled
-from epi_kernels.optim.checkpoint import check_state, pairs_of, taken
+from epi_kernels.optim.checkpoint import check_form, check_state, named, pairs_of, taken
 from epi_kernels.optim.groups import Named, check_shared
 
 # torch's complaint about a capture that its own flags do not allow; the first name is that of torch >= 2.9
@@ -20,12 +21,18 @@ _HEALTH_CHECK = next(
     if hasattr(torch.optim.Optimizer, name)
 )
 
+# the settings of torch's
+_TORCHS = [name for name in inspect.signature(torch.optim.AdamW).parameters if name != "params"]
+
 
 class Released(Protocol):
     """What steps each parameter by itself, before `step` is called."""
 
     def end_iteration(self) -> None:
         """Do what is left of a step."""
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Check a group that is added or loaded; ValueError is for the caller."""
 
 
 class DropInAdamW(Named, torch.optim.AdamW):
@@ -34,11 +41,14 @@ class DropInAdamW(Named, torch.optim.AdamW):
     Not used itself. Arguments up to `fused` are torch's, with torch's errors.
     """
 
-    # settings of ours that are one for all groups: they stand in every group, so that a checkpoint holds them
-    _SHARED: tuple[str, ...] = ()
+    # settings that are one for all groups: they stand in every group, so that a checkpoint holds them
+    _SHARED: tuple[str, ...] = ("differentiable",)
 
     # keys of a parameter's state that a checkpoint may hold
     _STATE: tuple[str, ...] = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+    # whether every parameter has a state from the start
+    _COMPLETE = False
 
     # of parameters
     _DTYPES: tuple[torch.dtype, ...] = FLOATING
@@ -109,6 +119,10 @@ class DropInAdamW(Named, torch.optim.AdamW):
     def _check_entry(self, entry: dict[str, Any], param: Tensor, name: str) -> None:
         """Check a parameter's saved state beyond its keys and shapes; ValueError is for the caller."""
 
+    def _packed(self, packed: dict[str, Any]) -> dict[str, Any]:
+        """Return torch's state_dict as a checkpoint shall have it."""
+        return packed
+
     def _unpacked(self, entry: dict[str, Any], param: Tensor) -> dict[str, Any]:
         """Return a parameter's saved state as `state` has it: of a DTensor this rank's part, if the whole was saved."""
         return {key: value if key == "step" else shard_of(value, param) for key, value in entry.items()}
@@ -174,8 +188,7 @@ class DropInAdamW(Named, torch.optim.AdamW):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Check a group that was just added; a subclass extends it."""
-        _check_torchs(group)
-        check_shared(self._SHARED, group, self.defaults)
+        self._check_settings(group, self.defaults)
         for param in group["params"]:
             if param.dtype not in self._DTYPES:
                 raise NotImplementedError(
@@ -189,6 +202,27 @@ class DropInAdamW(Named, torch.optim.AdamW):
             # raises where the backend cannot run
             dispatch.explain(param.device, self._backend, param.dtype.to_real() if param.is_complex() else param.dtype)
 
+    def _check_settings(self, group: dict[str, Any], shared: dict[str, Any]) -> None:
+        """Check the settings of a group, of which those that are one for all are as in `shared`; a subclass extends it.
+
+        Raises:
+            ValueError, RuntimeError: they are out of their range, or not possible together; torch's with its texts.
+        """
+        # torch checks them in its constructor alone, and those of the first arguments at that
+        torch.optim.AdamW([torch.zeros(())], **{key: group[key] for key in _TORCHS if key in group})
+        check_shared(self._SHARED, group, shared)
+        if self._released is not None:
+            self._released.check_group(group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state in torch's form."""
+        # before the hooks of the user, who shall see what a checkpoint holds
+        ours = self.register_state_dict_post_hook(lambda _, packed: self._packed(packed), prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            ours.remove()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state as torch does, with the dtypes of this class: torch casts every state to its parameter's.
 
@@ -201,31 +235,45 @@ class DropInAdamW(Named, torch.optim.AdamW):
         entries: dict[Tensor, dict[str, Any]] = {}
         # a captured step has the addresses of its state; else the old one goes before the new one is made
         captured = any(group["capturable"] for group in self.param_groups)
-        before = dict(self.state) if captured else {}
+        params = [param for group in self.param_groups for param in group["params"]]
+        before = {param: self.state[param] for param in params if captured and param in self.state}
         settings = [dict(group) if captured else {} for group in self.param_groups]
 
         def check(_: Any, given: dict[str, Any]) -> dict[str, Any]:
-            check_state(given, self.param_groups, self._STATE, self._state_shape, self._check_entry)
-            groups = given["param_groups"]
-            if len(groups) == len(self.param_groups):  # else torch says so
-                own = [{key: group[key] for key in self._settings} for group in self.param_groups]
-                groups = [{**ours, **theirs} for ours, theirs in zip(own, groups, strict=True)]
-                self._check_loaded(groups)
-                if [len(g["params"]) for g in groups] == [len(g["params"]) for g in self.param_groups]:
-                    params = dict(pairs_of(groups, self.param_groups))
-                    entries.update({params[number]: entry for number, entry in given["state"].items() if entry})
+            if not check_form(given, self.param_groups):
+                return given
+            check_state(
+                given, self.param_groups, self._STATE, self._state_shape, self._check_entry, complete=self._COMPLETE
+            )
+            own = [{key: group[key] for key in self._settings} for group in self.param_groups]
+            groups = [{**ours, **theirs} for ours, theirs in zip(own, given["param_groups"], strict=True)]
+            lacking = {key: self.defaults[key] for key in self._SHARED}  # in a state of an old torch
+            for i, group in enumerate(groups):
+                with named(f"parameter group {i} of the state"):
+                    # torch's constructor refuses integers, its step takes them
+                    betas = tuple(float(beta) if isinstance(beta, int) else beta for beta in group["betas"])
+                    self._check_settings({**lacking, **group, "betas": betas}, {**lacking, **groups[0]})
+            self._check_loaded(groups)
+            numbers = dict(pairs_of(groups, self.param_groups))
+            entries.update({numbers[number]: entry for number, entry in given["state"].items() if entry})
             # the tensors are kept from torch, which would make a copy of them in the dtypes of the parameters
             return {**given, "state": {}, "param_groups": groups}
 
         def take(_: Any) -> None:
-            for param, entry in entries.items():
-                state = taken(self._unpacked(entry, param), param, before.get(param, {}))
+            for param in dict.fromkeys((*entries, *before)):
+                entry = self._unpacked(entries[param], param) if param in entries else {}
+                state = taken(entry, param, before.get(param, {}))
                 state["step"] = self._clock(state["step"], param, self._group_of(param))
                 self.state[param] = state
             for group, old in zip(self.param_groups, settings, strict=True):
                 for key in ("lr", "eps", "weight_decay"):
                     if isinstance(old.get(key), Tensor):
                         group[key] = old[key].copy_(torch.as_tensor(group[key]))
+                group["betas"] = tuple(
+                    ours.copy_(torch.as_tensor(beta)) if isinstance(ours, Tensor) else beta
+                    for ours, beta in zip(old.get("betas", (None, None)), group["betas"], strict=True)
+                )
+            self.defaults.update({key: self.param_groups[0][key] for key in self._SHARED})
             self._settle()
             self._after_load()
 
@@ -257,8 +305,10 @@ class DropInAdamW(Named, torch.optim.AdamW):
 
     def _settle(self) -> None:
         """Take over what the groups say now."""
-        # a scaler then leaves the gradients alone and the step reads its factor; else it unscales and skips by itself
-        self._step_supports_amp_scaling = any(group["fused"] for group in self.param_groups)
+        # a scaler then leaves the gradients alone and the step reads its factor; else it unscales and skips by itself.
+        # Of released ones it would find none, and say that and not why
+        fused = any(group["fused"] for group in self.param_groups)
+        self._step_supports_amp_scaling = fused or self._released is not None
         # the name under which a compiler follows the groups: of the other it believes that it is torch's optimizer's
         self._groups = self.param_groups
         self._number = compiled.register(self)
@@ -279,20 +329,3 @@ class DropInAdamW(Named, torch.optim.AdamW):
 
     # the attributes of ours that pickle and deepcopy keep
     _KEPT: tuple[str, ...] = ("_backend", "_settings")
-
-
-def _check_torchs(group: dict[str, Any]) -> None:
-    """Check the settings of torch's that a group brings; torch itself checks them in the constructor alone.
-
-    Raises:
-        ValueError: with torch's text.
-    """
-    if not group["lr"] >= 0.0:
-        raise ValueError(f"Invalid learning rate: {group['lr']}")
-    if not group["eps"] >= 0.0:
-        raise ValueError(f"Invalid epsilon value: {group['eps']}")
-    for i, beta in enumerate(group["betas"]):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
-    if not group["weight_decay"] >= 0.0:
-        raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")

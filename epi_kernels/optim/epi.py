@@ -57,7 +57,8 @@ class EPIAdamW(Isolation, LockedAdamW):
         threshold: "exact" is the k-th largest score to the bit; "histogram" reads the scores once instead of three
             times and may protect up to one histogram bin more (1/16 in the score; see `epi_kernels.ops`).
         importance: "ema" keeps S; "exp_avg_sq" takes AdamW's second moment for it (beta = betas[1]), without any
-            state or traffic of its own. The lock bit then rides in the sign of ``exp_avg_sq``.
+            state or traffic of its own. The lock bit then rides in the sign of ``exp_avg_sq``; `state_dict` has that
+            without locks, so that torch.optim.AdamW can load it, and the signed tensor as ``importance``.
         clip_grad_norm: the largest norm of all gradients together, as of torch.nn.utils.clip_grad_norm_: one pass over
             them, and the factor is applied in the step, importance included, without writing the gradients. None: no
             clipping.
@@ -281,7 +282,6 @@ class EPIAdamW(Isolation, LockedAdamW):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        check_settings(group)
         for param in group["params"]:
             if param.is_complex() and self._lock_in(param, group) == "exp_avg_sq":
                 raise NotImplementedError(
@@ -292,24 +292,19 @@ class EPIAdamW(Isolation, LockedAdamW):
         self._grouping.stamp(self.param_groups)
         self._part()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state in torch's form.
+    def _check_settings(self, group: dict[str, Any], shared: dict[str, Any]) -> None:
+        check_settings(group)
+        super()._check_settings(group, shared)
 
-        With ``importance="exp_avg_sq"`` each entry has ``exp_avg_sq`` without locks, so that torch.optim.AdamW can load
-        it, and the signed tensor as ``importance``.
-        """
-        packed = super().state_dict()
-        if self.defaults["importance"] == "exp_avg_sq":
-            packed["state"] = {key: _unlocked(entry) for key, entry in packed["state"].items()}
-        return packed
+    def _packed(self, packed: dict[str, Any]) -> dict[str, Any]:
+        if self.defaults["importance"] != "exp_avg_sq":
+            return packed
+        return {**packed, "state": {key: _unlocked(entry) for key, entry in packed["state"].items()}}
 
     def _check_loaded(self, groups: list[dict[str, Any]]) -> None:
         check_saved(groups, self.param_groups)
-        for group in groups:
-            check_settings({**group, "layers": self._grouping.layers})
 
     def _after_load(self) -> None:
-        self.defaults.update({key: self.param_groups[0][key] for key in self._SHARED if key != "layers"})
         self._grouping.stamp(self.param_groups)
         self._part()
         if self._segments is not None:

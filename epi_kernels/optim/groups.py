@@ -38,13 +38,13 @@ def masks_of(
     """Return the mask of each parameter that `masks` names, after checking every key and mask.
 
     Args:
-        masks: {name or Parameter: bool tensor of the parameter's shape}.
+        masks: {name or Parameter: bool tensor of the parameter's shape}; a name is what torch was given as one.
         groups: torch's.
         argument: what the caller calls `masks`.
         partitioned: there is a process group: a Parameter that is not here may be another rank's.
 
     Raises:
-        ValueError: a name or Parameter is unknown, or its mask is not bool or has another shape.
+        ValueError: a name or Parameter is unknown, or given both ways, or its mask is not bool or has another shape.
         TypeError: `masks` is no mapping, or a mask no tensor.
         NotImplementedError: a parameter is a slice that FSDP1 made, which does not say of what.
     """
@@ -58,7 +58,7 @@ def masks_of(
     params = {param for group in groups for param in group["params"]}
     found = {}
     for key, mask in masks.items():
-        param = by_name.get(key) if isinstance(key, str) else key
+        param = key if isinstance(key, Tensor) else by_name.get(key)
         if param is None:
             known = f"known are {', '.join(by_name)}" if by_name else "pass model.named_parameters() to use names"
             raise ValueError(f"{argument} has the unknown name {key!r}; {known}")
@@ -67,6 +67,8 @@ def masks_of(
                 continue
             raise ValueError(f"{argument} has a tensor of shape {tuple(param.shape)} that is not a parameter here")
         name = name_of(param, groups)
+        if param in found:
+            raise ValueError(f"{argument} has {name!r} by name and by Parameter; give one mask of it")
         moves = {"frozen": "never moves", "trainable": "moves"}[argument]
         if not isinstance(mask, Tensor):
             raise TypeError(f"{argument}[{name!r}] is a {type(mask).__name__}; pass a bool tensor, True = {moves}")

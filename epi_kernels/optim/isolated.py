@@ -1,5 +1,6 @@
 """IsolatedOptimizer: evolving isolation (EPI, arXiv 2604.14010) around any torch optimizer."""
 
+import inspect
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, Literal
@@ -8,19 +9,24 @@ import torch
 from torch import Tensor
 
 from epi_kernels import dispatch, lock, ops
-from epi_kernels.distributed import local, local_gradient
+from epi_kernels.distributed import local, local_gradient, shard_of
 from epi_kernels.layers import Grouping, LayersArgument, check_saved
 from epi_kernels.optim.base import new_state
-from epi_kernels.optim.checkpoint import pairs_of
+from epi_kernels.optim.checkpoint import check_form, check_place, check_tensor, named, pairs_of
 from epi_kernels.optim.complex import squared_by_importance
 from epi_kernels.optim.drop_in import DropInAdamW
 from epi_kernels.optim.groups import check_shared
-from epi_kernels.optim.isolation import SHARED, Isolation, check_settings
+from epi_kernels.optim.isolation import CLOCK, SHARED, Isolation, check_settings
 from epi_kernels.optim.nonfinite import NonfiniteCounts
 from epi_kernels.optim.scaling import UNSCALED
 
-# where a group keeps the number of steps, so that a checkpoint holds it
-_CLOCK = "isolation_clock"
+# what torch's optimizers are constructed with, and not all of them: it tells the states of one from those of another
+_HYPERPARAMETERS = {
+    name
+    for each in vars(torch.optim).values()
+    if isinstance(each, type) and issubclass(each, torch.optim.Optimizer)
+    for name in inspect.signature(each).parameters
+} - {"params", "defaults", "foreach", "fused", "maximize", "capturable", "differentiable", "decoupled_weight_decay"}
 
 
 class IsolatedOptimizer(Isolation, torch.optim.Optimizer):
@@ -97,9 +103,9 @@ class IsolatedOptimizer(Isolation, torch.optim.Optimizer):
         self._records = []
         self._process_group = process_group
         self._nonfinite = NonfiniteCounts()
-        self._importances: dict[Tensor, Tensor] = {}
         # it makes the hooks of an optimizer; the groups, the state and the defaults stay the base's
         super().__init__([{"params": []}], {})
+        self._importances: dict[Tensor, Tensor] = {}
         for group in base.param_groups:
             self._take_group(group)
         # a scaler then unscales the gradients before the step, which importance needs
@@ -109,8 +115,13 @@ class IsolatedOptimizer(Isolation, torch.optim.Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The base's groups."""
-        return self.base.param_groups
+        """The base's groups; one that was added to the base itself is taken over here, with the settings of ours."""
+        groups = self.base.param_groups
+        if "_importances" in self.__dict__:  # else torch's constructor asks
+            for group in groups:
+                if CLOCK not in group:
+                    self._take_group(group)
+        return groups
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
@@ -140,7 +151,7 @@ class IsolatedOptimizer(Isolation, torch.optim.Optimizer):
         Raises:
             ValueError: a setting is out of its range, or differs where it is one for all groups.
         """
-        if not param_group["params"]:  # of torch's constructor
+        if "_importances" not in self.__dict__:  # torch's constructor adds an empty one
             return
         self.base.add_param_group(param_group)
         try:
@@ -151,15 +162,17 @@ class IsolatedOptimizer(Isolation, torch.optim.Optimizer):
 
     def _take_group(self, group: dict[str, Any]) -> None:
         """Check a group of the base and write the settings that it lacks into it."""
-        settings = {key: group.get(key, value) for key, value in self._settings.items()}
+        # a group that was isolated before, or loaded such a state, has the name of its layers
+        own = {**group, "layers": self._settings["layers"]} if "layer_digest" in group else group
+        settings = {key: own.get(key, value) for key, value in self._settings.items()}
         check_settings(settings)
         check_shared(SHARED, settings, self._settings)
         self._grouping.resolve(named="param_names" in group)
-        group.update({**settings, _CLOCK: group.get(_CLOCK, 0)})
+        group.update({**settings, CLOCK: group.get(CLOCK, 0)})
         # from the start: a distributed checkpoint loads what the optimizer has a place for
         self._make_importances(group)
         self._part()
-        self._grouping.stamp(self.param_groups)
+        self._grouping.stamp(self.base.param_groups)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Do what the base does."""
@@ -215,8 +228,7 @@ class IsolatedOptimizer(Isolation, torch.optim.Optimizer):
         """Count the step and advance the importance; refresh if it is time."""
         self._meet()
         clock = self._latest_clock() + 1
-        for group in self.param_groups:
-            group[_CLOCK] = clock
+        self._keep_clock(clock)
         for group in self.param_groups:
             self._make_importances(group)  # a group may have joined since
         interval = self.param_groups[0]["mask_interval"]
@@ -249,7 +261,7 @@ class IsolatedOptimizer(Isolation, torch.optim.Optimizer):
         return self._importances.get(param) if group["isolation_ratio"] > 0 else None
 
     def _latest_clock(self) -> int:
-        return int(self.param_groups[0][_CLOCK])
+        return int(self.param_groups[0][CLOCK])
 
     def __repr__(self) -> str:
         """Return the base's text and the grouping and backend in force."""
@@ -275,37 +287,40 @@ class IsolatedOptimizer(Isolation, torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this class, or one of the base, whose importance then starts at 0.
 
+        A whole state of one process loads into DTensors: each rank takes its shard.
+
         Raises:
-            ValueError: it was saved under another grouping of the parameters into layers, or an importance has another
-                shape than its parameter; nothing has changed then.
+            ValueError: the state is of another optimizer than the base, of other shapes or another grouping of the
+                parameters into layers, or a setting is out of its range; the message names the entry.
+
+        Whatever is raised, by the base too, nothing has changed then.
         """
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        saved_groups, state = state_dict["param_groups"], dict(state_dict["state"])
-        importances = {}
-        if [len(g["params"]) for g in saved_groups] == [
-            len(g["params"]) for g in self.param_groups
-        ]:  # else the base says
-            check_saved(saved_groups, self.param_groups)
-            for number, param in pairs_of(saved_groups, self.param_groups):
-                if "importance" in state.get(number, {}):
-                    state[number] = {key: value for key, value in state[number].items() if key != "importance"}
-                    importances[param] = state_dict["state"][number]["importance"]
-                    if importances[param].shape != param.shape:
-                        raise ValueError(
-                            f"importance of {self._name(param)} has shape {tuple(importances[param].shape)} in the "
-                            f"state, and {tuple(param.shape)} here"
-                        )
-        # some bases take an entry that is there for one of their own
-        state = {number: entry for number, entry in state.items() if entry}
+        importances: dict[Tensor, Tensor] = {}
+        if check_form(state_dict, self.param_groups):  # else the base says
+            state_dict = {**state_dict, "state": self._checked_entries(state_dict, importances)}
         own = [{key: group[key] for key in (*self._settings, "layer_digest")} for group in self.param_groups]
-        self.base.load_state_dict({**state_dict, "state": state})
-        for group, settings in zip(self.param_groups, own, strict=True):
-            for key, value in {**settings, _CLOCK: 0}.items():
+        before = dict(vars(self.base))
+        try:
+            self.base.load_state_dict(state_dict)
+            for i, (group, had) in enumerate(zip(self.base.param_groups, before["param_groups"], strict=True)):
+                missing = [key for key in self.base.defaults if key in had and key not in group]
+                if missing:
+                    raise ValueError(
+                        f"parameter group {i} of the state has no {', '.join(missing)}: it is not of "
+                        f"{type(self.base).__name__}, the base"
+                    )
+        except BaseException:
+            vars(self.base).update(before)
+            raise
+        for group, settings in zip(self.base.param_groups, own, strict=True):
+            for key, value in {**settings, CLOCK: 0}.items():
                 group.setdefault(key, value)
-        self._importances = {p: s.to(p.device, torch.float32) for p, s in importances.items()}
+        self._importances.clear()  # before the new ones are on a device
+        self._importances.update({p: s.to(p.device, torch.float32) for p, s in importances.items()})
         for group in self.param_groups:
             self._make_importances(group)
         self._settings.update({key: self.param_groups[0][key] for key in SHARED if key != "layers"})
@@ -313,10 +328,57 @@ class IsolatedOptimizer(Isolation, torch.optim.Optimizer):
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
+    def _checked_entries(self, state_dict: dict[str, Any], importances: dict[Tensor, Tensor]) -> dict[Any, Any]:
+        """Check a saved state, put its importances aside, and return the entries that are left for the base."""
+        saved_groups = state_dict["param_groups"]
+        check_saved(saved_groups, self.param_groups)
+        own = [{key: group[key] for key in self._settings} for group in self.param_groups]
+        for i, (ours, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
+            group = {**own[i], CLOCK: 0, **saved}
+            with named(f"parameter group {i} of the state"):
+                check_settings(group)
+                check_shared(SHARED, group, {**own[0], **saved_groups[0]})
+                if group["importance"] != "ema":
+                    raise ValueError(
+                        f"importance={group['importance']!r}: a base has no place for it; only 'ema' loads"
+                    )
+                if not isinstance(group[CLOCK], int) or group[CLOCK] < 0:
+                    raise ValueError(f"Invalid {CLOCK}: {group[CLOCK]!r}; it is a number of steps, >= 0")
+                foreign = sorted((_HYPERPARAMETERS - self.base.defaults.keys()) & (saved.keys() - ours.keys()))
+                if foreign and _is_torchs(self.base):
+                    raise ValueError(f"{type(self.base).__name__}, the base, has no {', '.join(foreign)}")
+        entries = dict(state_dict["state"])
+        for number, param in pairs_of(saved_groups, self.param_groups):
+            entry, name = entries.pop(number, {}), self._name(param)
+            if not isinstance(entry, dict):
+                raise ValueError(f"the state of {name} is a {type(entry).__name__} and not a dict")
+            rest = {key: self._of_base(key, value, param, name) for key, value in entry.items() if key != "importance"}
+            if "importance" in entry:
+                check_tensor("importance", entry["importance"], param, name, tuple(param.shape))
+                importances[param] = shard_of(entry["importance"], param)
+            if rest:  # some bases take an entry that is there for one of their own
+                entries[number] = rest
+        return entries
+
+    def _of_base(self, key: str, value: Any, param: Tensor, name: str) -> Any:
+        """Check an item of the base's state, and return it: of a whole tensor this rank's shard."""
+        if not isinstance(value, Tensor):
+            return value
+        whole = tuple(param.shape)
+        if _is_torchs(self.base):
+            # a number, an entry each, or of Adafactor's one for each row or column
+            fits = value.dim() == len(whole) and all(a in (1, b) for a, b in zip(value.shape, whole, strict=True))
+            check_place(key, value, param, name, tuple(value.shape) if fits or value.numel() == 1 else whole)
+        return shard_of(value, param) if key != "step" and tuple(value.shape) == whole else value
+
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep."""
         kept = ("base", "_backend", "_settings", "_grouping", "_records", "_nonfinite", "_importances")
         return {**{key: self.__dict__[key] for key in kept}, "_step_supports_amp_scaling": False}
+
+
+def _is_torchs(base: torch.optim.Optimizer) -> bool:
+    return type(base).__module__.startswith("torch.optim.")
 
 
 def _check_base(base: object) -> None:

@@ -30,11 +30,11 @@ class Bundle:
 
     params: list[Tensor]
     groups: list[int]  # of each, its position in param_groups
-    plain: bool = field(init=False)  # real tensors, and no DTensor among them
+    plain: bool = field(init=False)  # real tensors whose gradients are in memory, and no DTensor among them
 
     def __post_init__(self) -> None:
         """See whether there is anything to look behind."""
-        self.plain = all(local(param) is param and not param.is_complex() for param in self.params)
+        self.plain = all(local(p) is p and not p.is_complex() and not p.grad.is_neg() for p in self.params)  # type: ignore[union-attr]
 
     def grads(self) -> list[Tensor]:
         """Return the gradients as an operation takes them."""
@@ -89,7 +89,17 @@ class PreparedAdamW(DropInAdamW):
         return ()
 
     def _check_layout(self, param: Tensor, group: dict[str, Any]) -> None:
-        """Check what a step cannot do with a parameter; called before anything is changed."""
+        """Check what a step cannot do with a parameter; called before anything is changed.
+
+        Raises:
+            RuntimeError: the parameter is a lazily conjugated or negated view.
+        """
+        if param.is_conj() or param.is_neg():
+            raise RuntimeError(
+                f"{self._name(param)} is {'conjugated' if param.is_conj() else 'negated'} lazily: its values are not "
+                "in memory, where a step writes. Optimize the tensor that it is a view of, or "
+                "resolve_conj().resolve_neg(), a copy"
+            )
 
     # ----------------------------------------------------------------------------------------------------------------
 
@@ -168,6 +178,7 @@ class PreparedAdamW(DropInAdamW):
                         held.is_contiguous() or held.stride(),
                         param.requires_grad,
                         grad.dtype,
+                        grad.is_neg() or grad.is_conj(),
                         held_grad.is_contiguous() or held_grad.stride(),
                         *[local(value).data_ptr() for value in state.get(param, _NOTHING).values()],
                     )

@@ -1,7 +1,12 @@
 """Gradient release: each parameter is stepped as its gradient is ready, and the gradient freed."""
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from epi_kernels.optim.drop_in import DropInAdamW
 
@@ -11,24 +16,25 @@ class GradientRelease:
 
     def __init__(self, model: torch.nn.Module, optimizer: DropInAdamW) -> None:
         _check(model, optimizer)
+        for group in optimizer.param_groups:
+            self.check_group(group)
         self._optimizer = optimizer
         self._stepped: set[Tensor] = set()
-        self._handles = [
-            param.register_post_accumulate_grad_hook(lambda param, group=i: self._step(param, group))
+        self._handles = {
+            param: _hooked(param, functools.partial(self._step, group=i))
             for i, group in enumerate(optimizer.param_groups)
-            for param in group["params"]
-            if param.requires_grad
-        ]
+            for param in dict.fromkeys(group["params"])
+        }
         optimizer._released = self
-        # else a scaler would look for gradients, find none, and say that and not why
-        optimizer._step_supports_amp_scaling = True
+        optimizer._settle()
 
     def remove(self) -> None:
-        """Let gradients stay until `optimizer.step()` again."""
-        for handle in self._handles:
+        """Let gradients stay until `optimizer.step()` again; what was due after those that are applied is done now."""
+        for handle in self._handles.values():
             handle.remove()
         self._optimizer._released = None
         self._optimizer._settle()
+        self._finish()
 
     @torch.no_grad()
     def _step(self, param: Tensor, group: int) -> None:
@@ -38,6 +44,7 @@ class GradientRelease:
                 "gradients there is nothing to accumulate into, the first is applied and gone. Call optimizer.step() "
                 "after each backward(), or remove() the release"
             )
+        self.check_group(self._optimizer.param_groups[group])  # it may have been written since
         self._optimizer._step_alone(param, group)
         self._stepped.add(param)
         param.grad = None
@@ -46,7 +53,8 @@ class GradientRelease:
         """Do what `optimizer.step()` still has to do after a backward pass.
 
         Raises:
-            RuntimeError: a gradient scaler calls: the gradients that it would unscale and look at are applied and gone.
+            RuntimeError: a gradient scaler calls: the gradients that it would unscale and look at are applied and gone;
+                or a parameter has a gradient left, or joined the optimizer later, and would not train.
         """
         if getattr(self._optimizer, "found_inf", None) is not None:
             raise RuntimeError(
@@ -54,6 +62,37 @@ class GradientRelease:
                 "scale, before it could look for an infinite one. Train in bfloat16, which needs no scaler, or "
                 "remove() the release"
             )
+        for param in (param for group in self._optimizer.param_groups for param in group["params"]):
+            name = self._optimizer._name
+            if param not in self._handles:
+                raise RuntimeError(
+                    f"{name(param)} joined the optimizer after release_gradients, and backward() does not step it; "
+                    "remove() the release and call release_gradients anew"
+                )
+            if param.grad is not None:
+                raise RuntimeError(
+                    f"{name(param)} has a gradient that backward() has not released: it was set by hand, or by "
+                    "DistributedDataParallel, which averages it after the step; nothing would apply it. remove() the "
+                    "release for that"
+                )
+        self._finish()
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Check that the settings of a group and released gradients can be had together.
+
+        Raises:
+            ValueError: they cannot; the message names the setting.
+        """
+        if group.get("clip_grad_norm") is not None:
+            raise ValueError(
+                f"clip_grad_norm={group['clip_grad_norm']} needs the norm of all gradients before the first is "
+                "applied, and released gradients are gone by then; use clip_grad_norm=None"
+            )
+        for flag in ("capturable", "differentiable"):
+            if group.get(flag):
+                raise ValueError(f"{flag}=True and released gradients cannot be had together")
+
+    def _finish(self) -> None:
         stepped, self._stepped = self._stepped, set()
         if stepped:
             self._optimizer._between_iterations()
@@ -65,7 +104,7 @@ def release_gradients(model: torch.nn.Module, optimizer: DropInAdamW) -> Gradien
     The memory of the gradients goes from that of the whole model to that of the largest few tensors. The loop stays as
     it is: ``optimizer.step()`` ends an iteration, and a refresh that is due happens there, from the importance that
     this iteration's gradients have already advanced. A mask so takes effect one update later than without release;
-    everything else is the same, bit for bit.
+    everything else is the same, bit for bit. A parameter that requires no gradient now may thaw later.
 
     Args:
         model: whose parameters get the gradients.
@@ -76,10 +115,12 @@ def release_gradients(model: torch.nn.Module, optimizer: DropInAdamW) -> Gradien
 
     Raises:
         ValueError: the optimizer clips (the norm is known after the last gradient), is capturable or differentiable,
-            has parameters that are not the model's or gradients left over; or the model is a DistributedDataParallel,
-            whose gradients are averaged later.
+            has parameters that are not the model's, slices of FSDP1's or gradients left over; or a part of the model
+            is a DistributedDataParallel, whose gradients are averaged later. Later: a state or a group of such settings
+            is loaded or added.
         RuntimeError: later, in backward(): a second gradient before step(), as in gradient accumulation; in step(): a
-            gradient scaler calls.
+            gradient scaler calls, a parameter has a gradient all the same (of DistributedDataParallel around `model`,
+            or set by hand), or has joined the optimizer since.
 
     Example:
         >>> from epi_kernels import EPIAdamW
@@ -94,6 +135,14 @@ def release_gradients(model: torch.nn.Module, optimizer: DropInAdamW) -> Gradien
     return GradientRelease(model, optimizer)
 
 
+def _hooked(param: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
+    """Register a hook for when a parameter's gradient is there, which one that requires none now may have later."""
+    trains = param.requires_grad
+    handle = param.requires_grad_().register_post_accumulate_grad_hook(hook)  # torch takes one of such alone
+    param.requires_grad_(trains)
+    return handle
+
+
 def _check(model: torch.nn.Module, optimizer: DropInAdamW) -> None:
     if not isinstance(optimizer, DropInAdamW):
         raise TypeError(
@@ -101,24 +150,20 @@ def _check(model: torch.nn.Module, optimizer: DropInAdamW) -> None:
         )
     if optimizer._released is not None:
         raise ValueError("the optimizer releases its gradients already; remove() that release first")
-    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+    if any(isinstance(module, torch.nn.parallel.DistributedDataParallel) for module in model.modules()):
         raise ValueError(
             "DistributedDataParallel averages gradients after they are accumulated: released before, each rank would "
             "step by its own. Use it without release"
         )
-    for group in optimizer.param_groups:
-        if group.get("clip_grad_norm") is not None:
-            raise ValueError(
-                f"clip_grad_norm={group['clip_grad_norm']} needs the norm of all gradients before the first is "
-                "applied, and released gradients are gone by then; use clip_grad_norm=None"
-            )
-        for flag in ("capturable", "differentiable"):
-            if group[flag]:
-                raise ValueError(f"{flag}=True and released gradients cannot be had together")
     known = set(model.parameters())
     for group in optimizer.param_groups:
         for param in group["params"]:
             if param not in known:
                 raise ValueError(f"{optimizer._name(param)} is not a parameter of the model")
+            if hasattr(param, "_fsdp_flattened"):
+                raise ValueError(
+                    f"{optimizer._name(param)} is a slice that FSDP1 made: it gets its gradient from FSDP after "
+                    "backward() has come by, and would never be stepped. Use FSDP2, or no release"
+                )
             if param.grad is not None:
                 raise ValueError(f"{optimizer._name(param)} has a gradient already; call optimizer.zero_grad() first")

@@ -8,15 +8,18 @@ import torch
 from torch import Tensor
 
 from epi_kernels.contract import arithmetic_dtype
-from epi_kernels.distributed import is_dtensor, local, local_gradient, shard_of, wrapped
+from epi_kernels.distributed import is_dtensor, local, shard_of, wrapped
 from epi_kernels.ops import SparseSweep
 from epi_kernels.optim.checkpoint import pairs_of
 from epi_kernels.optim.groups import digest_of, masks_of, position_of
-from epi_kernels.optim.prepared import Bundle, Prepared, PreparedAdamW
+from epi_kernels.optim.prepared import Bundle, Prepared, PreparedAdamW, real_gradient
 from epi_kernels.optim.refusals import require_default
 
 # positions fit int32 below this
 _NARROW = 1 << 31
+
+# flags of AdamW that this version does not have for compact states
+_REFUSED = ("amsgrad", "capturable", "differentiable")
 
 
 @dataclass(slots=True)
@@ -72,6 +75,7 @@ class SparseAdamW(PreparedAdamW):
     """
 
     _SHARDED = True
+    _COMPLETE = True
     _STATE = ("exp_avg", "exp_avg_sq", "indices", "trainable")
     _KEPT = (*PreparedAdamW._KEPT, "_digests")
 
@@ -93,9 +97,6 @@ class SparseAdamW(PreparedAdamW):
         process_group: Any = None,
         backend: str = "auto",
     ) -> None:
-        require_default(
-            amsgrad=(amsgrad, False), capturable=(capturable, False), differentiable=(differentiable, False)
-        )
         self._process_group = process_group
         super().__init__(
             params,
@@ -156,6 +157,10 @@ class SparseAdamW(PreparedAdamW):
             "exp_avg_sq": torch.zeros(len(positions), dtype=dtype, device=param.device),
             "indices": _narrow(positions, local(param)),
         }
+
+    def _check_settings(self, group: dict[str, Any], shared: dict[str, Any]) -> None:
+        _refuse_flags(group)
+        super()._check_settings(group, shared)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as torch does; nothing of it is selected until `select`."""
@@ -224,6 +229,13 @@ class SparseAdamW(PreparedAdamW):
         # a DTensor even where this rank has nothing: to come by its gradient may take all ranks
         return bool(self.state[param]["indices"].numel()) or is_dtensor(param)
 
+    def _settings_seen(self, group: dict[str, Any]) -> tuple[object, ...]:
+        return tuple(group[flag] for flag in _REFUSED)
+
+    def _check_layout(self, param: Tensor, group: dict[str, Any]) -> None:
+        _refuse_flags(group)  # that were set since the group was added
+        super()._check_layout(param, group)
+
     def _ensure_state(self, param: Tensor, group: dict[str, Any]) -> None:
         pass  # `select` has made it
 
@@ -235,7 +247,7 @@ class SparseAdamW(PreparedAdamW):
         states = [self.state[param] for param in params]
         sweep = SparseSweep(
             list(map(local, params)),
-            list(map(local_gradient, params)),
+            list(map(real_gradient, params)),
             [state["indices"] for state in states],
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
@@ -248,11 +260,9 @@ class SparseAdamW(PreparedAdamW):
     def _settle(self) -> None:
         super()._settle()
         # a scaler unscales and skips by itself: the gradients that would be left to the step are dense
-        self._step_supports_amp_scaling = False
+        self._step_supports_amp_scaling = self._released is not None
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state in torch's form."""
-        packed = super().state_dict()
+    def _packed(self, packed: dict[str, Any]) -> dict[str, Any]:
         state = {}
         for number, param in pairs_of(packed["param_groups"], self.param_groups):
             if number in packed["state"]:
@@ -289,7 +299,8 @@ class SparseAdamW(PreparedAdamW):
         if "trainable" in entry:
             return
         indices = entry.get("indices")
-        if not isinstance(indices, Tensor) or indices.dtype not in (torch.int32, torch.int64) or indices.dim() != 1:
+        integers = isinstance(indices, Tensor) and indices.dtype in (torch.int32, torch.int64) and not indices.is_meta
+        if not isinstance(indices, Tensor) or not integers or indices.dim() != 1:
             raise ValueError(f"the state of {name} has no 1-D integer indices: it is not SparseAdamW's")
         if len(indices) and not (int(indices[0]) >= 0 and int(indices[-1]) < param.numel()):
             raise ValueError(
@@ -299,6 +310,10 @@ class SparseAdamW(PreparedAdamW):
         # a step would write wherever they point
         if not bool((indices[1:] > indices[:-1]).all()):
             raise ValueError(f"indices of {name} do not increase in the state: it was changed, or is not SparseAdamW's")
+
+
+def _refuse_flags(group: dict[str, Any]) -> None:
+    require_default(**{flag: (group.get(flag, False), False) for flag in _REFUSED})
 
 
 def _narrow(positions: Tensor, tensor: Tensor) -> Tensor:
