@@ -225,6 +225,34 @@ def test_param_group_with_lrscheduler_goes_right_direction(system: Callable[...,
 
 
 @every_leaf_case
+def test_param_groups_weight_decay(system: Callable[..., Any], kwargs: dict[str, Any]) -> None:
+    weight, bias = weight_and_bias()
+    optimizer = system([{"params": [weight]}, {"params": [bias], "weight_decay": 0.0}], **cloned(kwargs))
+    closure = closure_of(optimizer, weight, bias, torch.randn(5))
+    initial = closure().item()
+    for _ in range(20):
+        optimizer.step(closure)
+    assert (closure().item() > initial) == bool(kwargs.get("maximize"))
+
+
+@every_leaf_case
+def test_param_groups_lr(system: Callable[..., Any], kwargs: dict[str, Any]) -> None:
+    weight, bias = weight_and_bias()
+    irrelevant = Parameter(torch.randn(2))
+    before = irrelevant.detach().clone()
+    optimizer = system(
+        [{"params": [weight], "lr": 0.01}, {"params": [bias, irrelevant]}], **{**cloned(kwargs), "lr": 1e-28}
+    )
+    closure = closure_of(optimizer, weight, bias, torch.randn(5))
+    initial = closure().item()
+    for _ in range(20):
+        irrelevant.grad = torch.rand_like(irrelevant)
+        optimizer.step(closure)
+    assert (closure().item() > initial) == bool(kwargs.get("maximize"))
+    torch.testing.assert_close(irrelevant.detach(), before)
+
+
+@every_leaf_case
 @pytest.mark.parametrize("num_dim", [0, 1, 2])
 def test_tensor_lr(system: Callable[..., Any], kwargs: dict[str, Any], num_dim: int) -> None:
     kwargs = {**kwargs, "foreach": None}  # torch refuses a tensor with it
