@@ -21,6 +21,7 @@ PROTECTED = 0.01
 SELECTED = 0.001
 LR = 1e-5  # the values must stay where they are over all rounds
 BASELINE = "torch AdamW, fused"
+DEFAULT = "torch AdamW, as it comes"
 EPI = "EPI"
 IN_EXP_AVG_SQ = "EPI, S = exp_avg_sq"
 EAGER = "eager EPI"
@@ -33,6 +34,7 @@ SCORING = "sums for PIECE's scores"
 BYTES = {
     BASELINE: 28,  # p g m v, p m v
     "torch AdamW, foreach": None,  # many passes
+    DEFAULT: None,  # a loop on the CPU, foreach on a GPU
     "isolation off": 28,
     EPI: 36,  # p g m v S, p m v S
     IN_EXP_AVG_SQ: 28,
@@ -130,6 +132,7 @@ def candidates(
     steps: dict[str, Callable[[], Candidate]] = {
         BASELINE: lambda: of_optimizer(torch.optim.AdamW(params, lr=LR, fused=True)),
         "torch AdamW, foreach": lambda: of_optimizer(torch.optim.AdamW(params, lr=LR, foreach=True)),
+        DEFAULT: lambda: of_optimizer(torch.optim.AdamW(params, lr=LR)),
         "isolation off": lambda: of_optimizer(EPIAdamW(named, lr=LR, isolation_ratio=0.0)),
         EPI: epi,
         IN_EXP_AVG_SQ: lambda: epi(importance="exp_avg_sq"),

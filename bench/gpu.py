@@ -23,6 +23,7 @@ from cases import (
     BASELINE,
     BYTES,
     COMPILED_EAGER,
+    DEFAULT,
     EAGER,
     EPI,
     IN_EXP_AVG_SQ,
@@ -39,7 +40,7 @@ from measure import GPUTiming, Timing, interleave, kernels, ratio
 from tqdm import tqdm
 
 INTERVAL = 500  # steps from one refresh to the next
-ALL = tuple(name for name in BYTES if name != COMPILED_EAGER)
+ALL = tuple(name for name in BYTES if name not in (COMPILED_EAGER, DEFAULT))
 LARGE = (BASELINE, EPI)  # where the states of all do not fit
 
 # bytes of memory for each entry that the candidates of a case need, float32: p, g and every candidate's states
