@@ -60,6 +60,7 @@ def main() -> None:
     checkpoint.save({"model": state, "optimizer": optimizer_state}, checkpoint_id=options.out)
     held = sum(optimizer.isolation_mask(param).sum() for param in model.parameters())
     print(f"rank {dist.get_rank()} holds {int(held)} of the protected entries; checkpoint in {options.out}", flush=True)
+    dist.barrier()  # no rank takes its connections down while another has use for them
     dist.destroy_process_group()
 
 
