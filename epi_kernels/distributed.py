@@ -213,6 +213,7 @@ class Ranks:
     def __init__(self, group: Any) -> None:
         self.group = group
         self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
         self.device = torch.device("cuda", torch.cuda.current_device()) if _on_cuda(group) else torch.device("cpu")
 
     @contextmanager
@@ -239,7 +240,7 @@ class Ranks:
             ValueError: on every rank: settings differ, or some ranks lack a piece of a parameter.
             RuntimeError: the other ranks did not come within the group's time-out.
         """
-        everyone: list[Any] = [None] * dist.get_world_size(self.group)
+        everyone: list[Any] = [None] * self.size
         with self._together("the exchange of settings"):
             dist.all_gather_object(everyone, (list(held), list(settings)), group=self.group)
         _check_settings([theirs for _, theirs in everyone])
@@ -278,7 +279,7 @@ class Ranks:
 
     def union(self, names: Sequence[str]) -> list[str]:
         """Return the names that any rank gives, in order."""
-        everyone: list[list[str]] = [[]] * dist.get_world_size(self.group)
+        everyone: list[list[str]] = [[]] * self.size
         with self._together("the exchange of names"):
             dist.all_gather_object(everyone, list(names), group=self.group)
         return sorted({name for theirs in everyone for name in theirs})

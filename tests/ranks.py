@@ -697,6 +697,16 @@ def replicas_of_fsdp1() -> None:
         (r["eligible"], r["protected"]) for r in reference.telemetry()
     ]
 
+    replicated = FullyShardedDataParallel(
+        model_of(False),
+        use_orig_params=True,
+        device_id=torch.device("cpu"),
+        sharding_strategy=ShardingStrategy.NO_SHARD,
+    )
+    refused = EPIAdamW(replicated.named_parameters(), **SETTINGS)
+    loss_of(replicated, 1, 7).backward()
+    expect(NotImplementedError, "as FSDP1's NO_SHARD leaves it", refused.step)
+
 
 def zero_of(model: nn.Module, kind: str) -> ZeroRedundancyOptimizer:
     cls = functools.partial(EPIAdamW, process_group=dist.group.WORLD, layers="tensor", importance=kind)

@@ -66,7 +66,7 @@ class EPIAdamW(Isolation, LockedAdamW):
         process_group: the ranks that share the parameters out. None is the default group where a parameter is a DTensor
             (FSDP2, HSDP, tensor parallel) or a slice of FSDP1's, and no communication otherwise, DDP included. Given
             with plain parameters that have no names, each rank's parameters are its own. Slices of FSDP1 do not say
-            which are replicas: with HYBRID_SHARD give the group that shards, with NO_SHARD use DDP instead.
+            which are replicas: with HYBRID_SHARD give the group that shards; NO_SHARD is refused.
         backend: "auto", or the name of one, which then runs or raises.
 
     State of a parameter: torch's ``step``, ``exp_avg``, ``exp_avg_sq``, ``max_exp_avg_sq`` and, with

@@ -349,7 +349,11 @@ class Isolation(Named):
         return [settings_of(group, ("isolation_ratio", "importance_beta", *SHARED)) for group in self.param_groups]
 
     def _held(self) -> Iterator[tuple[Tensor, Held]]:
-        """Yield what this rank holds of each eligible parameter."""
+        """Yield what this rank holds of each eligible parameter.
+
+        Raises:
+            NotImplementedError: FSDP1 has cut nothing: of what it holds nobody can tell which ranks have the same.
+        """
         layers = self._grouping.of(self.param_groups)
         ranks = self._ranks()
         rank = 0 if ranks is None else ranks.rank
@@ -364,6 +368,11 @@ class Isolation(Named):
             name = f"{rank}:{names[param]}" if partitioned else names[param]
             layer = f"{rank}:{layers[param]}" if partitioned else layers[param]
             scope = layer if group["scope"] == "layer" else "global"
+            if ranks is not None and ranks.size > 1 and is_slice(param) and param.dim() > 1:
+                raise NotImplementedError(
+                    f"{name} is whole on every rank, as FSDP1's NO_SHARD leaves it, and each would count it; use "
+                    "DistributedDataParallel"
+                )
             key = shard_key(param, rank, partitioned=partitioned)
             of = None if is_slice(param) else param.numel()
             yield param, Held(name, key, layer, (scope, group["isolation_ratio"]), local(param).numel(), of)
