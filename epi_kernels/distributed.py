@@ -164,7 +164,9 @@ def _check_pieces(everyone: Sequence[Sequence[Held]]) -> None:
     holders: dict[str, dict[int, Held]] = {}
     for rank, theirs in enumerate(everyone):
         for piece in theirs:
-            holders.setdefault(piece.name, {})[rank] = piece
+            if rank in holders.setdefault(piece.name, {}):
+                raise ValueError(f"rank {rank} has two parameters of the name {piece.name}; name them apart")
+            holders[piece.name][rank] = piece
     for name, pieces in holders.items():
         without = [rank for rank in range(len(everyone)) if rank not in pieces]
         (first, one), *others = pieces.items()

@@ -587,6 +587,13 @@ def a_mismatch_raises_on_every_rank() -> None:
     optimizer = EPIAdamW([("0.weight", weight)], **SETTINGS, process_group=dist.group.WORLD)
     expect(ValueError, "0.weight is of 5 entries on rank 2 and of 4 on rank 0", optimizer.step)
 
+    twice = [{"params": [("w", nn.Parameter(torch.ones(4)))]} for _ in range(2 if last else 1)]
+    groups = twice if last else [*twice, {"params": [("v", nn.Parameter(torch.ones(4)))]}]
+    optimizer = EPIAdamW(groups, **SETTINGS, process_group=dist.group.WORLD)
+    for group in optimizer.param_groups:
+        group["params"][0].grad = torch.ones(4)
+    expect(ValueError, "rank 2 has two parameters of the name w", optimizer.step)
+
     def slices() -> None:
         model = FullyShardedDataParallel(model_of(False), use_orig_params=True, device_id=torch.device("cpu"))
         named = [(n, p) for n, p in model.named_parameters() if not (last and n.endswith("blocks.0.up.weight"))]

@@ -207,6 +207,16 @@ def test_groups_of_different_ratios_share_the_range_of_their_layer() -> None:
     assert (mask(optimizer, a), mask(optimizer, b)) == ([False, False, True], [False, True, True])
 
 
+def test_two_parameters_of_one_name_are_two() -> None:
+    params = [Parameter(torch.randn(10)), Parameter(torch.randn(30))]
+    optimizer = optimizer_of({}, groups=[{"params": [("w", p)]} for p in params])  # torch takes a name twice
+    for param in params:
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    assert optimizer.telemetry()[-1]["eligible"] == 40
+    assert optimizer.telemetry()[-1]["protected"] == 20 == sum(int(optimizer.isolation_mask(p).sum()) for p in params)
+
+
 def test_tied_weights_count_once() -> None:
     class Tied(torch.nn.Module):
         def __init__(self) -> None:

@@ -357,8 +357,9 @@ class Isolation(Named):
         layers = self._grouping.of(self.param_groups)
         ranks = self._ranks()
         rank = 0 if ranks is None else ranks.rank
+        # alone by position, since torch takes a name twice
         names = {
-            param: str(group["param_names"][j]) if has_names(group) else f"{i}.{j}"
+            param: str(group["param_names"][j]) if ranks is not None and has_names(group) else f"{i}.{j}"
             for i, group in enumerate(self.param_groups)
             for j, param in enumerate(group["params"])
         }
