@@ -328,7 +328,7 @@ class IsolatedOptimizer(Isolation, Optimizer):
         for group in self.param_groups:
             self._make_importances(group)
         self._settings.update({key: self.param_groups[0][key] for key in SHARED if key != "layers"})
-        self._grouping.stamp(self.param_groups)
+        self._grouping.adopt(self.param_groups)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
