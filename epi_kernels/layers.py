@@ -131,20 +131,25 @@ class Grouping:
         Those of the state are here now, and "auto" then chooses as it did there; if the names are ours, the grouping
         stays as it is. A warning says which.
         """
-        saved, before = [(group.get("layers"), group.get("layer_digest")) for group in groups], self.layers
+        saved_name, before = groups[0].get("layers"), self.layers
+        saved = [group.get("layer_digest") for group in groups]
+
+        def as_saved() -> bool:
+            return all(one in (None, group["layer_digest"]) for one, group in zip(saved, groups, strict=True))
+
         self.stamp(groups)
-        if not self.auto or all(digest in (None, g["layer_digest"]) for (_, digest), g in zip(saved, groups, strict=True)):
+        if as_saved() or not self.auto:
             return
         self.layers = "block" if all(map(has_names, groups)) else "tensor"
         self.stamp(groups)
-        if all(group["layer_digest"] == digest for (_, digest), group in zip(saved, groups, strict=True)):
+        if as_saved():
             warn(
                 f"the state has the names of the parameters, which this optimizer had not: its layers are by "
                 f"{self.name!r} now, as in the state, and no longer by {before!r}"
             )
         else:
             warn(
-                f"the state was saved with layers by {saved[0][0]!r}, and this optimizer has them by {self.name!r}: "
+                f"the state was saved with layers by {saved_name!r}, and this optimizer has them by {self.name!r}: "
                 "the masks are the state's until the next refresh, which chooses by the layers here"
             )
 
