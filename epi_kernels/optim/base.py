@@ -18,6 +18,7 @@ from epi_kernels.optim.checkpoint import STATE_DTYPES
 from epi_kernels.optim.clocks import DeviceClocks, HostClocks
 from epi_kernels.optim.complex import PairLocks, as_real
 from epi_kernels.optim.nonfinite import NonfiniteCounts
+from epi_kernels.optim.plain import is_number
 from epi_kernels.optim.prepared import Bundle, Prepared, PreparedAdamW, real_gradient
 from epi_kernels.optim.scaling import UNSCALED, Scaling, scaling_of
 
@@ -174,7 +175,7 @@ class LockedAdamW(PreparedAdamW):
 
     def _check_settings(self, group: dict[str, Any], shared: dict[str, Any]) -> None:
         norm = group["clip_grad_norm"]
-        if norm is not None and not norm > 0.0:
+        if norm is not None and not (is_number(norm) and norm > 0.0):
             raise ValueError(f"Invalid clip_grad_norm: {norm!r}; a norm > 0, or None for no clipping")
         super()._check_settings(group, shared)
 
@@ -204,6 +205,22 @@ class LockedAdamW(PreparedAdamW):
         """
         super()._check_layout(param, group)
         held = local(param)
+        if any(stride == 0 and size > 1 for size, stride in zip(held.shape, held.stride(), strict=True)):
+            raise RuntimeError(
+                f"{self._name(param)} is expanded: several of its entries are one place in memory, and a step would "
+                "write there several times; clone() it first"
+            )
+        self._check_options(param, group)
+
+    def _check_options(self, param: Tensor, group: dict[str, Any]) -> None:
+        """Check the options of a group that not every parameter can have; see `_check_layout`."""
+        if group["differentiable"]:
+            differentiable.check(self._name(param), param, self._lock_in(param, group))
+            if param.is_leaf and param.requires_grad:
+                raise RuntimeError(
+                    f"{self._name(param)} is a leaf that requires a gradient, into which a differentiable step cannot "
+                    "write; use differentiable=False"
+                )
         if is_sharded(param) or self._process_group is not None:
             for flag, instead in _NOT_SHARDED.items():
                 if group[flag]:
@@ -211,11 +228,6 @@ class LockedAdamW(PreparedAdamW):
                         f"{flag}={group[flag]!r} and {self._name(param)}, which is shared out over ranks: not in this "
                         f"version{instead}"
                     )
-        if any(stride == 0 and size > 1 for size, stride in zip(held.shape, held.stride(), strict=True)):
-            raise RuntimeError(
-                f"{self._name(param)} is expanded: several of its entries are one place in memory, and a step would "
-                "write there several times; clone() it first"
-            )
         if group["fused"]:
             _device_dtype_check_for_fused(param)
         if group["capturable"]:

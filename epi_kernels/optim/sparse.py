@@ -300,7 +300,7 @@ class SparseAdamW(PreparedAdamW):
             return
         indices = entry.get("indices")
         integers = isinstance(indices, Tensor) and indices.dtype in (torch.int32, torch.int64) and not indices.is_meta
-        if not isinstance(indices, Tensor) or not integers or indices.dim() != 1:
+        if not isinstance(indices, Tensor) or not integers or indices.dim() != 1 or indices.layout != torch.strided:
             raise ValueError(f"the state of {name} has no 1-D integer indices: it is not SparseAdamW's")
         if len(indices) and not (int(indices[0]) >= 0 and int(indices[-1]) < param.numel()):
             raise ValueError(
