@@ -356,6 +356,45 @@ def stages_of_a_pipeline() -> None:
     assert {layer["layer"]: layer for layer in ours["layers"]} == by_name
 
 
+def experts_whose_gradients_come_and_go(kind: str) -> None:
+    """Every rank has an expert of its own, which not every step has a gradient for: refreshes go by steps all the same.
+
+    A collective of the model lies between two steps: ranks that counted differently would meet there.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    whole = nn.ModuleDict({"experts": nn.ModuleList([Block(7, 11) for _ in range(world)]), "norm": nn.LayerNorm(7)})
+    names = [n for n, _ in whole.named_parameters() if n.startswith((f"experts.{rank}.", "norm."))]
+    own = copy.deepcopy(whole)
+    mine = {n: p for n, p in own.named_parameters() if n in names}
+
+    def build(named: Any, **kwargs: Any) -> Any:
+        settings = {key: value for key, value in SETTINGS.items() if key != "lr"}
+        if kind == "isolated":
+            return IsolatedOptimizer(torch.optim.SGD(named, lr=0.1), **settings, **kwargs)
+        return EPIAdamW(named, importance=kind, **settings, **kwargs)
+
+    optimizer, reference = build(list(mine.items()), process_group=dist.group.WORLD), build(whole.named_parameters())
+    for step in range(1, 9):
+        twins = dict(whole.named_parameters())
+        give(twins, step)
+        for name, twin in twins.items():
+            # the turn of one expert; in every third step no rank has any gradient at all
+            turn = name.startswith(f"experts.{step % world}.") and step % 3
+            twin.grad = twin.grad if turn else None
+            if name in mine:
+                mine[name].grad = None if twin.grad is None else twin.grad.clone()
+        optimizer.step()
+        reference.step()
+        seen = torch.full((world,), float(step))
+        dist.all_reduce(seen)  # of the model
+        assert torch.equal(seen, torch.full((world,), float(step * world)))
+        for name, param in mine.items():
+            assert torch.equal(param, twins[name]), (step, name)
+            assert torch.equal(optimizer.isolation_mask(param), reference.isolation_mask(twins[name])), (step, name)
+    assert [r["step"] for r in optimizer.telemetry()] == [r["step"] for r in reference.telemetry()] == [2, 4, 6, 8]
+
+
 def a_double_count_is_seen() -> None:
     """A norm that is replicated over the ranks of tensor parallelism, counted by each: refused, or the masks differ."""
     original = distributed.shard_key

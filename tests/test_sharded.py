@@ -6,6 +6,7 @@
 - Checkpoints go on bit for bit on other numbers of ranks and in other layouts.
 - Collectives of a refresh: 5, of a size that knows the number of layers alone. Of other steps, and of DDP: none.
 - A state of one process loads into shards without a word from torch.distributed.checkpoint.
+- A rank without a gradient in a step counts the step, and takes part in its refresh.
 - Ranks that differ raise, each of them, and say in what; also when one of them changes later.
 """
 
@@ -55,6 +56,11 @@ def test_scores_selection_and_sparse_steps_are_those_of_one_process(world: int, 
 
 def test_stages_of_a_pipeline_agree_by_the_names_of_layers(tmp_path: Path) -> None:
     run("stages_of_a_pipeline", 3, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["ema", "exp_avg_sq", "isolated"])
+def test_a_rank_without_a_gradient_takes_part_in_the_refresh(kind: str, tmp_path: Path) -> None:
+    run(f"experts_whose_gradients_come_and_go:{kind}", 2, tmp_path)
 
 
 @pytest.mark.parametrize("world", [2, 4])

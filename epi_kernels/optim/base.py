@@ -15,7 +15,7 @@ from epi_kernels.ops import Sweep
 from epi_kernels.ops.table import Uploads
 from epi_kernels.optim import differentiable
 from epi_kernels.optim.checkpoint import STATE_DTYPES
-from epi_kernels.optim.clocks import DeviceClocks, HostClocks
+from epi_kernels.optim.clocks import HostClocks
 from epi_kernels.optim.complex import PairLocks, as_real
 from epi_kernels.optim.nonfinite import NonfiniteCounts
 from epi_kernels.optim.prepared import Bundle, Prepared, PreparedAdamW, real_gradient
@@ -70,12 +70,18 @@ class LockedAdamW(PreparedAdamW):
         raise NotImplementedError
 
     def _before_update(
-        self, clocks: HostClocks | DeviceClocks, params: Sequence[Tensor], scaling: Scaling
+        self, params: Sequence[Tensor], scaling: Scaling, home: torch.device | None = None
     ) -> bool | Tensor:
         """Do what comes before the update of a step of `params`, their clocks counted.
 
-        Return whether it has advanced the importance of those that can be locked and require a gradient; where the
-        device alone knows, as float32 of one value.
+        Args:
+            params: the parameters that have a gradient.
+            scaling: of their gradients.
+            home: the device that alone knows whether this step counts; None: the host knows, and it counts.
+
+        Returns:
+            Whether this has advanced the importance of those that can be locked and require a gradient; where the
+            device alone knows, as float32 of one value.
         """
         return False
 
@@ -98,7 +104,7 @@ class LockedAdamW(PreparedAdamW):
             with self._keeping(prepared, capturing):
                 scaling = self._scaling(prepared)
                 if prepared.clocks.count(scaling.found_inf):
-                    self._update(prepared, self._before_update(prepared.clocks, prepared.params, scaling), scaling)
+                    self._update(prepared, self._before_update(prepared.params, scaling, prepared.clocks.home), scaling)
             if not capturing:
                 self._nonfinite.warn(self._name)
 
@@ -107,7 +113,7 @@ class LockedAdamW(PreparedAdamW):
         return self._prepared
 
     def _idle_step(self) -> None:
-        """Take part in what other ranks do in this step, where this one has no gradient."""
+        """Do what a step does where no parameter has a gradient: count it, and what other ranks do in this step."""
 
     def _between_iterations(self) -> None:
         """Do what is due after every parameter has stepped alone."""
@@ -154,14 +160,12 @@ class LockedAdamW(PreparedAdamW):
         for param, group in members.items():
             differentiable.check(self._name(param), param, self._lock_in(param, group))
             self._ensure_state(param, group)
-        clocks = HostClocks(
-            [[self.state[param]["step"].detach().clone() for param in members]], self._sleeping(members)
-        )
-        if not members or not clocks.count({}):
+        if not members:
+            self._idle_step()
             return
         grads = [param.grad.detach() for param in members]
         scaling = scaling_of(list(map(as_real, grads)), self.param_groups[0]["clip_grad_norm"], None, None)
-        advanced = self._before_update(clocks, list(members), scaling)
+        advanced = self._before_update(list(members), scaling)
         for param, group in members.items():
             if not (advanced and param.requires_grad) and self._lock_in(param, group) == "importance":
                 counter = self._nonfinite.counter([param])

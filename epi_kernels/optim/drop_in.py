@@ -127,6 +127,14 @@ class DropInAdamW(Named, torch.optim.AdamW):
         """Return a parameter's saved state as `state` has it: of a DTensor this rank's part, if the whole was saved."""
         return {key: value if key == "step" else shard_of(value, param) for key, value in entry.items()}
 
+    def _captured(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return the tensors of a state into which a load must write, since a captured step has their addresses."""
+        return state
+
+    def _lacking(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return the settings of a group that follow from a state of torch's, which does not have them."""
+        return {}
+
     def _check_loaded(self, groups: list[dict[str, Any]]) -> None:
         """Check the groups of a state to be loaded, completed with what it lacked; ValueError is for the caller."""
 
@@ -236,7 +244,7 @@ class DropInAdamW(Named, torch.optim.AdamW):
         # a captured step has the addresses of its state; else the old one goes before the new one is made
         captured = any(group["capturable"] for group in self.param_groups)
         params = [param for group in self.param_groups for param in group["params"]]
-        before = {param: self.state[param] for param in params if captured and param in self.state}
+        before = {param: self._captured(self.state[param]) for param in params if captured and param in self.state}
         settings = [dict(group) if captured else {} for group in self.param_groups]
 
         def check(_: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -246,6 +254,7 @@ class DropInAdamW(Named, torch.optim.AdamW):
                 given, self.param_groups, self._STATE, self._state_shape, self._check_entry, complete=self._COMPLETE
             )
             own = [{key: group[key] for key in self._settings} for group in self.param_groups]
+            own = [{**ours, **self._lacking(given)} for ours in own]
             groups = [{**ours, **theirs} for ours, theirs in zip(own, given["param_groups"], strict=True)]
             lacking = {key: self.defaults[key] for key in self._SHARED}  # in a state of an old torch
             for i, group in enumerate(groups):

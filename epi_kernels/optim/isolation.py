@@ -28,6 +28,7 @@ from epi_kernels.distributed import (
 )
 from epi_kernels.integrations.deepspeed import Segment
 from epi_kernels.layers import Grouping, has_names
+from epi_kernels.ops.table import on_device
 from epi_kernels.optim.complex import as_real, squared_by_importance
 from epi_kernels.optim.groups import Named, settings_of
 from epi_kernels.optim.nonfinite import NonfiniteCounts
@@ -42,8 +43,8 @@ _CHOICES = {
     "importance": ("ema", "exp_avg_sq"),
 }
 
-# where a group keeps the number of steps, so that a checkpoint holds it: IsolatedOptimizer has no other clock, and
-# neither has a rank that holds no parameter
+# Where a group keeps the number of steps that the optimizer has taken. Refreshes go by this clock and not by
+# state["step"]: parameters that stand still, such as those of a finished task, must not stop the refreshes.
 CLOCK = "isolation_clock"
 
 # settings of the whole optimizer: they stand in every group, so that a checkpoint holds them, and are equal in all
@@ -80,6 +81,8 @@ class Isolation(Named):
     _segments: list[Segment] | None = None  # of flat partitions
     _every_group: Sequence[dict[str, Any]] = ()  # the groups that the segments count by
     _known_ranks: tuple[Ranks | None] | None = None
+    _iteration: tuple[set[int], int] = (set(), 0)  # ids of the parameters that have stepped since the last count, clock
+    _clock_there: Tensor | None = None  # the clock, int64 of no dimension, where a device alone knows it
     _on_device: Record | None = None  # the last refresh of which the device alone knows whether it was one
 
     def _signed_importance(self, param: Tensor, group: dict[str, Any]) -> Tensor | None:
@@ -158,15 +161,59 @@ class Isolation(Named):
             f"backend {backends}"
         )
 
+    # The clock -------------------------------------------------------------------------------------------------------
+
     def _latest_clock(self) -> int:
-        """Return the largest clock of any parameter, or that of the group where this rank holds none."""
-        steps = [float(state["step"]) for state in self.state.values() if "step" in state]
-        return int(max(steps, default=self.param_groups[0].get(CLOCK, 0)))
+        """Return how many steps this optimizer has taken; waits for the device where the clock runs there."""
+        if self._clock_there is not None:
+            return int(self._clock_there)
+        return int(self._clocked_groups()[0].get(CLOCK, 0))
 
     def _keep_clock(self, clock: int) -> None:
-        """Write the number of steps into the groups."""
-        for group in self.param_groups:
+        """Set the number of steps that this optimizer has taken."""
+        for group in self._clocked_groups():
             group[CLOCK] = clock
+        if self._clock_there is not None:
+            self._clock_there.fill_(clock)  # in place: a captured step has its address
+
+    def _clocked_groups(self) -> Sequence[dict[str, Any]]:
+        """Return the groups that keep the clock: all of them, where DeepSpeed shows one at a time."""
+        return self.param_groups if self._segments is None else self._every_group
+
+    def _count_step(self) -> int:
+        """Count a call of `step`, and return the clock.
+
+        DeepSpeed calls `step` once for each group or sub-group and shows the optimizer those parameters alone. Calls
+        with parameters that had no turn yet since the last count are one iteration, and count once.
+        """
+        stepped, clock = self._iteration
+        here = {id(param) for group in self.param_groups for param in group["params"]}
+        if here and stepped and here.isdisjoint(stepped):
+            self._iteration = stepped | here, clock
+        else:
+            clock = self._latest_clock() + 1
+            self._iteration = here, clock
+        self._keep_clock(clock)
+        return clock
+
+    def _count_step_on(self, device: torch.device, found_inf: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Count a step on a device that alone knows whether it is skipped, and wait for nothing.
+
+        Args:
+            device: where the clock runs from now on.
+            found_inf: float32 of one value on that device, not 0 where the step is skipped; None: it is not.
+
+        Returns:
+            (the clock after this step, whether this step counts), int64 and bool of no dimension on the device.
+        """
+        if self._clock_there is None:
+            self._clock_there = on_device(torch.tensor(self._latest_clock(), dtype=torch.int64, device="cpu"), device)
+        found_inf = torch.zeros((), dtype=torch.float32, device=device) if found_inf is None else found_inf
+        counted = (found_inf == 0).reshape(())
+        self._clock_there += counted
+        return self._clock_there.clone(), counted
+
+    # Inside ----------------------------------------------------------------------------------------------------------
 
     def _refresh(
         self,

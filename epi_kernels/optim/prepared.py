@@ -50,7 +50,7 @@ class Prepared:
     seen: list[object] | None = None
     bundles: list[Any] = field(default_factory=list)  # of what a subclass's `_bundle` returns
     params: list[Tensor] = field(default_factory=list)  # of the bundles
-    clocks: HostClocks | DeviceClocks = field(default_factory=lambda: HostClocks([], []))
+    clocks: HostClocks | DeviceClocks = field(default_factory=lambda: HostClocks([]))
 
 
 class PreparedAdamW(DropInAdamW):
@@ -210,18 +210,12 @@ class PreparedAdamW(DropInAdamW):
     def _gather_clocks(self, prepared: Prepared, bundles: list[list[Tensor]], members: dict[Tensor, int]) -> None:
         """Make every ``state["step"]`` an element of the vectors of `prepared.clocks`."""
         steps = [[self.state[param]["step"] for param in bundle] for bundle in bundles]
-        others = self._sleeping(members) if prepared is self._prepared else []  # alone it refreshes nothing
         if any(self._clock_device(param, self.param_groups[i]) is not None for param, i in members.items()):
-            prepared.clocks = DeviceClocks(steps, others, [bundle[0].device for bundle in bundles])
+            prepared.clocks = DeviceClocks(steps, [bundle[0].device for bundle in bundles])
         else:
-            prepared.clocks = HostClocks(steps, others)
+            prepared.clocks = HostClocks(steps)
         for param, step in zip(prepared.params, prepared.clocks.elements(), strict=True):
             self.state[param]["step"] = step
-
-    def _sleeping(self, members: Iterable[Tensor]) -> list[Tensor]:
-        """Return the clocks of the parameters that do not take part in this step."""
-        awake = set(members)
-        return [state["step"] for param, state in self.state.items() if param not in awake and "step" in state]
 
 
 def real_gradient(param: Tensor) -> Tensor:

@@ -29,12 +29,12 @@ class GradientRelease:
         optimizer._settle()
 
     def remove(self) -> None:
-        """Let gradients stay until `optimizer.step()` again; what was due after those that are applied is done now."""
+        """Let gradients stay until `optimizer.step()` again, which ends the iteration that is under way, if one is."""
         for handle in self._handles.values():
             handle.remove()
         self._optimizer._released = None
         self._optimizer._settle()
-        self._finish()
+        self._stepped = set()
 
     @torch.no_grad()
     def _step(self, param: Tensor, group: int) -> None:
@@ -75,7 +75,8 @@ class GradientRelease:
                     "DistributedDataParallel, which averages it after the step; nothing would apply it. remove() the "
                     "release for that"
                 )
-        self._finish()
+        self._stepped = set()
+        self._optimizer._between_iterations()
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Check that the settings of a group and released gradients can be had together.
@@ -91,11 +92,6 @@ class GradientRelease:
         for flag in ("capturable", "differentiable"):
             if group.get(flag):
                 raise ValueError(f"{flag}=True and released gradients cannot be had together")
-
-    def _finish(self) -> None:
-        stepped, self._stepped = self._stepped, set()
-        if stepped:
-            self._optimizer._between_iterations()
 
 
 def release_gradients(model: torch.nn.Module, optimizer: DropInAdamW) -> GradientRelease:
