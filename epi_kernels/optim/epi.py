@@ -306,7 +306,14 @@ class EPIAdamW(Isolation, LockedAdamW):
         packed = {**packed, "param_groups": [{**group, CLOCK: clock} for group in groups]}
         if groups[0]["importance"] != "exp_avg_sq":
             return packed
-        return {**packed, "state": {key: _unlocked(entry) for key, entry in packed["state"].items()}}
+        exempt = {number for group in groups if group["isolation_ratio"] == 0 for number in group["params"]}
+        return {
+            **packed,
+            "state": {
+                number: entry if number in exempt and "importance" not in entry else _unlocked(entry)
+                for number, entry in packed["state"].items()
+            },
+        }
 
     def _captured(self, state: dict[str, Any]) -> dict[str, Any]:
         if self.param_groups[0]["importance"] != "exp_avg_sq":
@@ -369,8 +376,8 @@ def _signed_like(exp_avg_sq: Tensor, signed: Tensor) -> Tensor:
 
 
 def _unlocked(entry: dict[str, Any]) -> dict[str, Any]:
-    """Return one parameter's state with the lock taken out of exp_avg_sq, if it carries locks."""
-    if "importance" not in entry:
+    """Return one parameter's state as a checkpoint has it: exp_avg_sq without locks, and the importance with them."""
+    if "exp_avg_sq" not in entry:
         return entry
-    signed = entry["importance"]
-    return {**entry, "exp_avg_sq": wrapped(lock.magnitude(local(signed)), signed)}
+    signed = entry.get("importance", entry["exp_avg_sq"])
+    return {**entry, "exp_avg_sq": wrapped(lock.magnitude(local(signed)), signed), "importance": signed}
