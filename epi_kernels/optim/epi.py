@@ -239,7 +239,7 @@ class EPIAdamW(Isolation, LockedAdamW):
         if self._segments is None:
             return self._prepared
         first = next((param for group in self.param_groups for param in group["params"]), None)
-        return self._prepared if first is None else self._alone.setdefault(first, Prepared())
+        return self._prepared if first is None else self._alone.setdefault(id(first), Prepared())
 
     def _begin_iteration(self) -> None:
         """Count an iteration of DeepSpeed at its first call of `step`, and refresh there if the last one made it due.
