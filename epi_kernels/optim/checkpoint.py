@@ -169,7 +169,7 @@ def check_place(key: str, value: Tensor, param: Tensor, name: str, shape: tuple[
         )
     if tuple(value.shape) != shape:
         raise ValueError(f"{key} of {name} has shape {tuple(value.shape)} in the state, and {shape} here")
-    if is_dtensor(value) and not _placed_alike(value, param):
+    if is_dtensor(value) and not placed_alike(value, param):
         theirs, ours = (_placements(tensor) for tensor in (value, param))
         raise ValueError(
             f"{key} of {name} is placed {theirs} in the state, and the parameter {ours} here; load it with "
@@ -177,7 +177,8 @@ def check_place(key: str, value: Tensor, param: Tensor, name: str, shape: tuple[
         )
 
 
-def _placed_alike(value: Tensor, param: Tensor) -> bool:
+def placed_alike(value: Tensor, param: Tensor) -> bool:
+    """Return whether a DTensor's shards are where those of a parameter are."""
     return is_dtensor(param) and _placements(value) == _placements(param)
 
 
@@ -205,6 +206,8 @@ def taken(entry: dict[str, Any], param: Tensor, before: dict[str, Tensor]) -> di
             state[key] = before[key].copy_(torch.as_tensor(value))
         elif key == "step":
             state[key] = value  # whoever takes it knows where a clock runs
+        elif key in ("indices", "trainable"):
+            state[key] = value.to(param.device)  # positions
         else:
             state[key] = value.to(device=param.device, dtype=_dtype_of(key, param, value))
     for key, old in before.items():
