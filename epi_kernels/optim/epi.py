@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from epi_kernels import lock
-from epi_kernels.distributed import local, wrapped
+from epi_kernels.distributed import Lost, local, wrapped
 from epi_kernels.integrations.deepspeed import group_of, segments_of
 from epi_kernels.layers import Grouping, LayersArgument, check_saved, has_names
 from epi_kernels.optim.base import LockedAdamW, new_state
@@ -171,6 +171,8 @@ class EPIAdamW(Isolation, LockedAdamW):
         self._every_group = self.param_groups
         if segments:
             self._process_group = group_of(engine)
+        elif isinstance(self._process_group, Lost):
+            self._process_group = None
         self._part()
 
     def __repr__(self) -> str:
@@ -218,6 +220,7 @@ class EPIAdamW(Isolation, LockedAdamW):
         return due
 
     def _run_step(self) -> None:
+        self._ranks()  # a copy may have lost them, and says so before anything has changed
         if self._segments is not None:
             self._refresh_between_steps()
         super()._run_step()
@@ -326,6 +329,12 @@ class EPIAdamW(Isolation, LockedAdamW):
         signed = wrapped(lock.with_lock(local(state["exp_avg_sq"]), locked), param)
         # a captured step has the address of the one that is there; otherwise that is the state_dict's
         state["exp_avg_sq"] = state["exp_avg_sq"].copy_(signed) if group["capturable"] else signed
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what pickle and deepcopy keep; no segments of DeepSpeed, which steps no copy."""
+        if self._segments is None:
+            return super().__getstate__()
+        return {**super().__getstate__(), "_process_group": Lost("call bind_deepspeed(engine) of the copy")}
 
     _KEPT = (*LockedAdamW._KEPT, "_grouping", "_records", "_on_device")
 

@@ -60,7 +60,6 @@ class PreparedAdamW(DropInAdamW):
     """
 
     _met = False  # the other ranks, since parameters, masks or a state came
-    _process_group: Any = None  # that the user gave
 
     # What a subclass says -------------------------------------------------------------------------------------------
 
