@@ -171,7 +171,15 @@ class Following(PreparedAdamW):
         self._places.look(self.param_groups)
         for (_, param), (belongs, _) in zip(moved, found, strict=True):
             self._places.put(param, belongs)
+        self._after_move()
         self._forget()
+
+    def _after_move(self) -> None:
+        """Do what a subclass does once parameters have been replaced."""
+
+    def _catch_up(self) -> None:
+        """Follow, and do what a step leaves for later; before anything is read or saved."""
+        self._follow()
 
     def _compare_masks(self) -> None:
         """Compare the settings and masks with those of the ranks that hold the rest, once; see `_compare_ranks`."""
@@ -193,18 +201,18 @@ class Following(PreparedAdamW):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state in torch's form."""
-        self._follow()
+        self._catch_up()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state as `DropInAdamW` does."""
-        self._follow()
+        self._catch_up()
         super().load_state_dict(state_dict)
         self._places.look(self.param_groups)  # names may be the state's now
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep."""
-        self._follow()
+        self._catch_up()
         return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:

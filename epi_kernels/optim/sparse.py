@@ -165,19 +165,21 @@ class SparseAdamW(Following):
     def _complete(self) -> None:
         """Give every parameter a state: that of its selection, of nothing where nothing is selected.
 
-        torch.distributed.checkpoint loads into the states that are there, and would leave out the others of a file. A
-        state that was cleared starts over; the selection of one that is there is what counts.
+        torch.distributed.checkpoint loads into the states that are there, and would leave out the others of a file.
         """
         for group in self.param_groups:
             for param in group["params"]:
-                selection: _Selection | None = self._places.get(param)
-                state = self.state.get(param, {})
-                positions = state.get(_key(param))
-                if positions is None or "exp_avg" not in state or "exp_avg_sq" not in state or "step" not in state:
-                    self._start(param, group, selection.positions if positions is None and selection else positions)
-                elif positions is not (selection and selection.positions) and (selection or positions.numel()):
-                    shape = selection.shape if selection else param.shape
-                    self._places.put(param, _Selection(positions, shape))
+                self._ensure_state(param, group)
+
+    def _ensure_state(self, param: Tensor, group: dict[str, Any]) -> None:
+        """Start a state that was cleared over; of one that is there the selection is what counts."""
+        selection: _Selection | None = self._places.get(param)
+        state = self.state.get(param, {})
+        positions = state.get(_key(param), selection and selection.positions)
+        if not {"step", "exp_avg", "exp_avg_sq", _key(param)} <= state.keys():
+            self._start(param, group, positions)
+        elif positions is not (selection and selection.positions) and (selection or positions.numel()):
+            self._places.put(param, _Selection(positions, selection.shape if selection else param.shape))
 
     def _start(self, param: Tensor, group: dict[str, Any], positions: Tensor | None) -> None:
         """Give a parameter a fresh state of entries at these positions of what this rank holds, in row-major order."""
@@ -193,15 +195,21 @@ class SparseAdamW(Following):
 
     def _positions(self, param: Tensor) -> Tensor:
         """Return the positions of what is selected, in what this rank holds."""
-        positions: Tensor = self.state[param][_key(param)]
+        positions: Tensor | None = self.state.get(param, {}).get(_key(param))
+        if positions is None:  # it was cleared
+            self._complete()
+            positions = self.state[param][_key(param)]
         return positions
 
     # Parameters that are replaced ------------------------------------------------------------------------------------
 
-    def _follow(self) -> None:
-        super()._follow()
+    def _after_move(self) -> None:
         for param in [p for p in self.state if isinstance(p, Tensor) and self._places.at(p) is None]:
             del self.state[param]  # the state of nothing of a parameter that was replaced
+        self._complete()
+
+    def _catch_up(self) -> None:
+        super()._catch_up()
         self._complete()
 
     def _moved_to(self, place: Place, param: Tensor) -> tuple[_Selection, dict[str, Any] | None]:
@@ -229,11 +237,6 @@ class SparseAdamW(Following):
         digest = digest_of(selection.positions) if is_dtensor(param) else None
         return _Selection(new[_key(param)], param.shape, digest), new
 
-    def _step_alone(self, param: Tensor, group: int) -> None:
-        if _key(param) not in self.state.get(param, ()):
-            self._follow()
-        super()._step_alone(param, group)
-
     # -----------------------------------------------------------------------------------------------------------------
 
     def _check_settings(self, group: dict[str, Any], shared: dict[str, Any]) -> None:
@@ -251,7 +254,7 @@ class SparseAdamW(Following):
         Raises:
             ValueError: `param` is not a parameter of this optimizer.
         """
-        self._follow()
+        self._catch_up()
         position_of(param, self.param_groups)  # raises where it has none
         held = local(param)
         mask = torch.zeros(held.numel(), dtype=torch.bool, device=param.device)
@@ -270,7 +273,7 @@ class SparseAdamW(Following):
         """
         if not all("param_names" in group for group in self.param_groups):
             raise ValueError("a delta goes by names, and the optimizer has none; pass it model.named_parameters()")
-        self._follow()
+        self._catch_up()
         found = {}
         # in the order of the groups, which is the same on all ranks
         for param in (param for group in self.param_groups for param in group["params"]):
@@ -320,9 +323,6 @@ class SparseAdamW(Following):
         if selection is not None:
             check_shape(param, self._name(param), "trainable", selection.shape, _WAY_OUT)
         super()._check_layout(param, group)
-
-    def _ensure_state(self, param: Tensor, group: dict[str, Any]) -> None:
-        pass  # `_complete` has made it
 
     def _kind(self, param: Tensor) -> tuple[object, ...]:
         # one tensor beyond 2^31 entries would double the offsets of all others
