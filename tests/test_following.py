@@ -163,6 +163,18 @@ def test_the_old_parameters_are_not_kept(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_parameters_can_be_swapped(kind: str) -> None:
+    """As `model.to()` does with DTensors, which it refuses where anybody has a weak reference."""
+    model = net()
+    optimizer = make(kind, model)
+    for stepped in (False, True):
+        for param in model.parameters():
+            torch.utils.swap_tensors(param, Parameter(param.detach().clone()))
+        assert_moves_as_it_should(model, optimizer)
+        assert all(int(optimizer.state[p]["step"]) == 1 + stepped for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_placeholders_in_between_do_not_matter(kind: str) -> None:
     """As accelerate, which lets go of the parameters before it shards them."""
     model = net()

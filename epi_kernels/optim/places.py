@@ -4,7 +4,6 @@ Wrappers put other Parameters into `param_groups`: accelerate's FSDP2 DTensors, 
 kept by Parameter objects alone would be lost there, and nothing would be frozen, without a word.
 """
 
-import weakref
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from epi_kernels.optim.prepared import PreparedAdamW
 class Place:
     """A parameter, where it was in the groups when they were last looked at, and what belongs to it."""
 
-    param: "weakref.ref[Tensor]"  # a wrapper that replaces a parameter wants its memory back
+    param: Tensor  # no weak reference, with which torch.utils.swap_tensors refuses a parameter
     group: int
     position: int
     name: str | None
@@ -57,7 +56,7 @@ class Places:
     def at(self, param: Tensor) -> Place | None:
         """Return the place of a parameter, or None where `look` has not seen this object."""
         place = self._of.get(id(param))
-        return place if place is not None and place.param() is param else None
+        return place if place is not None and place.param is param else None
 
     def get(self, param: Tensor) -> Any:
         """Return what belongs to a parameter, or None."""
@@ -74,18 +73,18 @@ class Places:
         return (
             [len(group["params"]) for group in groups] == self._sizes
             and len(params) == len(self._places)
-            and all(place.param() is param for place, param in zip(self._places, params, strict=True))
+            and all(place.param is param for place, param in zip(self._places, params, strict=True))
         )
 
     def look(self, groups: Groups) -> None:
         """Remember which parameters are where; what belongs to one that has left stays, should it come back."""
-        of = {key: place for key, place in self._of.items() if place.belongs is not None and place.param() is not None}
+        of = {key: place for key, place in self._of.items() if place.belongs is not None}
         self._places, waiting = [], iter(self._waiting)
         for i, group in enumerate(groups):
             names = [without_wrappers(str(name)) for name in group["param_names"]] if has_names(group) else None
             for j, param in enumerate(group["params"]):
                 belongs = next(waiting, None) if self._waiting else self.get(param)
-                place = Place(weakref.ref(param), i, j, names[j] if names else None, belongs)
+                place = Place(param, i, j, names[j] if names else None, belongs)
                 self._places.append(place)
                 of[id(param)] = place
         self._of, self._sizes, self._waiting = of, [len(group["params"]) for group in groups], ()
@@ -98,8 +97,7 @@ class Places:
                 or its position in a group of as many parameters.
         """
         here = {id(param) for group in groups for param in group["params"]}
-        # a dead object's id may be a new one's
-        gone = [place for place in self._places if place.param() is None or id(place.param()) not in here]
+        gone = [place for place in self._places if id(place.param) not in here]
         count = Counter(place.name for place in gone)
         by_name = {place.name: place for place in gone if count[place.name] == 1}
         by_number = {(place.group, place.position): place for place in gone}
@@ -163,10 +161,8 @@ class Following(PreparedAdamW):
         found = [self._moved_to(place, param) for place, param in moved]
         for (place, param), (_, state) in zip(moved, found, strict=True):
             place.belongs = None
-            old = place.param()
             if state is not None:
-                if old is not None:
-                    self.state.pop(old, None)
+                self.state.pop(place.param, None)
                 self.state[param] = state
         self._places.look(self.param_groups)
         for (_, param), (belongs, _) in zip(moved, found, strict=True):

@@ -217,14 +217,13 @@ class SparseAdamW(Following):
         check_shape(param, str(place), "trainable", selection.shape, _WAY_OUT)
         if _key(param) in self.state.get(param, ()):  # whoever has replaced the parameter has seen to its state
             return _Selection(self._positions(param), param.shape), None
-        old = place.param()
-        state = {} if old is None else self.state.get(old, {})
+        state = self.state.get(place.param, {})
         if not state:  # it was cleared, and the moments are fresh
             moments = torch.zeros(len(selection.positions), dtype=arithmetic_dtype(param.dtype), device=param.device)
-            key = "indices" if old is None or not is_dtensor(old) else "trainable"
+            key = _key(place.param)
             state = {"step": 0.0, "exp_avg": moments, "exp_avg_sq": moments.clone(), key: selection.positions}
         if "trainable" in state:
-            if old is None or not placed_alike(old, param):
+            if not placed_alike(place.param, param):
                 raise ValueError(
                     f"{place} was a DTensor, and has been replaced by one that is placed otherwise: this rank has a "
                     "shard of its selection alone. select() again, with masks of whole parameters"
