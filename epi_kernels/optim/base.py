@@ -228,6 +228,7 @@ class LockedAdamW(PreparedAdamW):
         Raises:
             RuntimeError: entries of the parameter share memory, or are in none; `fused` is on and torch's kernels
                 cannot take it.
+            ValueError: a tensor of its state has another shape.
             NotImplementedError: `capturable` is on and it is complex, or an option is not there for what ranks share.
             AssertionError: `capturable` is on and it is on a device that has no graphs.
         """
@@ -240,11 +241,14 @@ class LockedAdamW(PreparedAdamW):
                         f"{flag}={group[flag]!r} and {self._name(param)}, which is shared out over ranks: not in this "
                         f"version{instead}"
                     )
-        if any(stride == 0 and size > 1 for size, stride in zip(held.shape, held.stride(), strict=True)):
-            raise RuntimeError(
-                f"{self._name(param)} is expanded: several of its entries are one place in memory, and a step would "
-                "write there several times; clone() it first"
-            )
+        for key, value in self.state.get(param, {}).items():
+            if key in self._STATE and isinstance(value, Tensor) and local(value).shape != held.shape:
+                raise ValueError(
+                    f"{self._name(param)} has shape {tuple(held.shape)} now, and {key} in its state "
+                    f"{tuple(local(value).shape)}. If you resized or replaced the parameter, give every tensor of "
+                    "optimizer.state[parameter] its shape too, importance and frozen included (0 for a new entry, "
+                    "which is free), or delete optimizer.state[parameter], which starts over"
+                )
         if group["fused"]:
             _device_dtype_check_for_fused(param)
         if group["capturable"]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from epi_kernels.contract import check_lists
+from epi_kernels.contract import check_lists, shares_memory
 from epi_kernels.distributed import Ranks, group_of, is_dtensor, local, local_gradient
 from epi_kernels.optim.clocks import DeviceClocks, HostClocks
 from epi_kernels.optim.complex import as_real
@@ -108,7 +108,6 @@ class PreparedAdamW(DropInAdamW):
     """
 
     _met = False  # the other ranks, since parameters, masks or a state came
-    _process_group: Any = None  # that the user gave
 
     # What a subclass says -------------------------------------------------------------------------------------------
 
@@ -140,13 +139,18 @@ class PreparedAdamW(DropInAdamW):
         """Check what a step cannot do with a parameter; called before anything is changed.
 
         Raises:
-            RuntimeError: the parameter is a lazily conjugated or negated view.
+            RuntimeError: the parameter is a lazily conjugated or negated view, or several of its entries share memory.
         """
         if param.is_conj() or param.is_neg():
             raise RuntimeError(
                 f"{self._name(param)} is {'conjugated' if param.is_conj() else 'negated'} lazily: its values are not "
                 "in memory, where a step writes. Optimize the tensor that it is a view of, or "
                 "resolve_conj().resolve_neg(), a copy"
+            )
+        if shares_memory(local(param)):
+            raise RuntimeError(
+                f"{self._name(param)} is expanded, or strided over itself: several of its entries are one place in "
+                "memory, and a step would write there several times; clone() it first"
             )
 
     # ----------------------------------------------------------------------------------------------------------------
