@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from epi_kernels import ops
 from epi_kernels.distributed import is_dtensor, is_slice, local, local_gradient, reshard, wrapped
+from epi_kernels.notices import warn
 
 # fewer gradients than this cannot rank entries: with one, Eq. 10 gives the same score to all
 FEWEST = 8
@@ -347,11 +348,9 @@ def _gradient_sums(
         )
     bad = [name for name, squares in sums.squares.items() if not squares.isfinite().all()]
     if bad:
-        warnings.warn(
+        warn(
             f"an example had gradients that are NaN or infinite, and so are scores of {', '.join(bad)}: top_k counts "
-            "them as 0. Look for the example, such as one without a target",
-            UserWarning,
-            stacklevel=3,
+            "them as 0. Look for the example, such as one without a target"
         )
     return sums
 

@@ -5,11 +5,12 @@ block and by tensor agree to a Jaccard overlap of about 0.25.
 """
 
 import hashlib
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from torch import Tensor
+
+from epi_kernels.notices import warn
 
 LayersArgument = Literal["auto", "block", "tensor"] | Callable[[str], str]
 
@@ -61,6 +62,7 @@ class Grouping:
         if layers not in GROUPINGS and not callable(layers):
             raise ValueError(f"Invalid layers: {layers!r}; choose one of {GROUPINGS} or pass a callable name -> layer")
         self.layers = layers
+        self.auto = layers == "auto"
 
     @property
     def name(self) -> str:
@@ -77,11 +79,9 @@ class Grouping:
             self.layers = "block" if self.layers == "auto" else self.layers
         elif self.layers == "auto":
             self.layers = "tensor"
-            warnings.warn(
-                "EPIAdamW was given no parameter names: each tensor is a layer of its own. For the paper's layers "
-                "(transformer blocks) pass model.named_parameters(); to keep this, layers='tensor'.",
-                UserWarning,
-                stacklevel=2,
+            warn(
+                "the optimizer was given no parameter names: each tensor is a layer of its own. For the paper's layers "
+                "(transformer blocks) pass model.named_parameters(); to keep this, layers='tensor'."
             )
         elif self.layers != "tensor":
             raise ValueError(
@@ -109,10 +109,11 @@ class Grouping:
         return str(self.layers(name))
 
     def stamp(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Write the grouping into the groups, where a checkpoint carries it: ``layers`` and ``layer_digest``.
+        """Write the grouping into the groups, where a checkpoint carries it.
 
-        The digest stands for which parameters share a layer. It goes by position, so that a renamed module is still
-        the same grouping.
+        That is ``layers``, its name; ``layers_auto``, whether "auto" has chosen it; and ``layer_digest``, which stands
+        for which parameters share a layer. The digest goes by position, so that a renamed module is still the same
+        grouping.
         """
         if not all(has_names(group) or "param_names" not in group for group in groups):
             return  # of the parameters that were named, whose places others have taken
@@ -120,8 +121,37 @@ class Grouping:
         index = {layer: str(i) for i, layer in enumerate(dict.fromkeys(layers.values()))}
         for group in groups:
             members = ",".join(index[layers[param]] for param in group["params"])
-            group["layers"] = self.name
+            group["layers"], group["layers_auto"] = self.name, self.auto
             group["layer_digest"] = hashlib.sha256(members.encode()).hexdigest()[:16]
+
+    def adopt(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Stamp groups that a state was loaded into, one that `check_saved` has passed.
+
+        Where "auto" has chosen two groupings, one for the state and one here, parameters have names on one side alone.
+        Those of the state are here now, and "auto" then chooses as it did there; if the names are ours, the grouping
+        stays as it is. A warning says which.
+        """
+        saved_name, before = groups[0].get("layers"), self.layers
+        saved = [group.get("layer_digest") for group in groups]
+
+        def as_saved() -> bool:
+            return all(one in (None, group["layer_digest"]) for one, group in zip(saved, groups, strict=True))
+
+        self.stamp(groups)
+        if as_saved() or not self.auto:
+            return
+        self.layers = "block" if all(map(has_names, groups)) else "tensor"
+        self.stamp(groups)
+        if as_saved():
+            warn(
+                f"the state has the names of the parameters, which this optimizer had not: its layers are by "
+                f"{self.name!r} now, as in the state, and no longer by {before!r}"
+            )
+        else:
+            warn(
+                f"the state was saved with layers by {saved_name!r}, and this optimizer has them by {self.name!r}: "
+                "the masks are the state's until the next refresh, which chooses by the layers here"
+            )
 
 
 def has_names(group: dict[str, Any]) -> bool:
@@ -132,10 +162,16 @@ def has_names(group: dict[str, Any]) -> bool:
 def check_saved(saved_groups: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]]) -> None:
     """Check that a saved state was made under the grouping of `groups`; a state without a stamp passes.
 
+    So does one for which "auto" has chosen another grouping than here, by names that one of the two had not: a state
+    of a model with names loads without them and the other way round, as with torch (see `Grouping.adopt`).
+
     Raises:
         ValueError: parameters fall into other layers, so that the masks would not compare.
     """
     for i, (saved, ours) in enumerate(zip(saved_groups, groups, strict=False)):
+        both_auto = saved.get("layers_auto") is True is ours["layers_auto"]
+        if both_auto and saved.get("layers") != ours["layers"]:
+            continue
         if saved.get("layer_digest", ours["layer_digest"]) != ours["layer_digest"]:
             raise ValueError(
                 f"the state was saved with layers={saved['layers']!r} and this optimizer has layers="

@@ -19,6 +19,7 @@ ROOT = Path(epi_kernels.__file__).parent
 # first match decides; a module may import only from tiers above its own line in the file, that is, a lower number
 TIERS = [
     ("epi_kernels.library", -1),
+    ("epi_kernels.notices", -1),
     ("epi_kernels._version", 0),
     ("epi_kernels.lock", 0),
     ("epi_kernels.contract", 0),

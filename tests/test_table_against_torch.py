@@ -25,7 +25,7 @@ OURS: dict[type, dict[str, set[str]]] = {
         "arguments": SETTINGS
         | {"importance", "importance_dtype", "rounding", "master_weights", "state_dtype", "process_group"}
         | {"clip_grad_norm", "backend"},
-        "group": SETTINGS | {"importance", "clip_grad_norm", "layer_digest", "isolation_clock"},
+        "group": SETTINGS | {"importance", "clip_grad_norm", "layer_digest", "layers_auto", "isolation_clock"},
         "state": {"importance"},
         "methods": {"isolation_mask", "importance", "refresh", "telemetry", "bind_deepspeed"},
     },
@@ -124,7 +124,7 @@ def test_isolated_the_groups_are_the_base_s_and_so_is_the_state() -> None:
     assert {n for n in dir(torch.optim.Optimizer) if not n.startswith("_")} <= set(dir(mine))
     assert list(mine.param_groups[0])[: len(theirs.param_groups[0])] == list(theirs.param_groups[0])
     added = set(mine.param_groups[0]) - set(theirs.param_groups[0])
-    assert added == SETTINGS | {"importance", "layer_digest", "isolation_clock"}
+    assert added == SETTINGS | {"importance", "layer_digest", "layers_auto", "isolation_clock"}
     one, other = (next(iter(o.state_dict()["state"].values())) for o in (theirs, mine))
     assert list(other) == [*one, "importance"]
 

@@ -7,6 +7,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+# not by way of torch.optim, where a program may have put one of our classes in the place of torch's
+from torch.optim.adamw import AdamW
+from torch.optim.optimizer import Optimizer
+
 from epi_kernels import dispatch
 from epi_kernels.contract import FLOATING
 from epi_kernels.distributed import given, is_dtensor, shard_of
@@ -18,11 +22,11 @@ from epi_kernels.optim.groups import Named, check_shared
 _HEALTH_CHECK = next(
     name
     for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
-    if hasattr(torch.optim.Optimizer, name)
+    if hasattr(Optimizer, name)
 )
 
 # the settings of torch's
-_TORCHS = [name for name in inspect.signature(torch.optim.AdamW).parameters if name != "params"]
+_TORCHS = [name for name in inspect.signature(AdamW).parameters if name != "params"]
 
 
 class Released(Protocol):
@@ -35,7 +39,7 @@ class Released(Protocol):
         """Check a group that is added or loaded; ValueError is for the caller."""
 
 
-class DropInAdamW(Named, torch.optim.AdamW):
+class DropInAdamW(Named, AdamW):
     """torch.optim.AdamW whose step is another's.
 
     Not used itself. Arguments up to `fused` are torch's, with torch's errors.
@@ -212,7 +216,7 @@ class DropInAdamW(Named, torch.optim.AdamW):
             ValueError, RuntimeError: they are out of their range, or not possible together; torch's with its texts.
         """
         # torch checks them in its constructor alone, and those of the first arguments at that
-        torch.optim.AdamW([torch.zeros(())], **{key: group[key] for key in _TORCHS if key in group})
+        AdamW([torch.zeros(())], **{key: group[key] for key in _TORCHS if key in group})
         check_shared(self._SHARED, group, shared)
         if self._released is not None:
             self._released.check_group(group)

@@ -1,6 +1,5 @@
 """EPIAdamW: AdamW with evolving parameter isolation (EPI, arXiv 2604.14010, Alg. 1)."""
 
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -11,6 +10,7 @@ from epi_kernels import lock
 from epi_kernels.distributed import Lost, local, wrapped
 from epi_kernels.integrations.deepspeed import group_of, segments_of
 from epi_kernels.layers import Grouping, LayersArgument, check_saved, has_names
+from epi_kernels.notices import warn
 from epi_kernels.optim.base import LockedAdamW, new_state
 from epi_kernels.optim.clocks import DeviceClocks, HostClocks
 from epi_kernels.optim.isolation import CLOCK, SHARED, Isolation, check_settings
@@ -248,11 +248,9 @@ class EPIAdamW(Isolation, LockedAdamW):
         if self._warned or all(has_names(g) or "param_names" not in g or not g["params"] for g in self.param_groups):
             return
         self._warned = True
-        warnings.warn(
+        warn(
             "the parameters are not those that were named: DeepSpeed ZeRO has put flat partitions in their place. "
-            "Each is one layer now, with a budget of its own; optimizer.bind_deepspeed(engine) brings the layers back",
-            UserWarning,
-            stacklevel=2,
+            "Each is one layer now, with a budget of its own; optimizer.bind_deepspeed(engine) brings the layers back"
         )
 
     def _sleeping(self, members: Iterable[Tensor]) -> list[Tensor]:
@@ -308,7 +306,7 @@ class EPIAdamW(Isolation, LockedAdamW):
         check_saved(groups, self.param_groups)
 
     def _after_load(self) -> None:
-        self._grouping.stamp(self.param_groups)
+        self._grouping.adopt(self.param_groups)
         self._part()
         if self._segments is not None:
             self._every_group = self.param_groups

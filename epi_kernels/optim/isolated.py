@@ -8,6 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+# not by way of torch.optim, where a program may have put other classes in the place of torch's
+from torch.optim.lbfgs import LBFGS
+from torch.optim.optimizer import Optimizer
+
 from epi_kernels import dispatch, lock, ops
 from epi_kernels.distributed import given, local, local_gradient, shard_of
 from epi_kernels.layers import Grouping, LayersArgument, check_saved
@@ -24,12 +28,12 @@ from epi_kernels.optim.scaling import UNSCALED
 _HYPERPARAMETERS = {
     name
     for each in vars(torch.optim).values()
-    if isinstance(each, type) and issubclass(each, torch.optim.Optimizer)
+    if isinstance(each, type) and issubclass(each, Optimizer) and each.__module__.startswith("torch.optim.")
     for name in inspect.signature(each).parameters
 } - {"params", "defaults", "foreach", "fused", "maximize", "capturable", "differentiable", "decoupled_weight_decay"}
 
 
-class IsolatedOptimizer(Isolation, torch.optim.Optimizer):
+class IsolatedOptimizer(Isolation, Optimizer):
     """Any torch optimizer, kept from moving the most important entries; they are chosen again as training goes on.
 
     ::
@@ -72,7 +76,7 @@ class IsolatedOptimizer(Isolation, torch.optim.Optimizer):
 
     def __init__(
         self,
-        base: torch.optim.Optimizer,
+        base: Optimizer,
         *,
         isolation_ratio: float = 0.01,
         importance_beta: float = 0.99,
@@ -324,7 +328,7 @@ class IsolatedOptimizer(Isolation, torch.optim.Optimizer):
         for group in self.param_groups:
             self._make_importances(group)
         self._settings.update({key: self.param_groups[0][key] for key in SHARED if key != "layers"})
-        self._grouping.stamp(self.param_groups)
+        self._grouping.adopt(self.param_groups)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -378,14 +382,14 @@ class IsolatedOptimizer(Isolation, torch.optim.Optimizer):
         return {**{key: self.__dict__[key] for key in kept}, **group, "_step_supports_amp_scaling": False}
 
 
-def _is_torchs(base: torch.optim.Optimizer) -> bool:
+def _is_torchs(base: Optimizer) -> bool:
     return type(base).__module__.startswith("torch.optim.")
 
 
 def _check_base(base: object) -> None:
-    if not isinstance(base, torch.optim.Optimizer):
+    if not isinstance(base, Optimizer):
         raise TypeError(f"base is a {type(base).__name__}; pass a torch.optim.Optimizer")
     if isinstance(base, (DropInAdamW, IsolatedOptimizer)):
         raise ValueError(f"{type(base).__name__} locks entries by itself; pass it no further optimizer around it")
-    if isinstance(base, torch.optim.LBFGS):
+    if isinstance(base, LBFGS):
         raise ValueError("LBFGS moves the parameters several times in a step, by gradients of its own closure calls")

@@ -1,12 +1,12 @@
 """Counts of gradients whose square is NaN or infinite, kept where the parameters are and read without waiting."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from epi_kernels.notices import warn
 from epi_kernels.ops.table import zeros
 
 # the counters of one list of parameters, and a copy of them on the CPU
@@ -64,11 +64,10 @@ class NonfiniteCounts:
             for param, count in zip(params, counts.tolist(), strict=True):
                 if count and param not in self._warned:
                     self._warned.add(param)
-                    warnings.warn(
+                    warn(
                         f"{name_of(param)}: {count} squared gradients were NaN or infinite; these entries keep "
                         "their importance. Said once for each parameter, counted in telemetry().",
                         RuntimeWarning,
-                        stacklevel=2,
                     )
 
     def __getstate__(self) -> dict[str, Any]:
