@@ -10,6 +10,7 @@ import copy
 import pickle
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -267,6 +268,41 @@ def test_a_parameter_that_joins_takes_nobodys_place(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_of_a_name_that_two_parameters_have_the_position_counts(kind: str) -> None:
+    params = [Parameter(torch.ones(4)) for _ in range(3)]
+    free = {p: torch.arange(4) < i + 1 for i, p in enumerate(params)}
+    groups = [{"params": [("w", params[0])]}, {"params": [("w", params[1]), ("v", params[2])]}]
+    if kind == "masked":
+        optimizer: Any = MaskedAdamW(groups, lr=0.1, frozen={p: ~m for p, m in free.items()})
+    else:
+        optimizer = SparseAdamW(groups, lr=0.1, trainable=free)
+    new = {p: Parameter(torch.ones(4)) for p in params[1:]}
+    optimizer.param_groups[1]["params"] = list(new.values())  # of one group alone
+    for i, p in enumerate([params[0], *new.values()]):
+        p.grad = torch.ones(4)
+        optimizer.step()
+        p.grad = None
+        assert torch.equal(p != 1, torch.arange(4) < i + 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_compiled_step_follows(kind: str) -> None:
+    torch._dynamo.reset()
+    model = net()
+    optimizer = make(kind, model)
+    step = torch.compile(optimizer.step, backend="eager", fullgraph=True)
+    free = free_of(model)
+    for _ in range(3):
+        switch(optimizer, replaced(model, a_copy))
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        step()
+        for name, param in model.named_parameters():
+            assert torch.equal(param != before[name], free[name]), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_tied_parameters_follow_once(kind: str) -> None:
     model = net()
     model.c.weight = model.a.weight
@@ -477,6 +513,38 @@ def test_a_state_without_masks_leaves_those_of_the_constructor() -> None:
     optimizer = make("masked", model)
     optimizer.load_state_dict(theirs.state_dict())
     assert_moves_as_it_should(model, optimizer)
+
+
+@pytest.mark.parametrize("how", ["plain", "nested", "flat"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_parameter_that_is_frozen_at_a_load_keeps_its_mask(kind: str, how: str) -> None:
+    """torch.distributed.checkpoint takes no state of what requires no gradient."""
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    options = StateDictOptions(flatten_optimizer_state_dict=how == "flat")
+    model = net()
+    optimizer = make(kind, model)
+    moved_by_a_step(model, optimizer)
+    optimizer.zero_grad()  # torch makes no state to load into where there are gradients
+    model.a.weight.requires_grad_(False)
+    again = make(kind, model)
+    warns = pytest.warns(UserWarning, match="no entry for a.weight, which requires no gradient: its .* trainable")
+    with warns if kind == "sparse" else nullcontext():
+        if how == "plain":
+            saved = copy.deepcopy(optimizer.state_dict())
+            del saved["state"][0]
+            again.load_state_dict(saved)
+        else:
+            saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
+            set_optimizer_state_dict(model, again, saved, options=options)
+    model.a.weight.requires_grad_(True)
+    assert_moves_as_it_should(model, again)
+    assert int(again.state[model.a.weight]["step"]) == 1
+    assert int(again.state[model.a.bias]["step"]) == 2
 
 
 # Shapes and layouts --------------------------------------------------------------------------------------------------

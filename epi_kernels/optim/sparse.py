@@ -1,6 +1,5 @@
 """SparseAdamW: AdamW of selected entries alone, with state for them alone (PIECE, arXiv 2511.15375)."""
 
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from epi_kernels.contract import arithmetic_dtype
 from epi_kernels.distributed import is_dtensor, local, shard_of, wrapped
+from epi_kernels.notices import warn
 from epi_kernels.ops import SparseSweep
 from epi_kernels.optim.checkpoint import pairs_of, placed_alike, taken
 from epi_kernels.optim.groups import digest_of, masks_of, position_of
@@ -379,11 +379,9 @@ class SparseAdamW(Following):
             if self.state.get(param):  # the selection is the checkpoint's
                 self._places.put(param, _Selection(self._positions(param), param.shape))
             elif kept is not None and kept.positions.numel():
-                warnings.warn(
+                warn(
                     f"the state has no entry for {self._name(param)}, which requires no gradient: its "
-                    f"{len(kept.positions)} trainable entries stay those of this optimizer, with fresh moments",
-                    UserWarning,
-                    stacklevel=2,
+                    f"{len(kept.positions)} trainable entries stay those of this optimizer, with fresh moments"
                 )
         self._complete()
 
