@@ -301,7 +301,7 @@ def test_what_a_captured_step_uploads_is_kept(capturing: Callable[[], None], bac
     capturing()
     optimizer.step()
     kept = optimizer._uploads._captured
-    read = [held for held in kept if isinstance(held, list)][0][0]
+    read = next(held for held in kept if isinstance(held, list))[0]
     assert read[0] is optimizer._prepared.bundles
     assert read[1] is optimizer._prepared.clocks
     assert {id(tensor) for tensor in read[2].state["exp_avg"]} == {

@@ -113,7 +113,7 @@ class LockedAdamW(PreparedAdamW):
                 if prepared.clocks.count(scaling.found_inf):
                     self._update(prepared, now, self._before_update(prepared.clocks, now.params, scaling), scaling)
             if not capturing:
-                self._nonfinite.warn(self._name)
+                self._nonfinite.warn(self._names)
 
     def _prepared_for_these(self) -> Prepared:
         """Return what was prepared for the parameters that the groups have now."""
@@ -124,7 +124,7 @@ class LockedAdamW(PreparedAdamW):
 
     def _between_iterations(self) -> None:
         """Do what is due after every parameter has stepped alone."""
-        self._nonfinite.warn(self._name)
+        self._nonfinite.warn(self._names)
 
     def _scaling(self, prepared: Prepared, now: Present) -> Scaling:
         """Return what a scaler and clipping do to the gradients of this step."""
