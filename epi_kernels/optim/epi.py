@@ -17,6 +17,7 @@ from epi_kernels.optim.isolation import CLOCK, SHARED, Isolation, check_settings
 from epi_kernels.optim.prepared import Prepared
 from epi_kernels.optim.refusals import require_default
 from epi_kernels.optim.scaling import UNSCALED, Scaling
+from epi_kernels.telemetry import Records
 
 
 class EPIAdamW(Isolation, LockedAdamW):
@@ -137,7 +138,7 @@ class EPIAdamW(Isolation, LockedAdamW):
             state_dtype=(state_dtype, None),
         )
         self._grouping = Grouping(layers)
-        self._records = []
+        self._records = Records()
         self._process_group = process_group
         super().__init__(
             params,
@@ -327,7 +328,7 @@ class EPIAdamW(Isolation, LockedAdamW):
         # a captured step has the address of the one that is there; otherwise that is the state_dict's
         state["exp_avg_sq"] = state["exp_avg_sq"].copy_(signed) if group["capturable"] else signed
 
-    _KEPT = (*LockedAdamW._KEPT, "_grouping", "_records", "_on_device")
+    _KEPT = (*LockedAdamW._KEPT, "_grouping", "_records")
 
 
 def _unlocked(entry: dict[str, Any]) -> dict[str, Any]:
