@@ -229,7 +229,7 @@ class EPIAdamW(Isolation, LockedAdamW):
         if self._segments is None:
             return self._prepared
         first = next((param for group in self.param_groups for param in group["params"]), None)
-        return self._prepared if first is None else self._alone.setdefault(first, Prepared())
+        return self._prepared if first is None else self._alone.setdefault(id(first), Prepared())
 
     def _refresh_between_steps(self) -> None:
         """Refresh before the first group of a step, if the last step, of all groups, has made it due.

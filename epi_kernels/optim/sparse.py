@@ -1,7 +1,7 @@
 """SparseAdamW: AdamW of selected entries alone, with state for them alone (PIECE, arXiv 2511.15375)."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from epi_kernels.ops import SparseSweep
 from epi_kernels.optim.checkpoint import pairs_of, placed_alike, taken
 from epi_kernels.optim.groups import digest_of, masks_of, position_of
 from epi_kernels.optim.places import Following, Place, Places, check_shape
-from epi_kernels.optim.prepared import Bundle, Prepared, real_gradient
+from epi_kernels.optim.prepared import Bundle, Prepared, Present
 from epi_kernels.optim.refusals import require_default
 
 # positions fit int32 below this
@@ -40,7 +40,17 @@ class _Selection:
 
 @dataclass(slots=True)
 class _Bundle(Bundle):
-    sweep: SparseSweep
+    sweep: SparseSweep = field(init=False)
+
+    def tensors(self, now: Present) -> Iterator[list[Tensor]]:
+        """Yield the lists that `sparse_adamw_` takes."""
+        # of a DTensor the positions have another key
+        keys = [key for key in ("indices", "trainable") if key in now.state]
+        positions = [
+            next(filter(_is_there, each)) for each in zip(*(self.state(now, key) for key in keys), strict=True)
+        ]
+        yield from (self.params(now), self.grads(now), positions)
+        yield from (self.state(now, key) for key in ("exp_avg", "exp_avg_sq"))
 
 
 class SparseAdamW(Following):
@@ -300,14 +310,15 @@ class SparseAdamW(Following):
         if self._released is not None:
             self._released.end_iteration()
             return
-        self._bring_up_to_date(self._prepared, ((group, group["params"]) for group in self.param_groups))
+        members = ((group, group["params"]) for group in self.param_groups)
+        now = self._bring_up_to_date(self._prepared, members)
         if self._prepared.bundles and self._prepared.clocks.count({}):
-            self._update(self._prepared)
+            self._update(self._prepared, now)
 
-    def _update(self, prepared: Prepared) -> None:
+    def _update(self, prepared: Prepared, now: Present) -> None:
         for number, bundle in enumerate(prepared.bundles):
             scalars, rows = prepared.clocks.scalars(number, bundle.groups, self.param_groups)
-            bundle.sweep.step_(bundle.grads(), scalars, rows)
+            bundle.sweep.step_(*bundle.tensors(now), scalars, rows)
 
     def _moves(self, param: Tensor) -> bool:
         # a DTensor even where this rank has nothing: to come by its gradient may take all ranks
@@ -327,17 +338,11 @@ class SparseAdamW(Following):
         # one tensor beyond 2^31 entries would double the offsets of all others
         return (self._positions(param).dtype,)
 
-    def _bundle(self, params: list[Tensor], groups: list[int]) -> _Bundle:
-        states = [self.state[param] for param in params]
-        sweep = SparseSweep(
-            list(map(local, params)),
-            list(map(real_gradient, params)),
-            list(map(self._positions, params)),
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            self._backend,
-        )
-        return _Bundle(params, groups, sweep)
+    def _bundle(self, now: Present, where: list[int], groups: list[int], plain: bool) -> _Bundle:
+        bundle = _Bundle(where, groups, plain)
+        params, grads, indices, exp_avgs, exp_avg_sqs = bundle.tensors(now)
+        bundle.sweep = SparseSweep(params, grads, indices, exp_avgs, exp_avg_sqs, self._backend)
+        return bundle
 
     # State -----------------------------------------------------------------------------------------------------------
 
@@ -406,6 +411,10 @@ class SparseAdamW(Following):
 
 def _refuse_flags(group: dict[str, Any]) -> None:
     require_default(**{flag: (group.get(flag, False), False) for flag in _REFUSED})
+
+
+def _is_there(tensor: Tensor | None) -> bool:
+    return tensor is not None
 
 
 def _key(param: Tensor) -> str:
