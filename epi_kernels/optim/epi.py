@@ -17,6 +17,7 @@ from epi_kernels.optim.isolation import CLOCK, SHARED, Isolation, check_settings
 from epi_kernels.optim.prepared import Prepared
 from epi_kernels.optim.refusals import require_default
 from epi_kernels.optim.scaling import UNSCALED, Scaling
+from epi_kernels.telemetry import Records
 
 
 class EPIAdamW(Isolation, LockedAdamW):
@@ -137,7 +138,7 @@ class EPIAdamW(Isolation, LockedAdamW):
             state_dtype=(state_dtype, None),
         )
         self._grouping = Grouping(layers)
-        self._records = []
+        self._records = Records()
         self._process_group = process_group
         super().__init__(
             params,
@@ -334,7 +335,7 @@ class EPIAdamW(Isolation, LockedAdamW):
             return super().__getstate__()
         return {**super().__getstate__(), "_process_group": Lost("call bind_deepspeed(engine) of the copy")}
 
-    _KEPT = (*LockedAdamW._KEPT, "_grouping", "_records", "_on_device")
+    _KEPT = (*LockedAdamW._KEPT, "_grouping", "_records")
 
 
 def _unlocked(entry: dict[str, Any]) -> dict[str, Any]:
