@@ -263,7 +263,7 @@ class SparseAdamW(Following):
         Raises:
             ValueError: `param` is not a parameter of this optimizer.
         """
-        self._catch_up()
+        self._follow_to(param)
         position_of(param, self.param_groups)  # raises where it has none
         held = local(param)
         mask = torch.zeros(held.numel(), dtype=torch.bool, device=param.device)
