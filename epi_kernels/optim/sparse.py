@@ -159,12 +159,12 @@ class SparseAdamW(Following):
         Raises:
             ValueError: as the constructor; the selection is then as it was.
         """
-        self._places.look(self.param_groups)
         parted = self._process_group is not None
         chosen = masks_of(trainable, self.param_groups, "trainable", partitioned=parted)
         shards = {param: local(shard_of(mask.to(param.device), param)) for param, mask in chosen.items()}
         self.state.clear()
         self._forget()
+        self._places.look(self.param_groups)  # with parameters that may be others by now
         for param in (param for group in self.param_groups for param in group["params"]):
             self._places.put(param, None)
         for param, mask in shards.items():
