@@ -19,9 +19,14 @@ _DTYPES = frozenset({*FLOATING, torch.int8})
 # sign are cut into digits, highest first; the first one alone has 16 bins for each factor of two (see `threshold`).
 KEY_DIGITS = (12, 10, 9)
 
-# Below this a float32 is subnormal. Hardware that flushes subnormals and hardware that keeps them must protect the
-# same entries, so an importance below it counts as 0 everywhere.
+# Below this a float32 is subnormal. Hardware that flushes subnormals (a library built with -ffast-math switches that on
+# for the whole process) and hardware that keeps them must protect the same entries, so an importance below it counts as
+# 0 everywhere, and so does a difference of importances.
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
+
+# A product or quotient that decides a mask counts as 0 below this. Not below SMALLEST_NORMAL: a result that rounds up
+# to that number on one hardware is flushed on the other, which rounds it to all bits of a normal number first.
+NEGLIGIBLE = 2 * SMALLEST_NORMAL
 
 
 class Scalars(NamedTuple):
@@ -89,6 +94,32 @@ def budget(isolation_ratio: float, eligible: int) -> int:
     """
     # 0.29 * 100 is 28.999999999999996: without the 1e-9 one entry would be lost to the binary fraction
     return math.floor(isolation_ratio * eligible + 1e-9)
+
+
+def shares_memory(tensor: Tensor) -> bool:
+    """Return whether several entries of a strided tensor are one place in memory, which no step may write.
+
+    Example:
+        >>> shares_memory(torch.ones(3, 1).expand(3, 4)), shares_memory(torch.ones(3, 4).t())
+        (True, False)
+    """
+    if tensor.is_contiguous() or not tensor.numel():
+        return False
+    dims = sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1)
+    reach = 0  # of the dimensions with smaller strides
+    for stride, size in dims:
+        if stride <= reach or stride == 0:
+            break
+        reach += (size - 1) * stride
+    else:
+        return False
+    if dims[0][0] == 0:
+        return True
+    # strides that interleave: a case rare enough to try every entry
+    offsets = torch.zeros((), dtype=torch.int64, device="cpu")
+    for stride, size in dims:
+        offsets = offsets.unsqueeze(-1) + stride * torch.arange(size, dtype=torch.int64, device="cpu")
+    return len(offsets.unique()) < tensor.numel()
 
 
 def check_lists(**lists: Sequence[Tensor | None]) -> None:
@@ -165,12 +196,57 @@ def check_one_dtype(**lists: Sequence[Tensor]) -> None:
             raise TypeError(f"{name} are {' and '.join(dtypes)}; call the operation once for each dtype")
 
 
+def check_tensor(
+    name: str, tensor: Tensor | None, dtype: torch.dtype, shape: Sequence[int], device: torch.device
+) -> None:
+    """Check an argument whose memory compiled code reads or writes by this dtype and shape; None is absent.
+
+    Raises:
+        TypeError: the dtype is another.
+        ValueError: the shape or the device is another, or the tensor is not contiguous.
+    """
+    if tensor is None:
+        return
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} is {tensor.dtype}; pass {dtype}")
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; pass {tuple(shape)}")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}; pass it on {device}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} has strides {tensor.stride()}; pass it contiguous")
+
+
+def check_value(name: str, tensor: Tensor | None, device: torch.device) -> None:
+    """Check an argument that is float32 of one value, of any shape, or None; errors as of `check_tensor`."""
+    if tensor is not None:
+        check_tensor(name, tensor, torch.float32, tensor.shape if tensor.numel() == 1 else (1,), device)
+
+
+def check_positions(name: str, positions: Sequence[int], count: int, of: str, length: int) -> None:
+    """Check that each of `count` tensors has a position in something of this length, which `of` names.
+
+    Raises:
+        ValueError: their number is another, or one is out of range.
+    """
+    if len(positions) != count:
+        raise ValueError(f"{name} has {len(positions)} values for {count} tensors; pass one for each")
+    for i, position in enumerate(positions):
+        if not 0 <= position < length:
+            raise ValueError(f"{name}[{i}] is {position}, and {of} has {length}; pass 0 to {length - 1}")
+
+
 def check_rows(scalars: Tensor, rows: Sequence[int], count: int) -> None:
     """Check a table of `Scalars` and the row that each of `count` tensors uses of it.
 
     Raises:
-        ValueError: the shape is not [n, 11], or a tensor has no row in it.
+        TypeError: the table is not float64.
+        ValueError: the shape is not [n, 11], a tensor has no row in it, or it is not on the CPU.
     """
+    if scalars.dtype != torch.float64:
+        raise TypeError(f"scalars is {scalars.dtype}; pass torch.float64")
+    if scalars.device.type != "cpu":
+        raise ValueError(f"scalars is on {scalars.device}; pass it on cpu")
     if scalars.dim() != 2 or scalars.shape[1] != len(Scalars._fields):
         raise ValueError(f"scalars has shape {tuple(scalars.shape)}, not [n, {len(Scalars._fields)}]")
     if len(rows) != count or not all(0 <= row < len(scalars) for row in rows):

@@ -315,27 +315,6 @@ def test_amsgrad_that_is_switched_on_later_starts_with_the_moments_of_then(kind:
     torch.testing.assert_close(ours.state[param]["max_exp_avg_sq"], theirs.state[twin]["max_exp_avg_sq"])
 
 
-def test_the_largest_clock_of_any_parameter_decides_a_refresh_asleep_or_not() -> None:
-    first, second = Parameter(torch.ones(8)), Parameter(torch.ones(8))
-    optimizer = EPIAdamW([("a.w", first), ("b.w", second)], isolation_ratio=0.25, mask_interval=4)
-    for step in range(8):  # four steps of the first, then four of the second, whose clock so reaches 4 too
-        give([first, second], step)
-        (second if step < 4 else first).grad = None
-        optimizer.step()
-    assert [record["step"] for record in optimizer.telemetry()] == [4]
-
-
-def test_a_clock_that_the_program_sets_back_counts_from_there() -> None:
-    param = Parameter(torch.ones(8))
-    optimizer = EPIAdamW([("a.w", param)], isolation_ratio=0.25, mask_interval=4)
-    for step in range(10):
-        if step == 6:
-            optimizer.state[param]["step"].fill_(0)
-        give([param], step)
-        optimizer.step()
-    assert [record["step"] for record in optimizer.telemetry()] == [4, 4]
-
-
 def test_a_name_is_whatever_torch_takes_for_one() -> None:
     params = [Parameter(torch.ones(8)), Parameter(torch.ones(8))]
     optimizer = EPIAdamW(list(enumerate(params)), isolation_ratio=0.25, mask_interval=1)

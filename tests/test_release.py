@@ -246,9 +246,8 @@ def test_removed_between_backward_and_step_a_refresh_that_is_due_is_not_lost() -
     train(model, optimizer, range(1))
     loss_of(model, 1).backward()
     release.remove()
-    assert [record["step"] for record in optimizer.telemetry()] == [2]
     optimizer.step()
-    assert len(optimizer.telemetry()) == 1
+    assert [record["step"] for record in optimizer.telemetry()] == [2]
 
 
 def of_one_rank(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

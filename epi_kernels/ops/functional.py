@@ -12,17 +12,30 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from epi_kernels.contract import KEY_DIGITS, check_indices, check_lists, check_one_dtype, check_rows
+from epi_kernels.contract import (
+    KEY_DIGITS,
+    check_indices,
+    check_lists,
+    check_one_dtype,
+    check_positions,
+    check_rows,
+    check_tensor,
+    check_value,
+)
 from epi_kernels.dispatch import choose
 from epi_kernels.ops.table import on_device
+
+# of a histogram: a digit has at most this many values
+_MOST_BINS = 1 << max(KEY_DIGITS)
 
 LOCK_IN = ("none", "importance", "exp_avg_sq", "static")
 
 
 class Sweep:
-    """`masked_adamw_` bound to its tensors, for an optimizer that steps the same ones again and again.
+    """`masked_adamw_` prepared for its tensors, for an optimizer that steps the same ones again and again.
 
     What does not change from step to step, the checks and the table that a backend makes of the tensors, is done once.
+    No tensor is kept: `step_` is given them again.
 
     Args:
         params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, locks, lock_in, lockable, backend: see `masked_adamw_`.
@@ -53,18 +66,22 @@ class Sweep:
         )
         check_one_dtype(params=params, grads=grads)
         _check_locks(locks, lock_in, lockable, len(params))
-        absent = [None] * len(params)
-        lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs or absent, locks or absent)
-        self._written = [tensor for tensors in (lists[0], *lists[2:]) for tensor in tensors if tensor is not None]
         self._sweep = None
         if params:
+            absent = [None] * len(params)
+            lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs or absent, locks or absent)
             states = _dtypes(exp_avgs, exp_avg_sqs, max_exp_avg_sqs, [] if lock_in == "static" else locks)
             chosen = choose("masked_adamw_", params[0].device.type, backend, _dtypes(params, grads), states)
             self._sweep = chosen.module.Sweep(*lists, lock_in, lockable)
 
     def step_(
         self,
+        params: Sequence[Tensor],
         grads: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor],
+        exp_avg_sqs: Sequence[Tensor],
+        max_exp_avg_sqs: Sequence[Tensor | None],
+        locks: Sequence[Tensor | None],
         nonfinite: Tensor,
         scalars: Tensor,
         rows: Sequence[int],
@@ -72,18 +89,25 @@ class Sweep:
         advanced: bool | Tensor,
         grad_factor: Tensor | None = None,
         found_inf: Tensor | None = None,
+        moved: bool = False,
     ) -> None:
         """Take one step of all the tensors; the arguments are those of `masked_adamw_`.
 
         `advanced` may be float32, one value on the tensors' device, where the host does not know it: not 0 is True.
         `scalars` may be float32 on that device.
 
-        `grads` come in place of the constructor's, whose shapes, strides, dtypes and devices they have: that is not
-        checked again.
+        The tensors have the shapes, strides, dtypes and devices of the constructor's: that is not checked again. Where
+        any but the gradients lies at another address than in the constructor, say so by `moved`.
         """
-        if self._sweep is not None:
-            self._sweep.step_(grads, nonfinite, scalars, rows, advanced, grad_factor, found_inf)
-            torch.autograd.graph.increment_version(self._written)
+        if self._sweep is None:
+            return
+        if not max_exp_avg_sqs or not locks:
+            absent = [None] * len(params)
+            max_exp_avg_sqs, locks = max_exp_avg_sqs or absent, locks or absent
+        lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, locks)
+        self._sweep.step_(*lists, moved, nonfinite, scalars, rows, advanced, grad_factor, found_inf)
+        optional = [tensor for tensor in (*max_exp_avg_sqs, *locks) if tensor is not None]
+        torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *optional])
 
 
 @torch.library.custom_op(
@@ -146,7 +170,12 @@ def masked_adamw_(
     """
     sweep = Sweep(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, locks, lock_in, lockable, backend)
     check_rows(scalars, rows, len(params))
-    sweep.step_(grads, nonfinite, scalars, rows, advanced=advanced, grad_factor=grad_factor, found_inf=found_inf)
+    if params:
+        check_tensor("nonfinite", nonfinite, torch.int64, (len(params),), params[0].device)
+        check_value("grad_factor", grad_factor, params[0].device)
+        check_value("found_inf", found_inf, params[0].device)
+    lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, locks)
+    sweep.step_(*lists, nonfinite, scalars, rows, advanced=advanced, grad_factor=grad_factor, found_inf=found_inf)
 
 
 masked_adamw_.register_fake(lambda *_: None)
@@ -193,6 +222,14 @@ def importance_(
         RuntimeError: the backend cannot run on these tensors.
     """
     check_lists(importances=importances, grads=grads)
+    count, device = len(importances), ranges.device
+    _check_devices(importances, device)
+    check_tensor("ranges", ranges, torch.float32, (len(ranges), 2), device)
+    check_tensor("nonfinite", nonfinite, torch.int64, (count,), device)
+    check_tensor("betas", betas, torch.float64, (count, 2), torch.device("cpu"))
+    check_positions("layers", layers, count, "ranges", len(ranges))
+    check_value("grad_factor", grad_factor, device)
+    check_value("due", due, device)
     choose("importance_", ranges.device.type, backend, _dtypes(grads), _dtypes(importances)).module.importance_(
         importances, grads, ranges, nonfinite, betas, layers, keep_finite, grad_factor, due
     )
@@ -265,7 +302,10 @@ def score_histogram(
         int64 [parts, budgets, bins]; the histogram is the sum over the parts, as many as a backend likes. The same
         integers on every backend, so that sums over shards are exact.
     """
-    check_lists(importances=importances)
+    _check_scored(importances, layers, ranges, budgets, due, "selection", len(selection), selection.device)
+    check_tensor("selection", selection, torch.int64, (len(selection), 2), selection.device)
+    if not (1 <= bins <= _MOST_BINS and bins & (bins - 1) == 0 and 0 <= shift < 31):
+        raise ValueError(f"bins is {bins} and shift {shift}; bins is a power of two up to {_MOST_BINS}, shift 0 to 30")
     chosen = choose("score_histogram", selection.device.type, backend, states=_dtypes(importances))
     return cast(
         Tensor, chosen.module.score_histogram(importances, layers, ranges, budgets, selection, shift, bins, due)
@@ -303,13 +343,18 @@ def select_digit_(counts: Tensor, selection: Tensor, shift: int, backend: str) -
         float32 [budgets], the smallest score that has the digits found. 0 where there are fewer than k scores;
         infinity where k is 0.
     """
+    check_tensor("selection", selection, torch.int64, (len(selection), 2), selection.device)
+    if counts.dim() != 3:
+        raise ValueError(f"counts has shape {tuple(counts.shape)}; pass [parts, budgets, bins]")
+    parts, _, bins = counts.shape
+    check_tensor("counts", counts, torch.int64, (parts, len(selection), bins), selection.device)
     chosen = choose("select_digit_", selection.device.type, backend)
     return cast(Tensor, chosen.module.select_digit_(counts, selection, shift))
 
 
 @select_digit_.register_fake
 def _(counts: Tensor, selection: Tensor, shift: int, backend: str) -> Tensor:
-    return torch.empty(selection.shape[0], device=selection.device)
+    return torch.empty(selection.shape[0], dtype=torch.float32, device=selection.device)
 
 
 @torch.library.custom_op("epi_kernels::lock_", mutates_args=("importances",))
@@ -336,7 +381,8 @@ def lock_(
     Returns:
         int64 [tensors, 3]: entries locked now, of these not locked before, and released.
     """
-    check_lists(importances=importances)
+    _check_scored(importances, layers, ranges, budgets, due, "thresholds", len(thresholds), thresholds.device)
+    check_tensor("thresholds", thresholds, torch.float32, (len(thresholds),), thresholds.device)
     chosen = choose("lock_", thresholds.device.type, backend, states=_dtypes(importances))
     return cast(Tensor, chosen.module.lock_(importances, layers, ranges, budgets, thresholds, due))
 
@@ -355,7 +401,9 @@ def _(
 
 
 class SparseSweep:
-    """`sparse_adamw_` bound to its tensors, for an optimizer that steps the same ones again and again.
+    """`sparse_adamw_` prepared for its tensors, for an optimizer that steps the same ones again and again.
+
+    No tensor is kept: `step_` is given them again. Offsets that a backend made from indices live as long as these.
 
     Args:
         params, grads, indices, exp_avgs, exp_avg_sqs, backend: see `sparse_adamw_`.
@@ -376,21 +424,30 @@ class SparseSweep:
         check_lists(params=params, grads=grads)
         check_one_dtype(params=params, grads=grads)
         check_indices(params, indices, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
-        self._written = [*params, *exp_avgs, *exp_avg_sqs]
         self._sweep = None
         if params:
             states = _dtypes(exp_avgs, exp_avg_sqs)
             chosen = choose("sparse_adamw_", params[0].device.type, backend, _dtypes(params, grads), states)
             self._sweep = chosen.module.Sweep(params, grads, indices, exp_avgs, exp_avg_sqs)
 
-    def step_(self, grads: Sequence[Tensor], scalars: Tensor, rows: Sequence[int]) -> None:
+    def step_(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        indices: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor],
+        exp_avg_sqs: Sequence[Tensor],
+        scalars: Tensor,
+        rows: Sequence[int],
+    ) -> None:
         """Take one step of all the tensors; the arguments are those of `sparse_adamw_`.
 
-        `grads` come in place of the constructor's, as for `Sweep.step_`.
+        All but the gradients are the constructor's; the gradients have the shapes, strides, dtypes and devices of the
+        constructor's. That is not checked again.
         """
         if self._sweep is not None:
-            self._sweep.step_(grads, scalars, rows)
-            torch.autograd.graph.increment_version(self._written)
+            self._sweep.step_(params, grads, indices, exp_avgs, exp_avg_sqs, scalars, rows)
+            torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs])
 
 
 @torch.library.custom_op("epi_kernels::sparse_adamw_", mutates_args=("params", "exp_avgs", "exp_avg_sqs"))
@@ -437,7 +494,7 @@ def sparse_adamw_(
     """
     sweep = SparseSweep(params, grads, indices, exp_avgs, exp_avg_sqs, backend)
     check_rows(scalars, rows, len(params))
-    sweep.step_(grads, scalars, rows)
+    sweep.step_(params, grads, indices, exp_avgs, exp_avg_sqs, scalars, rows)
 
 
 sparse_adamw_.register_fake(lambda *_: None)
@@ -454,6 +511,32 @@ def _check_locks(locks: Sequence[Tensor | None], lock_in: str, lockable: Sequenc
             raise ValueError(f"locks[{i}] is {'None' if fixed is None else 'a tensor'} with {lock_in=}, lockable={can}")
         if fixed is not None and lock_in == "static" and fixed.dtype != torch.int8:
             raise TypeError(f"locks[{i}] is {fixed.dtype}; with lock_in='static' pass int8")
+
+
+def _check_devices(importances: Sequence[Tensor], device: torch.device) -> None:
+    for i, importance in enumerate(importances):
+        if importance.device != device:
+            raise ValueError(f"importances[{i}] is on {importance.device}, and the numbers beside it on {device}")
+
+
+def _check_scored(
+    importances: Sequence[Tensor],
+    layers: Sequence[int],
+    ranges: Tensor | None,
+    budgets: Sequence[int],
+    due: Tensor | None,
+    of_budgets: str,
+    budget_count: int,
+    device: torch.device,
+) -> None:
+    """Check what the histogram and the lock have in common; `of_budgets` is the argument with a row for each budget."""
+    check_lists(importances=importances)
+    _check_devices(importances, device)
+    if ranges is not None:
+        check_tensor("ranges", ranges, torch.float32, (len(ranges), 2), device)
+        check_positions("layers", layers, len(importances), "ranges", len(ranges))
+    check_positions("budgets", budgets, len(importances), of_budgets, budget_count)
+    check_value("due", due, device)
 
 
 def _dtypes(*lists: Sequence[Tensor | None]) -> frozenset[torch.dtype]:
@@ -495,7 +578,7 @@ def find_threshold(
         tensor([0.5000])
     """
     selection = on_device(
-        torch.tensor([[0, rank] for rank in ranks], dtype=torch.int64).view(-1, 2), torch.device(device)
+        torch.tensor([[0, rank] for rank in ranks], dtype=torch.int64, device="cpu").view(-1, 2), torch.device(device)
     )
     shift = sum(KEY_DIGITS)
     for bits in KEY_DIGITS if exact else KEY_DIGITS[:1]:

@@ -1,4 +1,4 @@
-"""The clocks of the parameters, ``state["step"]``: counted together, and what follows from them.
+"""The clocks of the parameters, ``state["step"]``: counted together, and the scalars of a step that follow from them.
 
 The clocks of all bundles of a step are elements of a few vectors, so that one addition counts them all: 291 tensors of
 their own took 0.8 ms to count, as long as the rest of the step's Python.
@@ -23,17 +23,14 @@ class HostClocks:
 
     Args:
         bundles: for each bundle the steps of its parameters.
-        others: the steps of the optimizer's other parameters: they are not counted, but the largest clock decides.
     """
 
-    def __init__(self, bundles: Sequence[Sequence[Tensor]], others: Sequence[Tensor]) -> None:
-        steps = [step for bundle in bundles for step in bundle]
-        self._vector = _vector_of(steps, torch.device("cpu"))
+    home = None  # the device where they are read
+
+    def __init__(self, bundles: Sequence[Sequence[Tensor]]) -> None:
+        self._vector = _vector_of([step for bundle in bundles for step in bundle], torch.device("cpu"))
         self._sizes = [len(bundle) for bundle in bundles]
         self._values: list[float] = []
-        self._before = 0
-        self._others = max(map(float, others), default=0.0)
-        self.latest = int(max([self._others, *map(float, steps)]))
 
     def elements(self) -> list[Tensor]:
         """Return the clock of each parameter, bundle by bundle: what ``state["step"]`` shall be."""
@@ -44,14 +41,7 @@ class HostClocks:
         if any(found.item() for found in found_inf.values()):
             return False
         self._values = self._vector.add_(1).tolist()
-        self._before = self.latest
-        self.latest = int(max([self._others, *self._values]))  # not what it was: a program may set a clock back
         return True
-
-    def due(self, interval: int) -> bool:
-        """Return whether this step brought the largest clock to a multiple of `interval`."""
-        # a clock that stands still was refreshed, if due, when it reached this value
-        return self.latest != self._before and self.latest % interval == 0
 
     def scalars(self, bundle: int, members: Sequence[int], groups: Groups) -> tuple[Tensor, list[int]]:
         """Return (rows of `Scalars`, the row of each parameter); `members` are the parameters' groups."""
@@ -59,18 +49,20 @@ class HostClocks:
         keys = list(zip(members, self._values[first : first + len(members)], strict=True))
         row_of = {key: row for row, key in enumerate(dict.fromkeys(keys))}
         table = [Scalars.of(groups[i], clock) for i, clock in row_of]
-        return torch.tensor(table, dtype=torch.float64), list(map(row_of.__getitem__, keys))
+        return torch.tensor(table, dtype=torch.float64, device="cpu"), list(map(row_of.__getitem__, keys))
 
 
 class DeviceClocks:
-    """Clocks where the parameters are; arguments as of `HostClocks`, and the device of each bundle."""
+    """Clocks where the parameters are.
 
-    def __init__(
-        self, bundles: Sequence[Sequence[Tensor]], others: Sequence[Tensor], devices: Sequence[torch.device]
-    ) -> None:
+    Args:
+        bundles: for each bundle the steps of its parameters; at least one bundle.
+        devices: the device of each bundle.
+    """
+
+    def __init__(self, bundles: Sequence[Sequence[Tensor]], devices: Sequence[torch.device]) -> None:
         self._vectors = [_vector_of(steps, device) for steps, device in zip(bundles, devices, strict=True)]
-        self._others = [step.to(device=devices[0], dtype=torch.float32) for step in others] if devices else []
-        self._before = self.latest = self._largest()
+        self.home = devices[0]
 
     def elements(self) -> list[Tensor]:
         """Return the clock of each parameter, bundle by bundle: what ``state["step"]`` shall be."""
@@ -78,16 +70,10 @@ class DeviceClocks:
 
     def count(self, found_inf: dict[torch.device, Tensor]) -> bool:
         """Count a step where no infinite gradient was found; return True."""
-        self._before = self._largest()
         for vector in self._vectors:
             found = found_inf.get(vector.device)
             vector.add_(1 if found is None else (found == 0).to(vector.dtype))
-        self.latest = self._largest()
         return True
-
-    def due(self, interval: int) -> Tensor:
-        """Return, as float32 on the first device, whether this step brought the largest clock to a multiple."""
-        return ((self.latest > self._before) & (self.latest % interval == 0)).float()
 
     def scalars(self, bundle: int, members: Sequence[int], groups: Groups) -> tuple[Tensor, list[int]]:
         """Return (rows of `Scalars`, the row of each parameter), the rows computed and left on the device.
@@ -105,11 +91,6 @@ class DeviceClocks:
                 column.append(value.expand_as(steps) if isinstance(value, Tensor) else torch.full_like(steps, value))
         return torch.stack([torch.cat(column) for column in rows], 1).float(), list(range(len(members)))
 
-    def _largest(self) -> Tensor:
-        home = self._vectors[0].device if self._vectors else torch.device("cpu")
-        largest = [vector.amax().to(home) for vector in self._vectors]
-        return torch.stack([*largest, *self._others]).amax() if self._vectors else torch.zeros(())
-
 
 def _vector_of(steps: Sequence[Tensor], device: torch.device) -> Tensor:
     """Return one vector of the values of `steps`: the one they are elements of already, if they are all of it.
@@ -117,7 +98,7 @@ def _vector_of(steps: Sequence[Tensor], device: torch.device) -> Tensor:
     A captured step has its address: it must stay where it is over a change elsewhere and over a load.
     """
     if not steps:
-        return torch.zeros(0, device=device)
+        return torch.zeros(0, dtype=torch.float32, device=device)
     base = steps[0]._base
     if base is not None and base.dim() == 1 and len(base) == len(steps) and base.device == device:
         size = base.element_size()

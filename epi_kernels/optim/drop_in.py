@@ -13,9 +13,18 @@ from torch.optim.optimizer import Optimizer
 
 from epi_kernels import dispatch
 from epi_kernels.contract import FLOATING
-from epi_kernels.distributed import is_dtensor, shard_of
+from epi_kernels.distributed import given, is_dtensor, shard_of
 from epi_kernels.optim import compiled
-from epi_kernels.optim.checkpoint import check_form, check_state, checked_groups, moments_of, named, pairs_of, taken
+from epi_kernels.optim.checkpoint import (
+    check_form,
+    check_state,
+    checked_groups,
+    in_our_order,
+    moments_of,
+    named,
+    pairs_of,
+    taken,
+)
 from epi_kernels.optim.groups import Named, check_shared
 from epi_kernels.optim.plain import plain_settings
 
@@ -63,6 +72,9 @@ class DropInAdamW(Named, AdamW):
 
     # whether parameters may be DTensors
     _SHARDED = False
+
+    # that the user gave
+    _process_group: Any = None
 
     # what takes the steps instead, parameter by parameter: see `epi_kernels.optim.release`
     _released: Released | None = None
@@ -134,6 +146,14 @@ class DropInAdamW(Named, AdamW):
     def _unpacked(self, entry: dict[str, Any], param: Tensor) -> dict[str, Any]:
         """Return a parameter's saved state as `state` has it: of a DTensor this rank's part, if the whole was saved."""
         return {key: value if key == "step" else shard_of(value, param) for key, value in entry.items()}
+
+    def _captured(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return the tensors of a state into which a load must write, since a captured step has their addresses."""
+        return state
+
+    def _lacking(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return the settings of a group that follow from a state of torch's, which does not have them."""
+        return {}
 
     def _check_loaded(self, groups: list[dict[str, Any]]) -> None:
         """Check the groups of a state to be loaded, completed with what it lacked; ValueError is for the caller."""
@@ -225,7 +245,9 @@ class DropInAdamW(Named, AdamW):
             ValueError, RuntimeError: they are out of their range, or not possible together; torch's with its texts.
         """
         # torch checks them in its constructor alone, and those of the first arguments at that
-        AdamW([torch.zeros(())], **{key: group[key] for key in _TORCHS if key in group})
+        AdamW(
+            [torch.zeros((), dtype=torch.float32, device="cpu")], **{key: group[key] for key in _TORCHS if key in group}
+        )
         check_shared(self._SHARED, group, shared)
         if self._released is not None:
             self._released.check_group(group)
@@ -242,7 +264,9 @@ class DropInAdamW(Named, AdamW):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state as torch does, with the dtypes of this class: torch casts every state to its parameter's.
 
-        What the state's groups lack of our settings (a plain torch.optim.AdamW state lacks all) stays as it is.
+        What the state's groups lack of our settings (a plain torch.optim.AdamW state lacks all) stays as it is. Where
+        both sides have the same parameter names in another order, the state of each parameter goes by its name, not,
+        as with torch, by its position; where the names differ, by position.
 
         Raises:
             ValueError: the state is of another optimizer, of other shapes, or incomplete; the message names the entry,
@@ -252,7 +276,7 @@ class DropInAdamW(Named, AdamW):
         # a captured step has the addresses of its state; else the old one goes before the new one is made
         captured = any(group["capturable"] for group in self.param_groups)
         params = [param for group in self.param_groups for param in group["params"]]
-        before = {param: self.state[param] for param in params if captured and param in self.state}
+        before = {param: self._captured(self.state[param]) for param in params if captured and param in self.state}
         live = {
             param: {key: value.dtype for key, value in self.state[param].items() if isinstance(value, Tensor)}
             for param in params
@@ -264,10 +288,12 @@ class DropInAdamW(Named, AdamW):
             if not check_form(given, self.param_groups):
                 return given
             given = {**given, "param_groups": checked_groups(given["param_groups"])}
+            given = in_our_order(given, self.param_groups, getattr(self, "_grouping", None))
             check_state(
                 given, self.param_groups, self._STATE, self._state_shape, self._check_entry, complete=self._COMPLETE
             )
             own = [{key: group[key] for key in self._settings} for group in self.param_groups]
+            own = [{**ours, **self._lacking(given)} for ours in own]
             groups = [{**ours, **theirs} for ours, theirs in zip(own, given["param_groups"], strict=True)]
             lacking = {key: self.defaults[key] for key in self._SHARED}  # in a state of an old torch
             for i, group in enumerate(groups):
@@ -367,7 +393,7 @@ class DropInAdamW(Named, AdamW):
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep: torch's part and our own attributes."""
         own = {key: value for key, value in self.__dict__.items() if key in self._KEPT}
-        return {**super().__getstate__(), **own}
+        return {**super().__getstate__(), **own, "_process_group": given(self._process_group)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what `__getstate__` gave."""

@@ -1,23 +1,23 @@
 """EPIAdamW: AdamW with evolving parameter isolation (EPI, arXiv 2604.14010, Alg. 1)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from epi_kernels import lock
-from epi_kernels.distributed import local, wrapped
+from epi_kernels.distributed import Lost, local, wrapped
 from epi_kernels.integrations.deepspeed import group_of, segments_of
 from epi_kernels.layers import Grouping, LayersArgument, check_saved, has_names
 from epi_kernels.notices import warn
 from epi_kernels.optim.base import LockedAdamW, new_state
 from epi_kernels.optim.checkpoint import named
-from epi_kernels.optim.clocks import DeviceClocks, HostClocks
 from epi_kernels.optim.isolation import CLOCK, SHARED, Isolation, check_settings
 from epi_kernels.optim.prepared import Prepared
 from epi_kernels.optim.refusals import require_default
 from epi_kernels.optim.scaling import UNSCALED, Scaling
+from epi_kernels.telemetry import Records
 
 
 class EPIAdamW(Isolation, LockedAdamW):
@@ -50,7 +50,8 @@ class EPIAdamW(Isolation, LockedAdamW):
         isolation_ratio: p, share of the entries to protect, 0 <= p < 1. A group may carry its own: each ratio is then
             a budget of its own over its own groups, and 0 exempts a group (no importance, no state for it).
         importance_beta: smoothing of S, 0 <= beta < 1; 0 takes the last gradient alone. A group may carry its own.
-        mask_interval: H, steps from one choice to the next, counted by ``state[p]["step"]``. None: only `refresh`.
+        mask_interval: H, steps from one choice to the next. Every call of `step` counts, whichever parameters have a
+            gradient in it; a step that a scaler skips does not. None: only `refresh`.
         layers: what is normalised together. "block": the transformer block, and the module outside of blocks;
             "tensor": each parameter; a callable: name -> layer. "auto": "block" where names are known, else "tensor".
         normalize: "layer" as above; "none" ranks the raw S.
@@ -58,8 +59,9 @@ class EPIAdamW(Isolation, LockedAdamW):
         threshold: "exact" is the k-th largest score to the bit; "histogram" reads the scores once instead of three
             times and may protect up to one histogram bin more (1/16 in the score; see `epi_kernels.ops`).
         importance: "ema" keeps S; "exp_avg_sq" takes AdamW's second moment for it (beta = betas[1]), without any
-            state or traffic of its own. The lock bit then rides in the sign of ``exp_avg_sq``; `state_dict` has that
-            without locks, so that torch.optim.AdamW can load it, and the signed tensor as ``importance``.
+            state or traffic of its own. The lock bit then rides in the sign of ``exp_avg_sq``. `state_dict` has
+            ``exp_avg_sq`` without locks, so that torch.optim.AdamW can load it, and the signed tensor as
+            ``importance``.
         clip_grad_norm: the largest norm of all gradients together, as of torch.nn.utils.clip_grad_norm_: one pass over
             them, and the factor is applied in the step, importance included, without writing the gradients. None: no
             clipping.
@@ -70,9 +72,13 @@ class EPIAdamW(Isolation, LockedAdamW):
             which are replicas: with HYBRID_SHARD give the group that shards; NO_SHARD is refused.
         backend: "auto", or the name of one, which then runs or raises.
 
-    State of a parameter: torch's ``step``, ``exp_avg``, ``exp_avg_sq``, ``max_exp_avg_sq`` and, with
-    ``importance="ema"``, ``importance``: S in float32 with the lock in its sign bit (see `epi_kernels.lock`). A group
-    has the settings above, a digest of its layers, and ``isolation_clock``, the largest ``step`` of all ranks.
+    State of a parameter: torch's ``step``, ``exp_avg``, ``exp_avg_sq``, ``max_exp_avg_sq`` and ``importance``: S in
+    float32 with the lock in its sign bit (see `epi_kernels.lock`). With ``importance="exp_avg_sq"``, ``importance`` and
+    ``exp_avg_sq`` are one tensor, which carries the lock; where a loader or an offloader has made two tensors of that
+    one, the next step takes ``importance`` for both. A group has the settings above, a digest of its layers, and
+    ``isolation_clock``: how many steps the optimizer has taken, by which it refreshes. (Under ``capturable`` the clock
+    runs on the device, and `state_dict` brings its value into the groups.) A state of torch.optim.AdamW, which has no
+    such clock, starts it at the largest ``step``.
 
     Raises:
         ValueError: an argument is out of its range; the message names it and its value.
@@ -138,7 +144,7 @@ class EPIAdamW(Isolation, LockedAdamW):
             state_dtype=(state_dtype, None),
         )
         self._grouping = Grouping(layers)
-        self._records = []
+        self._records = Records()
         self._process_group = process_group
         super().__init__(
             params,
@@ -172,6 +178,8 @@ class EPIAdamW(Isolation, LockedAdamW):
         self._every_group = self.param_groups
         if segments:
             self._process_group = group_of(engine)
+        elif isinstance(self._process_group, Lost):
+            self._process_group = None
         self._part()
 
     def __repr__(self) -> str:
@@ -182,7 +190,6 @@ class EPIAdamW(Isolation, LockedAdamW):
 
     _SHARED = (*LockedAdamW._SHARED, *SHARED)
     _STATE = (*LockedAdamW._STATE, "importance")
-    _refreshed_at: int | None = None  # the clock of the last refresh between steps
     _warned = False  # of flat partitions
 
     def _lock_in(self, param: Tensor, group: dict[str, Any]) -> str:
@@ -197,50 +204,58 @@ class EPIAdamW(Isolation, LockedAdamW):
         return *super()._settings_seen(group), group["isolation_ratio"] == 0, group["importance"]
 
     def _signed_importance(self, param: Tensor, group: dict[str, Any]) -> Tensor | None:
-        lock_in = self._lock_in(param, group)
-        return None if lock_in == "none" else self.state.get(param, {}).get(lock_in)
+        state = self.state.get(param, {})
+        if group["isolation_ratio"] == 0:
+            return None
+        if group["importance"] == "exp_avg_sq":
+            return state.get("importance", state.get("exp_avg_sq"))
+        return state.get("importance")
 
     def _before_update(
-        self, clocks: HostClocks | DeviceClocks, params: Sequence[Tensor], scaling: Scaling
+        self, params: Sequence[Tensor], scaling: Scaling, home: torch.device | None = None
     ) -> bool | Tensor:
-        """Refresh the masks where mask_interval says so; the clock is the largest step of any parameter."""
-        self._meet()
+        """Count the step, and refresh the masks where mask_interval says so."""
         if self._segments is not None:
-            return False
-        if isinstance(clocks, HostClocks):
-            self._keep_clock(clocks.latest)
+            return False  # `_run_step` has done both
+        self._meet()
         self._warn_of_flat_partitions()
         interval = self.param_groups[0]["mask_interval"]
-        due = interval is not None and clocks.due(interval)
-        if isinstance(due, Tensor):
-            self._refresh(params, scaling, clocks.latest, due)
-        elif due:
-            self._refresh(params, scaling, clocks.latest)
+        if home is not None:
+            clock_there, counted = self._count_step_on(home, scaling.found_inf.get(home))
+            if interval is None:
+                return False
+            due_there = (counted & (clock_there % interval == 0)).float()
+            self._refresh(params, scaling, clock_there, due_there)
+            return due_there
+        clock = self._count_step()
+        self._clock_there = None  # the host knows the clock, and goes on with it
+        due = interval is not None and clock % interval == 0
+        if due:
+            self._refresh(params, scaling, clock)
         return due
 
     def _run_step(self) -> None:
+        self._ranks()  # a copy may have lost them, and says so before anything has changed
         if self._segments is not None:
-            self._refresh_between_steps()
+            self._begin_iteration()
         super()._run_step()
 
     def _prepared_for_these(self) -> Prepared:
         if self._segments is None:
             return self._prepared
         first = next((param for group in self.param_groups for param in group["params"]), None)
-        return self._prepared if first is None else self._alone.setdefault(first, Prepared())
+        return self._prepared if first is None else self._alone.setdefault(id(first), Prepared())
 
-    def _refresh_between_steps(self) -> None:
-        """Refresh before the first group of a step, if the last step, of all groups, has made it due.
+    def _begin_iteration(self) -> None:
+        """Count an iteration of DeepSpeed at its first call of `step`, and refresh there if the last one made it due.
 
-        DeepSpeed steps one group after the other, or one sub-group, and shows no other.
+        DeepSpeed calls `step` for one group after the other, or for one sub-group, and shows no other: only when the
+        next iteration begins is it known that all of them have advanced their importance.
         """
-        interval, clock = self._every_group[0]["mask_interval"], self._latest_clock()
-        if interval is None or not clock or clock % interval or clock == self._refreshed_at:
-            return
-        stepping = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
-        if all(int(self.state.get(param, {}).get("step", 0)) == clock for param in stepping):  # it is over for all
-            self._refreshed_at = clock
-            self._refresh((), UNSCALED, clock)
+        interval, before = self._every_group[0]["mask_interval"], self._latest_clock()
+        begins = self._count_step() != before
+        if begins and interval is not None and before and before % interval == 0:
+            self._refresh((), UNSCALED, before)
 
     def _warn_of_flat_partitions(self) -> None:
         if self._warned or all(has_names(g) or "param_names" not in g or not g["params"] for g in self.param_groups):
@@ -251,18 +266,13 @@ class EPIAdamW(Isolation, LockedAdamW):
             "Each is one layer now, with a budget of its own; optimizer.bind_deepspeed(engine) brings the layers back"
         )
 
-    def _sleeping(self, members: Iterable[Tensor]) -> list[Tensor]:
-        # a flat partition that is not bound goes by its own clock
-        named = all(has_names(g) or "param_names" not in g or not g["params"] for g in self.param_groups)
-        return super()._sleeping(members) if named else []
-
     def _idle_step(self) -> None:
-        """Take part in the refreshes of the ranks that hold entries, where this one holds none."""
-        if not self._holds_nothing():
+        """Count a step without any gradient here, and take part in a refresh that is due."""
+        found_inf = getattr(self, "found_inf", None)
+        if self._segments is not None or (found_inf is not None and found_inf.item()):
             return
         self._meet()
-        clock, interval = self._latest_clock() + 1, self.param_groups[0]["mask_interval"]
-        self._keep_clock(clock)
+        clock, interval = self._count_step(), self.param_groups[0]["mask_interval"]
         if interval is not None and clock % interval == 0:
             self._refresh((), UNSCALED, clock)
 
@@ -271,17 +281,16 @@ class EPIAdamW(Isolation, LockedAdamW):
         return None if self._ranks() is not None else super()._clock_device(param, group)
 
     def _between_iterations(self) -> None:
-        """Refresh where the step that was taken one by one brought the clock to a multiple of mask_interval."""
+        """Count the step that the parameters have taken one by one, and refresh if it is due."""
         super()._between_iterations()
-        interval, clock = self.param_groups[0]["mask_interval"], self._latest_clock()
-        if interval is not None and clock % interval == 0:
-            self._refresh((), UNSCALED, clock)
+        self._idle_step()
 
     # Groups and state ------------------------------------------------------------------------------------------------
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         self._check_locks(group, group["params"])
+        group[CLOCK] = self._latest_clock()  # it is one for all groups, and this one joins them now
         self._grouping.resolve(named="param_names" in group)
         self._grouping.stamp(self.param_groups)
         self._part()
@@ -300,9 +309,28 @@ class EPIAdamW(Isolation, LockedAdamW):
         super()._check_settings(group, shared)
 
     def _packed(self, packed: dict[str, Any]) -> dict[str, Any]:
-        if self.defaults["importance"] != "exp_avg_sq":
+        clock, groups = self._latest_clock(), packed["param_groups"]
+        packed = {**packed, "param_groups": [{**group, CLOCK: clock} for group in groups]}
+        if groups[0]["importance"] != "exp_avg_sq":
             return packed
-        return {**packed, "state": {key: _unlocked(entry) for key, entry in packed["state"].items()}}
+        exempt = {number for group in groups if group["isolation_ratio"] == 0 for number in group["params"]}
+        return {
+            **packed,
+            "state": {
+                number: entry if number in exempt and "importance" not in entry else _unlocked(entry)
+                for number, entry in packed["state"].items()
+            },
+        }
+
+    def _captured(self, state: dict[str, Any]) -> dict[str, Any]:
+        if self.param_groups[0]["importance"] != "exp_avg_sq":
+            return state
+        # it is exp_avg_sq once more, and the loaded locks come in with `_after_load`
+        return {key: value for key, value in state.items() if key != "importance"}
+
+    def _lacking(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        steps = [float(local(entry["step"])) for entry in state_dict["state"].values() if entry]
+        return {CLOCK: int(max(steps, default=0))}
 
     def _check_loaded(self, groups: list[dict[str, Any]]) -> None:
         check_saved(groups, self.param_groups)
@@ -315,30 +343,61 @@ class EPIAdamW(Isolation, LockedAdamW):
         self._part()
         if self._segments is not None:
             self._every_group = self.param_groups
-        for param in self.state:
-            self._put_locks_back(param, self._group_of(param))
+        self._iteration = set(), 0
+        self._keep_clock(int(self.param_groups[0][CLOCK]))
+        if self.param_groups[0]["importance"] == "exp_avg_sq":
+            for param, state in self.state.items():
+                own, loaded = state["exp_avg_sq"], state.pop("importance", None)
+                # the locks of the one, the values of the other: an importance is loaded as float32
+                self._take_signed(param, own if loaded is None else _signed_like(own, loaded))
+
+    def _check_layout(self, param: Tensor, group: dict[str, Any]) -> None:
+        state = self.state.get(param, {})
+        shared = group["importance"] == "exp_avg_sq" and {"importance", "exp_avg_sq"} <= state.keys()
+        # who gives a parameter another shape, and its moments too, need not know that one moment has two names
+        if shared and local(state["importance"]).shape != local(state["exp_avg_sq"]).shape == local(param).shape:
+            state["importance"] = state["exp_avg_sq"]
+        super()._check_layout(param, group)
 
     def _ensure_state(self, param: Tensor, group: dict[str, Any]) -> None:
         super()._ensure_state(param, group)
-        # ZeroRedundancyOptimizer writes a loaded state into ours, past load_state_dict
-        self._put_locks_back(param, group)
-
-    def _put_locks_back(self, param: Tensor, group: dict[str, Any]) -> None:
-        """Take the locks out of a loaded importance and into the second moment, where that is where they are."""
         state = self.state[param]
-        if self.defaults["importance"] != "exp_avg_sq" or "importance" not in state:
+        exempt = group["isolation_ratio"] == 0 and "importance" not in state
+        if group["importance"] != "exp_avg_sq" or exempt:
             return
-        locked = lock.is_locked(local(state.pop("importance")))
-        signed = wrapped(lock.with_lock(local(state["exp_avg_sq"]), locked), param)
-        # a captured step has the address of the one that is there; otherwise that is the state_dict's
-        state["exp_avg_sq"] = state["exp_avg_sq"].copy_(signed) if group["capturable"] else signed
+        # Whoever writes into `state` past load_state_dict may have made two tensors of the one: a loader of a
+        # checkpoint, or an offloader that has moved each to the host and back. The importance has the locks.
+        own, other = state["exp_avg_sq"], state.get("importance", state["exp_avg_sq"])
+        if other is not own and local(other).data_ptr() != local(own).data_ptr():
+            other = other.to(own.device)
+            own = other if other.dtype == own.dtype else _signed_like(own, other)
+        self._take_signed(param, own)
 
-    _KEPT = (*LockedAdamW._KEPT, "_grouping", "_records", "_on_device")
+    def _take_signed(self, param: Tensor, signed: Tensor) -> None:
+        """Let a signed second moment be the parameter's, as ``exp_avg_sq`` and as ``importance``: one tensor."""
+        state = self.state[param]
+        if state["exp_avg_sq"] is not signed and self._group_of(param)["capturable"]:
+            signed = state["exp_avg_sq"].copy_(signed)  # a captured step has its address
+        state["exp_avg_sq"] = state["importance"] = signed
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what pickle and deepcopy keep; no segments of DeepSpeed, which steps no copy."""
+        self._keep_clock(self._latest_clock())
+        if self._segments is None:
+            return super().__getstate__()
+        return {**super().__getstate__(), "_process_group": Lost("call bind_deepspeed(engine) of the copy")}
+
+    _KEPT = (*LockedAdamW._KEPT, "_grouping", "_records")
+
+
+def _signed_like(exp_avg_sq: Tensor, signed: Tensor) -> Tensor:
+    """Return the values of a second moment with the locks of a signed importance of the same placement."""
+    return wrapped(lock.with_lock(local(exp_avg_sq), lock.is_locked(local(signed))), exp_avg_sq)
 
 
 def _unlocked(entry: dict[str, Any]) -> dict[str, Any]:
-    """Return one parameter's state with the lock taken out of exp_avg_sq."""
+    """Return one parameter's state as a checkpoint has it: exp_avg_sq without locks, and the importance with them."""
     if "exp_avg_sq" not in entry:
         return entry
-    signed = entry["exp_avg_sq"]
+    signed = entry.get("importance", entry["exp_avg_sq"])
     return {**entry, "exp_avg_sq": wrapped(lock.magnitude(local(signed)), signed), "importance": signed}

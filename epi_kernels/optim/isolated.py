@@ -13,7 +13,7 @@ from torch.optim.lbfgs import LBFGS
 from torch.optim.optimizer import Optimizer
 
 from epi_kernels import dispatch, lock, ops
-from epi_kernels.distributed import local, local_gradient, shard_of
+from epi_kernels.distributed import given, local, local_gradient, shard_of
 from epi_kernels.layers import Grouping, LayersArgument, check_saved
 from epi_kernels.optim.base import new_state
 from epi_kernels.optim.checkpoint import check_form, check_place, check_tensor, named, pairs_of
@@ -24,6 +24,7 @@ from epi_kernels.optim.isolation import CLOCK, SHARED, Isolation, check_settings
 from epi_kernels.optim.nonfinite import NonfiniteCounts
 from epi_kernels.optim.plain import plain_settings
 from epi_kernels.optim.scaling import UNSCALED
+from epi_kernels.telemetry import Records
 
 # what torch's optimizers are constructed with, and not all of them: it tells the states of one from those of another
 _HYPERPARAMETERS = {
@@ -106,7 +107,7 @@ class IsolatedOptimizer(Isolation, Optimizer):
         self.base = base
         self._backend = backend
         self._grouping = Grouping(layers)
-        self._records = []
+        self._records = Records()
         self._process_group = process_group
         self._nonfinite = NonfiniteCounts()
         # it makes the hooks of an optimizer; the groups, the state and the defaults stay the base's
@@ -227,7 +228,7 @@ class IsolatedOptimizer(Isolation, Optimizer):
         for (param, signed), values in zip(locks, kept, strict=True):
             if values.numel():
                 local(param).masked_scatter_(lock.is_locked(local(signed)), values)
-        self._nonfinite.warn(self._name)
+        self._nonfinite.warn(self._names)
         return loss
 
     def _advance(self, stepping: dict[Tensor, dict[str, Any]]) -> None:
@@ -247,9 +248,9 @@ class IsolatedOptimizer(Isolation, Optimizer):
             ops.importance_(
                 [local(self._importances[param]) for param in here],
                 [squared_by_importance(local_gradient(param)) for param in here],
-                torch.zeros(1, 2, device=device),  # nobody asks for a range between two refreshes
+                torch.zeros(1, 2, dtype=torch.float32, device=device),  # nobody asks for a range between two refreshes
                 self._nonfinite.counter(here),
-                torch.tensor([(beta, 1.0 - beta) for beta in betas], dtype=torch.float64),
+                torch.tensor([(beta, 1.0 - beta) for beta in betas], dtype=torch.float64, device="cpu"),
                 [0] * len(here),
                 True,
                 None,
@@ -380,7 +381,8 @@ class IsolatedOptimizer(Isolation, Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep."""
         kept = ("base", "_backend", "_settings", "_grouping", "_records", "_nonfinite", "_importances")
-        return {**{key: self.__dict__[key] for key in kept}, "_step_supports_amp_scaling": False}
+        group = {"_process_group": given(self._process_group)}
+        return {**{key: self.__dict__[key] for key in kept}, **group, "_step_supports_amp_scaling": False}
 
 
 def _is_torchs(base: Optimizer) -> bool:

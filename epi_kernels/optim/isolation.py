@@ -28,6 +28,7 @@ from epi_kernels.distributed import (
 )
 from epi_kernels.integrations.deepspeed import Segment
 from epi_kernels.layers import Grouping, has_names
+from epi_kernels.ops.table import Uploads, on_device
 from epi_kernels.optim.checkpoint import LATEST
 from epi_kernels.optim.complex import as_real, squared_by_importance
 from epi_kernels.optim.groups import Named, settings_of
@@ -35,7 +36,7 @@ from epi_kernels.optim.nonfinite import NonfiniteCounts
 from epi_kernels.optim.plain import is_count, is_number
 from epi_kernels.optim.refresh import Candidate, refresh_
 from epi_kernels.optim.scaling import UNSCALED, Scaling
-from epi_kernels.telemetry import Budget, Record
+from epi_kernels.telemetry import Budget, Record, Records
 
 _CHOICES = {
     "normalize": ("layer", "none"),
@@ -44,8 +45,8 @@ _CHOICES = {
     "importance": ("ema", "exp_avg_sq"),
 }
 
-# where a group keeps the number of steps, so that a checkpoint holds it: IsolatedOptimizer has no other clock, and
-# neither has a rank that holds no parameter
+# Where a group keeps the number of steps that the optimizer has taken. Refreshes go by this clock and not by
+# state["step"]: parameters that stand still, such as those of a finished task, must not stop the refreshes.
 CLOCK = "isolation_clock"
 
 # settings of the whole optimizer: they stand in every group, so that a checkpoint holds them, and are equal in all
@@ -75,14 +76,15 @@ class Isolation(Named):
 
     # of the isolation; the optimizer sets the first, before it adds a group
     _grouping: Grouping
-    _records: list[Record]
+    _records: Records
     _process_group: Any = None
     _agreed: Agreement | None = None
     _agreed_on: tuple[Sequence[Held], Ranks] | None = None  # what this rank held then, and with whom
     _segments: list[Segment] | None = None  # of flat partitions
     _every_group: Sequence[dict[str, Any]] = ()  # the groups that the segments count by
     _known_ranks: tuple[Ranks | None] | None = None
-    _on_device: Record | None = None  # the last refresh of which the device alone knows whether it was one
+    _iteration: tuple[set[int], int] = (set(), 0)  # ids of the parameters that have stepped since the last count, clock
+    _clock_there: Tensor | None = None  # the clock, int64 of no dimension, where a device alone knows it
 
     def _signed_importance(self, param: Tensor, group: dict[str, Any]) -> Tensor | None:
         """Return the tensor whose sign bits are the mask of `param`; None: nothing of it is or can be protected yet."""
@@ -126,7 +128,9 @@ class Isolation(Named):
         self._refresh((), UNSCALED)
 
     def telemetry(self) -> list[dict[str, Any]]:
-        """Return what each refresh of this object did, oldest first; reading waits for the device, stepping does not.
+        """Return what the last refreshes of this object did, oldest first, 256 of them at most (telemetry.RECORDS).
+
+        Reading waits for the device, stepping does not. pickle and deepcopy of the optimizer keep the records.
 
         With ``capturable``, or ``fused`` and a scaler on a GPU, the device alone knows which steps refreshed, and the
         list has the last one. A record is a dict of plain numbers and names, over all ranks but for ``nonfinite``:
@@ -140,12 +144,9 @@ class Isolation(Named):
         - ``layers``: for each, ``layer``, ``eligible``, ``protected``, ``locked`` (newly), ``released``, and the range
           of its importance, ``minimum`` and ``maximum``.
         """
-        records = [*self._records, *([self._on_device] if self._on_device else [])]
-        for device in {record.counts.device for record in records}:
-            if device.type != "cpu":
-                torch.accelerator.synchronize(device)
-        self._nonfinite.warn(self._name)
-        return [record.as_dict() for record in records if record is not self._on_device or int(record.step)]
+        records = self._records.read()
+        self._nonfinite.warn(self._names)
+        return records
 
     # Inside ----------------------------------------------------------------------------------------------------------
 
@@ -160,15 +161,59 @@ class Isolation(Named):
             f"backend {backends}"
         )
 
+    # The clock -------------------------------------------------------------------------------------------------------
+
     def _latest_clock(self) -> int:
-        """Return the largest clock of any parameter, or that of the group where this rank holds none."""
-        steps = [float(state["step"]) for state in self.state.values() if "step" in state]
-        return int(max(steps, default=self.param_groups[0].get(CLOCK, 0)))
+        """Return how many steps this optimizer has taken; waits for the device where the clock runs there."""
+        if self._clock_there is not None:
+            return int(self._clock_there)
+        return int(self._clocked_groups()[0].get(CLOCK, 0))
 
     def _keep_clock(self, clock: int) -> None:
-        """Write the number of steps into the groups."""
-        for group in self.param_groups:
+        """Set the number of steps that this optimizer has taken."""
+        for group in self._clocked_groups():
             group[CLOCK] = clock
+        if self._clock_there is not None:
+            self._clock_there.fill_(clock)  # in place: a captured step has its address
+
+    def _clocked_groups(self) -> Sequence[dict[str, Any]]:
+        """Return the groups that keep the clock: all of them, where DeepSpeed shows one at a time."""
+        return self.param_groups if self._segments is None else self._every_group
+
+    def _count_step(self) -> int:
+        """Count a call of `step`, and return the clock.
+
+        DeepSpeed calls `step` once for each group or sub-group and shows the optimizer those parameters alone. Calls
+        with parameters that had no turn yet since the last count are one iteration, and count once.
+        """
+        stepped, clock = self._iteration
+        here = {id(param) for group in self.param_groups for param in group["params"]}
+        if here and stepped and here.isdisjoint(stepped):
+            self._iteration = stepped | here, clock
+        else:
+            clock = self._latest_clock() + 1
+            self._iteration = here, clock
+        self._keep_clock(clock)
+        return clock
+
+    def _count_step_on(self, device: torch.device, found_inf: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Count a step on a device that alone knows whether it is skipped, and wait for nothing.
+
+        Args:
+            device: where the clock runs from now on.
+            found_inf: float32 of one value on that device, not 0 where the step is skipped; None: it is not.
+
+        Returns:
+            (the clock after this step, whether this step counts), int64 and bool of no dimension on the device.
+        """
+        if self._clock_there is None:
+            self._clock_there = on_device(torch.tensor(self._latest_clock(), dtype=torch.int64, device="cpu"), device)
+        found_inf = torch.zeros((), dtype=torch.float32, device=device) if found_inf is None else found_inf
+        counted = (found_inf == 0).reshape(())
+        self._clock_there += counted
+        return self._clock_there.clone(), counted
+
+    # Inside ----------------------------------------------------------------------------------------------------------
 
     def _refresh(
         self,
@@ -204,7 +249,9 @@ class Isolation(Named):
         if not agreed.layers:  # nothing can be protected
             if ranks is not None:
                 assert isinstance(step, int)
-                ranks.ranges(torch.zeros(0, 2), step, self._settings_of_ranks())  # until a rank says otherwise
+                ranks.ranges(
+                    torch.zeros(0, 2, dtype=torch.float32, device="cpu"), step, self._settings_of_ranks()
+                )  # until a rank says otherwise
             return
         if not plan.candidates and ranks is None:
             return
@@ -240,12 +287,14 @@ class Isolation(Named):
             ranges=found.ranges,
             thresholds=found.thresholds,
             counts=found.counts,
-            nonfinite=self._nonfinite.counters() if due is not None else self._nonfinite.snapshot(self._name),
+            nonfinite=self._nonfinite.counters() if due is not None else self._nonfinite.snapshot(self._names),
         )
         if due is None:
-            self._records.append(record)
+            self._records.add(record, {found.counts.device, *(c.importance.device for c in plan.candidates)})
         else:
-            self._on_device = record.kept_where(due, self._on_device)
+            written = self._records.add_where(due, record)
+            if Uploads.current is not None:  # a graph writes into it, for as long as there is the graph
+                Uploads.current.keep(written)
 
     def _plan(self, grads: dict[Tensor, Tensor], clock: int | Tensor) -> _Plan:
         """Return who competes for protection, in which layer and for which budget."""
@@ -337,7 +386,9 @@ class Isolation(Named):
                 self._agreed = None
             elif held != before:
                 # the others wait for this rank's ranges, and hear it there
-                nothing = torch.tensor([[math.inf, -math.inf]]).repeat(len(self._agreed.layers), 1)
+                nothing = torch.tensor([[math.inf, -math.inf]], dtype=torch.float32, device="cpu").repeat(
+                    len(self._agreed.layers), 1
+                )
                 with suppress(AgreeAgain):
                     ranks.ranges(nothing, int(clock), settings, again=True)
                 self._agreed = None

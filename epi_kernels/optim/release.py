@@ -21,7 +21,7 @@ class GradientRelease:
         self._optimizer = optimizer
         self._stepped: set[Tensor] = set()
         self._handles = {
-            param: _hooked(param, functools.partial(self._step, group=i))
+            id(param): _hooked(param, functools.partial(self._step, group=i))
             for i, group in enumerate(optimizer.param_groups)
             for param in dict.fromkeys(group["params"])
         }
@@ -29,12 +29,12 @@ class GradientRelease:
         optimizer._settle()
 
     def remove(self) -> None:
-        """Let gradients stay until `optimizer.step()` again; what was due after those that are applied is done now."""
+        """Let gradients stay until `optimizer.step()` again, which ends the iteration that is under way, if one is."""
         for handle in self._handles.values():
             handle.remove()
         self._optimizer._released = None
         self._optimizer._settle()
-        self._finish()
+        self._stepped = set()
 
     @torch.no_grad()
     def _step(self, param: Tensor, group: int) -> None:
@@ -48,6 +48,11 @@ class GradientRelease:
         self._optimizer._step_alone(param, group)
         self._stepped.add(param)
         param.grad = None
+
+    def _steps(self, param: Tensor) -> bool:
+        """Return whether backward() steps a parameter; by the hook that it has, no parameter being held here."""
+        handle = self._handles.get(id(param))
+        return handle is not None and handle.hooks_dict_ref() is param._post_accumulate_grad_hooks
 
     def end_iteration(self) -> None:
         """Do what `optimizer.step()` still has to do after a backward pass.
@@ -64,7 +69,7 @@ class GradientRelease:
             )
         for param in (param for group in self._optimizer.param_groups for param in group["params"]):
             name = self._optimizer._name
-            if param not in self._handles:
+            if not self._steps(param):
                 raise RuntimeError(
                     f"{name(param)} joined the optimizer after release_gradients, and backward() does not step it; "
                     "remove() the release and call release_gradients anew"
@@ -75,7 +80,8 @@ class GradientRelease:
                     "DistributedDataParallel, which averages it after the step; nothing would apply it. remove() the "
                     "release for that"
                 )
-        self._finish()
+        self._stepped = set()
+        self._optimizer._between_iterations()
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Check that the settings of a group and released gradients can be had together.
@@ -91,11 +97,6 @@ class GradientRelease:
         for flag in ("capturable", "differentiable"):
             if group.get(flag):
                 raise ValueError(f"{flag}=True and released gradients cannot be had together")
-
-    def _finish(self) -> None:
-        stepped, self._stepped = self._stepped, set()
-        if stepped:
-            self._optimizer._between_iterations()
 
 
 def release_gradients(model: torch.nn.Module, optimizer: DropInAdamW) -> GradientRelease:
