@@ -322,7 +322,7 @@ class DropInAdamW(Named, AdamW):
             dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
         if isinstance(value, Tensor):
             return value.to(device or value.device, torch.float32 if device else value.dtype)
-        return torch.tensor(value, dtype=dtype, device=device)
+        return torch.tensor(value, dtype=dtype, device=device or "cpu")
 
     def _settle(self) -> None:
         """Take over what the groups say now."""
