@@ -109,10 +109,12 @@ def parameters(dtype: torch.dtype = torch.float32) -> dict[str, Parameter]:
 
 
 def masks() -> dict[str, Tensor]:
-    return {
-        name: torch.arange(math.prod(shape), dtype=torch.int64, **CPU).view(shape) % 3 == 0
-        for name, shape in SHAPES.items()
-    }
+    return {name: every_other(math.prod(shape), 3).view(shape) for name, shape in SHAPES.items()}
+
+
+def every_other(count: int, distance: int = 2) -> Tensor:
+    """Return a mask of `count` entries, True at every `distance`-th."""
+    return torch.arange(count, dtype=torch.int64, **CPU) % distance == 0
 
 
 def ordinary(step: int, name: str, param: Tensor) -> Tensor:
