@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import copy
 import faulthandler
+import functools
 import gc
 import inspect
 import io
@@ -39,7 +40,7 @@ import traceback
 import warnings
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -388,7 +389,7 @@ class Case:
     def parameter(self, values: Tensor, spec: Spec, twin: bool) -> Parameter:
         # torch's own arithmetic may go by the layout
         layout = spec[3] if not twin or self.isolated else "contiguous"
-        if self.dtensor and not twin:
+        if self.dtensor and (self.isolated or not twin):
             values = distribute_tensor(values.clone(), mesh(), [Shard(0) if values.dim() else Replicate()])
         else:
             values = placed(values, layout)
@@ -1461,9 +1462,14 @@ class Draw:
         return {"key": key, "value": rng.choice(values), "group": None if key == "mask_interval" else group}
 
 
+def reason_of(text: str) -> str | None:
+    """Return why a finding is known, or None."""
+    return next((reason for pattern, reason in KNOWN.items() if re.search(pattern, text)), None)
+
+
 def unknown(found: list[str]) -> list[str]:
     """Return the findings that are not in KNOWN."""
-    return [text for text in found if not any(re.search(pattern, text) for pattern in KNOWN)]
+    return [text for text in found if reason_of(text) is None]
 
 
 def program_of(seed: int) -> Program:
@@ -1471,25 +1477,26 @@ def program_of(seed: int) -> Program:
     return Draw(seed).program()
 
 
+def gist(text: str) -> str:
+    """Return a finding without its action and its numbers: what a shorter program must show as well."""
+    return re.sub(r"[\d.]+", "", text.split(": ", 1)[-1])[:60]
+
+
 def shrunk(program: Program) -> Program:
-    """Return a shorter program that shows a finding at all, each try in a process of its own."""
+    """Return a shorter program that shows the same as this one first; each try is a process of its own."""
 
-    def fails(candidate: Program) -> bool:
-        code = (
-            "import sys; from fuzzer import *\nfaulthandler.enable()\n"
-            f"sys.exit(3 if Program({candidate.case!r}, {candidate.actions!r}).run() else 0)"
-        ).replace("tensor(", "torch.tensor(")
-        done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, timeout=120)
-        return done.returncode != 0
+    def shown(actions: list[Action]) -> str | None:
+        found = next((texts for _, texts in child(Program(program.case, actions))), [])
+        return gist(found[0]) if found else None
 
-    actions = program.actions
+    wanted, actions = shown(program.actions), program.actions
     size = max(1, len(actions) // 2)
-    while size:
+    while size and wanted is not None:
         start = 0
         while start < len(actions):
-            candidate = Program(program.case, actions[:start] + actions[start + size :])
-            if fails(candidate):
-                actions = candidate.actions
+            candidate = actions[:start] + actions[start + size :]
+            if shown(candidate) == wanted:
+                actions = candidate
             else:
                 start += size
         size //= 2
@@ -1509,26 +1516,37 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "MALLOC_PERTURB_": "165", "OMP_NUM_THREADS": "1"}
 
 
-def run_range(first: int, last: int) -> None:
-    """Run the programs of some seeds, and write a line before and after each."""
+def run_programs(programs: Iterable[tuple[int, Program]]) -> None:
+    """Run programs with their seeds, and write a line before and after each of them and before each action."""
     faulthandler.enable()
     torch.set_num_threads(1)
-    for seed in range(first, last):
-        print(json.dumps({"start": seed}), flush=True)
-        found = program_of(seed).run(lambda action: print(json.dumps({"at": action}), flush=True))
-        print(json.dumps({"end": seed, "found": found}), flush=True)
+
+    def tell(what: str, said: Any) -> None:
+        print(json.dumps({what: said}), flush=True)
+
+    for seed, program in programs:
+        tell("start", seed)
+        tell("end", [seed, program.run(functools.partial(tell, "at"))])
 
 
-def child(first: int, last: int) -> Iterator[tuple[int, list[str]]]:
-    """Run programs in a process of their own, and in another one behind what ends the first."""
+def child(program: Program | None, first: int = 0, last: int = 1) -> Iterator[tuple[int, list[str]]]:
+    """Run a program, or those of some seeds, in a process of its own, and in another one behind what ends the first.
+
+    Yield the seed and the findings of each.
+    """
     while first < last:
         process = subprocess.Popen(
             [sys.executable, os.path.abspath(__file__), "--range", str(first), str(last)],
             env=environment(),
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write("" if program is None else repr((program.case, program.actions)))
+            process.stdin.close()
         lines: queue.Queue[str | None] = queue.Queue()
         errors: list[str] = []
 
@@ -1561,8 +1579,9 @@ def child(first: int, last: int) -> Iterator[tuple[int, list[str]]]:
             elif "at" in said:
                 action = said["at"]
             else:
-                first = said["end"] + 1
-                yield said["end"], said["found"]
+                seed, found = said["end"]
+                first = seed + 1
+                yield seed, found
         code = process.wait()
         readers[1].join(5)
         if first < last:
@@ -1576,24 +1595,27 @@ def child(first: int, last: int) -> Iterator[tuple[int, list[str]]]:
 
 def run_seeds(first: int, last: int) -> dict[int, list[str]]:
     """Return what the programs of some seeds show: seed -> findings, of those that show any."""
-    return {seed: unknown(found) for seed, found in child(first, last) if unknown(found)}
+    return {seed: unknown(found) for seed, found in child(None, first, last) if unknown(found)}
 
 
 def run_minutes(minutes: float, first: int, jobs: int, chunk: int = 100) -> dict[int, list[str]]:
     """Run programs from a first seed on for some time, and print how it goes."""
     end = time.monotonic() + 60 * minutes
     starts = itertools.count(first, chunk)
-    lock, found, done = threading.Lock(), {}, Counter()
+    lock, found, known, done = threading.Lock(), {}, defaultdict(list), Counter()
 
     def work() -> None:
         while time.monotonic() < end:
             with lock:
                 start = next(starts)
-            for seed, texts in child(start, start + chunk):
+            for seed, texts in child(None, start, start + chunk):
                 with lock:
                     done["programs"] += 1
                     if unknown(texts):
                         found[seed] = unknown(texts)
+                    for reason in KNOWN.values():
+                        if any(reason_of(text) == reason for text in texts):
+                            known[reason].append(seed)
                 if time.monotonic() > end:
                     break
 
@@ -1606,6 +1628,8 @@ def run_minutes(minutes: float, first: int, jobs: int, chunk: int = 100) -> dict
         left = max(0, end - time.monotonic())
         print(f"{start}{done['programs']} programs, {len(found)} fail, {left:.0f} s left ", end=last, flush=True)
     print(end="\n" if start else "")
+    for reason, seeds in known.items():
+        print(f"known: {reason}: {len(seeds)} programs, seed {min(seeds)} first")
     return dict(sorted(found.items()))
 
 
@@ -1625,14 +1649,18 @@ def main() -> int:
     parser.add_argument("--range", type=int, nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.range:
-        run_range(*arguments.range)
+        given = sys.stdin.read()
+        first, last = arguments.range
+        drawn = [Program(*eval(given, {"tensor": torch.tensor}))] if given else map(program_of, range(first, last))
+        run_programs(zip(range(first, last), drawn, strict=True))
         return 0
     if arguments.seed is not None:
         program = program_of(arguments.seed)
         if arguments.shrink:
             program = shrunk(program)
         print("\n".join(program.lines()))
-        found = run_seeds(arguments.seed, arguments.seed + 1)
+        texts = [text for _, texts in child(program) for text in texts]
+        found = {arguments.seed: texts} if texts else {}
     else:
         first = arguments.first if arguments.first is not None else random.SystemRandom().randrange(10**9)
         print(f"from seed {first}")
