@@ -91,6 +91,32 @@ def budget(isolation_ratio: float, eligible: int) -> int:
     return math.floor(isolation_ratio * eligible + 1e-9)
 
 
+def shares_memory(tensor: Tensor) -> bool:
+    """Return whether several entries of a strided tensor are one place in memory, which no step may write.
+
+    Example:
+        >>> shares_memory(torch.ones(3, 1).expand(3, 4)), shares_memory(torch.ones(3, 4).t())
+        (True, False)
+    """
+    if tensor.is_contiguous() or not tensor.numel():
+        return False
+    dims = sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1)
+    reach = 0  # of the dimensions with smaller strides
+    for stride, size in dims:
+        if stride <= reach or stride == 0:
+            break
+        reach += (size - 1) * stride
+    else:
+        return False
+    if dims[0][0] == 0:
+        return True
+    # strides that interleave: a case rare enough to try every entry
+    offsets = torch.zeros((), dtype=torch.int64, device="cpu")
+    for stride, size in dims:
+        offsets = offsets.unsqueeze(-1) + stride * torch.arange(size, dtype=torch.int64, device="cpu")
+    return len(offsets.unique()) < tensor.numel()
+
+
 def check_lists(**lists: Sequence[Tensor | None]) -> None:
     """Check that the tensors of an operation belong together; the first list decides.
 

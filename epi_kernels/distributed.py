@@ -315,13 +315,50 @@ def shard_key(param: Tensor, rank: int, *, partitioned: bool) -> tuple[object, .
     return ("rank", rank) if partitioned or is_slice(param) else ("whole",)
 
 
+@dataclass(frozen=True)
+class Lost:
+    """A process group that a copy of an optimizer has not got."""
+
+    way_out: str
+
+
+class Given:
+    """A process group in what an optimizer gives to pickle and deepcopy: a copy in this process has the group too."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: Any) -> "Given":
+        """Return itself: the group is one for all copies."""
+        return self
+
+    def __reduce__(self) -> Any:
+        """Return what another process has instead."""
+        return Lost, ("construct the optimizer again with process_group=, and load the state_dict() of this one",)
+
+
+def given(group: Any) -> Any:
+    """Return a process group that a user gave, or None, as an optimizer may give it to pickle and deepcopy."""
+    return group if group is None or isinstance(group, (Given, Lost)) else Given(group)
+
+
 def group_of(params: Sequence[Tensor], asked: Any) -> Any | None:
     """Return the process group over which the ranks must agree, or None where each rank has all it needs.
 
     Args:
         params: of an optimizer.
         asked: a process group that the user named, or None: the default one, if a parameter is sharded.
+
+    Raises:
+        RuntimeError: the optimizer is a copy, and its process group is lost.
     """
+    if isinstance(asked, Lost):
+        raise RuntimeError(
+            "this optimizer is a copy of one whose parameters are shared out over ranks, and its process group did not "
+            f"come along: each rank would go by masks of its own. Way out: {asked.way_out}"
+        )
+    if isinstance(asked, Given):
+        return asked.group
     if asked is not None:
         return asked
     if dist.is_available() and dist.is_initialized() and any(map(is_sharded, params)):

@@ -1,4 +1,7 @@
-"""The processes of test_deepspeed.py: ``python tests/deepspeed_ranks.py <stage> <bound> <rank> <folder>``, 2 ranks."""
+"""The processes of test_deepspeed.py: ``python tests/deepspeed_ranks.py <stage> <what> <rank> <folder>``, 2 ranks.
+
+<what> is "bound" or "unbound", of EPIAdamW, or "masked" or "sparse", of the other optimizers.
+"""
 
 import copy
 import os
@@ -17,7 +20,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from ranks import leave  # noqa: E402
 
-from epi_kernels import EPIAdamW  # noqa: E402
+from epi_kernels import EPIAdamW, MaskedAdamW, SparseAdamW  # noqa: E402
 from epi_kernels.select import top_k  # noqa: E402
 
 # an extension for one machine's processes, built when it is first asked for; gloo alone does
@@ -79,6 +82,38 @@ def train(engine: Any, first: int, last: int) -> None:
         engine.step()
 
 
+def fixed_masks(what: str) -> None:
+    """Masks follow to the float32 copies of stage 0, and flat partitions are refused before anything has moved."""
+    model = Net()
+    named = list(model.named_parameters())
+    free = {name: torch.rand(p.shape) < 0.5 for name, p in named}
+    frozen = {name: ~mask for name, mask in free.items()}
+    groups = [{"params": named[::2]}, {"params": named[1::2], "weight_decay": 0.0}]
+    optimizer: Any = (
+        MaskedAdamW(groups, lr=0.02, frozen=frozen)
+        if what == "masked"
+        else SparseAdamW(groups, lr=0.02, trainable=free)
+    )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=copy.deepcopy(CONFIG))
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    before = [param.detach().clone() for param in params]
+    if STAGE:
+        try:
+            train(engine, 1, 1)
+        except ValueError as error:
+            assert "blocks.0.0.weight is no longer a parameter" in str(error), error  # noqa: PT017
+            assert "stage 0" in str(error), error  # noqa: PT017
+        else:
+            raise AssertionError("flat partitions were taken")
+        assert all(map(torch.equal, params, before))
+        return
+    train(engine, 1, 3)
+    names = [name for name, _ in named[::2] + named[1::2]]
+    for name, param, old in zip(names, params, before, strict=True):
+        assert param.dtype == torch.float32
+        assert torch.equal(param != old, free[name]), name
+
+
 def flats_of(optimizer: EPIAdamW) -> list[torch.Tensor]:
     return [
         torch.cat([p.detach(), *[state[key] for key in sorted(state.keys() - {"step"})]])
@@ -93,6 +128,9 @@ def mask_of(state: dict[str, torch.Tensor]) -> torch.Tensor:
 def main() -> None:
     dist.init_process_group("gloo", init_method=f"file://{FOLDER / 'store'}", rank=RANK, world_size=2)
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False)  # finds that group
+    if sys.argv[2] in ("masked", "sparse"):
+        fixed_masks(sys.argv[2])
+        return
     engine, optimizer = engine_of()
     if not BOUND:
         with warnings.catch_warnings(record=True) as caught:

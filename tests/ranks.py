@@ -5,6 +5,7 @@ import functools
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -857,6 +858,153 @@ def optimizer_of(kind: str, model: nn.Module, *, selects: bool = True) -> Any:
         settings.pop("lr")
         return IsolatedOptimizer(torch.optim.Adagrad(model.named_parameters(), lr=0.02), **settings)
     return EPIAdamW(model.named_parameters(), **settings, importance="exp_avg_sq" if kind == "exp_avg_sq" else "ema")
+
+
+class Odd(nn.Module):
+    """A model with what states are missing of: parameters without gradients, frozen ones, ones without entries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = model_of(False)
+        self.unused = nn.Parameter(torch.ones(5, 3))
+        self.frozen = nn.Parameter(torch.ones(5, 3), requires_grad=False)
+        self.empty = nn.Parameter(torch.ones(0, 3))
+        self.nothing = nn.Parameter(torch.ones(4))  # of which nothing is selected
+
+
+def fixed_of(kind: str, model: nn.Module, *, selects: bool = True) -> Any:
+    masks = every_third(model) if selects else {}
+    if selects and kind == "sparse":
+        others = {n: p for n, p in model.named_parameters() if n in ("unused", "frozen", "empty")}
+        masks |= {n: torch.arange(p.numel()).view(p.shape) % 2 == 0 for n, p in others.items()}
+    if kind == "sparse":
+        return SparseAdamW(model.named_parameters(), lr=0.02, trainable=masks)
+    # a checkpoint brings its masks along, and its loader asks which states are there
+    return MaskedAdamW(
+        model.named_parameters(), lr=0.02, frozen=masks or {n: ~m for n, m in every_third(model).items()}
+    )
+
+
+def load_by_keys(model: nn.Module, optimizer: Any, flat: dict[str, Any]) -> None:
+    """Load a flat state as torchtitan does: it asks the state of each parameter for its keys."""
+    names = {param: name for name, param in model.named_parameters()}
+    state, groups, number = {}, [], 0
+    for group in optimizer.param_groups:
+        members = [names[param] for param in group["params"]]
+        settings = {key: flat[f"param_groups.{members[0]}.{key}"] for key in group if key != "params"}
+        groups.append({**settings, "params": list(range(number, number + len(members)))})
+        for param, name in zip(group["params"], members, strict=True):
+            if param.requires_grad:
+                state[number] = {key: flat[f"state.{name}.{key}"] for key in optimizer.state[param]}
+            number += 1
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def flat_checkpoints(kind: str) -> None:
+    """Save and load flat states over torch.distributed.checkpoint, into an optimizer that was given other masks."""
+    folder = Path(sys.argv[4]).parent
+    flat = StateDictOptions(flatten_optimizer_state_dict=True)
+
+    def model_now() -> nn.Module:
+        model = Odd() if kind == "sparse" else model_of(False)
+        return fully_shard(model)
+
+    def without(model: nn.Module, *idle: str) -> dict[str, nn.Parameter]:
+        return {name: param for name, param in names_of(model).items() if name not in idle}
+
+    model = model_now()
+    optimizer = fixed_of(kind, model)
+    train_stage(without(model, "unused", "frozen", "empty"), optimizer, 1, 4)
+    checkpoint.save({"o": get_optimizer_state_dict(model, optimizer, options=flat)}, checkpoint_id=folder / "flat")
+    weights = {name: distributed.local(param).clone() for name, param in names_of(model).items()}
+    train_stage(without(model, "frozen"), optimizer, 5, 7)
+    for how in ("torch", "torchtitan"):
+        other = model_now()
+        for name, param in names_of(other).items():
+            distributed.local(param).copy_(weights[name])
+        again = fixed_of(kind, other, selects=False)
+        saved = {"o": get_optimizer_state_dict(other, again, options=flat)}
+        checkpoint.load(saved, checkpoint_id=folder / "flat")
+        if how == "torch":
+            set_optimizer_state_dict(other, again, saved["o"], options=flat)
+        else:
+            load_by_keys(other, again, saved["o"])
+        train_stage(without(other, "frozen"), again, 5, 7)
+        for name, param in without(other, "frozen").items():  # of that the loaders take no state
+            twin = names_of(model)[name]
+            assert torch.equal(full(param), full(twin)), (how, name)
+            one, two = (
+                mask_of(o, p) if kind == "masked" else o.trainable_mask(p)
+                for o, p in ((optimizer, twin), (again, param))
+            )
+            assert torch.equal(one, two), (how, name)
+        if kind == "sparse":
+            assert set(again.delta()) == {n for n in optimizer.delta() if n != "frozen"}
+
+
+def a_frozen_parameter_keeps_its_selection(form: str) -> None:
+    """A checkpoint has no state of what requires no gradient, and the selection is then the optimizer's own."""
+    options = StateDictOptions(flatten_optimizer_state_dict=form == "flat")
+    for kind in ("sparse", "masked"):
+        model = fully_shard(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 5)))
+        optimizer = optimizer_of_masks(kind, model)
+        train_stage(names_of(model), optimizer, 1, 3)
+        model[0].weight.requires_grad_(False)
+        saved = get_optimizer_state_dict(model, optimizer, options=options)
+        again = optimizer_of_masks(kind, model)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            set_optimizer_state_dict(model, again, saved, options=options)
+        told = [str(one.message) for one in caught if "0.weight, which requires no gradient" in str(one.message)]
+        entries = distributed.local(model[0].weight).numel()
+        assert len(told) == (kind == "sparse" and entries > 1), (told, entries)
+        model[0].weight.requires_grad_(True)
+        masks = every_third(model)
+        for name, param in names_of(model).items():
+            before = full(param).clone()
+            give({name: param}, 4)
+            again.step()
+            again.zero_grad()
+            free = masks.get(name, torch.zeros_like(before, dtype=torch.bool))
+            free = free if kind == "sparse" else ~free
+            assert torch.equal(full(param) != before, free), (kind, name)
+
+
+def optimizer_of_masks(kind: str, model: nn.Module) -> Any:
+    if kind == "sparse":
+        return SparseAdamW(model.named_parameters(), lr=0.02, trainable=every_third(model))
+    return MaskedAdamW(model.named_parameters(), lr=0.02, frozen=every_third(model))
+
+
+def masks_follow_into_shards() -> None:
+    """As accelerate's FSDP2 does it: masks are given with whole parameters, which DTensors then replace."""
+    for kind in ("sparse", "masked"):
+        model, whole = model_of(False), model_of(False)
+        optimizer, reference = optimizer_of_masks(kind, model), optimizer_of_masks(kind, whole)
+        names = {param: name for name, param in model.named_parameters()}
+        fully_shard(model)
+        for group in optimizer.param_groups:
+            group["params"] = [names_of(model)[names[param]] for param in group["params"]]
+        train_stage(names_of(model), optimizer, 1, 3)
+        train_stage(names_of(whole), reference, 1, 3)
+        for name, param in names_of(model).items():
+            assert torch.equal(full(param), names_of(whole)[name]), (kind, name)
+        # ranks that were given different masks say so, as if they were given for shards
+        model = model_of(False)
+        masks = every_third(model)
+        if dist.get_rank() == 1:
+            masks["blocks.1.up.weight"] = ~masks["blocks.1.up.weight"]
+        argument = {"trainable" if kind == "sparse" else "frozen": masks}
+        optimizer = (SparseAdamW if kind == "sparse" else MaskedAdamW)(model.named_parameters(), **argument)
+        names = {param: name for name, param in model.named_parameters()}
+        fully_shard(model)
+        for group in optimizer.param_groups:
+            group["params"] = [names_of(model)[names[param]] for param in group["params"]]
+        expect(
+            ValueError,
+            "the mask of blocks.1.up.weight",
+            functools.partial(train_stage, names_of(model), optimizer, 1, 1),
+        )
 
 
 def a_rank_without_entries_keeps_the_clock() -> None:

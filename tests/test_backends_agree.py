@@ -318,8 +318,9 @@ def test_advanced_may_be_known_to_the_device_alone(backend: str, lock_in: str) -
             lists["grads"][0][7] = torch.inf
             call = step_arguments(lists, lock_in)
             names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "locks")
-            sweep = ops.Sweep(*(call[name] for name in names), lock_in, [True], backend)
-            sweep.step_(call["grads"], call["nonfinite"], call["scalars"], [0], advanced=flag)
+            tensors = [call[name] for name in names]
+            sweep = ops.Sweep(*tensors, lock_in, [True], backend)
+            sweep.step_(*tensors, call["nonfinite"], call["scalars"], [0], advanced=flag)
             results.append({**lists, "nonfinite": [call["nonfinite"]]})
         assert_same(*results)
         assert results[0]["nonfinite"][0].item() == (not advanced)

@@ -61,7 +61,7 @@ def sweep_on(library: ctypes.CDLL, call: dict[str, Any]) -> None:
         call[name] or absent for name in ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "locks")
     ]
     names = ("nonfinite", "scalars", "rows", "advanced", "grad_factor", "found_inf")
-    Sweep(*lists, call["lock_in"], call["lockable"]).step_(call["grads"], *[call[name] for name in names])
+    Sweep(*lists, call["lock_in"], call["lockable"]).step_(*lists, False, *[call[name] for name in names])
 
 
 def assert_equals_the_reference(

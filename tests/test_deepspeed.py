@@ -1,7 +1,8 @@
-"""DeepSpeed ZeRO-1, 2 and 3 with EPIAdamW as its client optimizer, on two processes of the CPU.
+"""DeepSpeed ZeRO-1, 2 and 3 with an optimizer of ours as its client optimizer, on two processes of the CPU.
 
-Bound, it trains, refreshes with the model's layers, every entry counted once and padding never, saves, loads and goes
-on bit for bit. Unbound, a warning says that flat partitions are layers. Run by ``make deepspeed``, which installs it.
+Bound, EPIAdamW trains, refreshes with the model's layers, every entry counted once and padding never, saves, loads and
+goes on bit for bit. Unbound, a warning says that flat partitions are layers. Masks of MaskedAdamW and SparseAdamW
+follow at stage 0, and flat partitions are refused. Run by ``make deepspeed``, which installs it.
 """
 
 import importlib.util
@@ -17,10 +18,20 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, r
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("bound", ["bound", "unbound"])
 def test_zero(stage: int, bound: str, tmp_path: Path) -> None:
+    run(stage, bound, tmp_path)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("kind", ["masked", "sparse"])
+def test_fixed_masks_follow_or_are_refused(stage: int, kind: str, tmp_path: Path) -> None:
+    run(stage, kind, tmp_path)
+
+
+def run(stage: int, what: str, tmp_path: Path) -> None:
     script = Path(__file__).with_name("deepspeed_ranks.py")
     processes = [
         subprocess.Popen(
-            [sys.executable, str(script), str(stage), bound, str(rank), str(tmp_path)],
+            [sys.executable, str(script), str(stage), what, str(rank), str(tmp_path)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

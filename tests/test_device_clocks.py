@@ -301,7 +301,12 @@ def test_what_a_captured_step_uploads_is_kept(capturing: Callable[[], None], bac
     capturing()
     optimizer.step()
     kept = optimizer._uploads._captured
-    assert any(optimizer._prepared in held for held in kept if isinstance(held, list))
+    read = next(held for held in kept if isinstance(held, list))[0]
+    assert read[0] is optimizer._prepared.bundles
+    assert read[1] is optimizer._prepared.clocks
+    assert {id(tensor) for tensor in read[2].state["exp_avg"]} == {
+        id(optimizer.state[param]["exp_avg"]) for param in params.values()
+    }
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # a load does not let go of it
     assert optimizer._uploads._captured is kept
 

@@ -451,8 +451,9 @@ def test_entries_beyond_two_to_the_31() -> None:
     param[where], grad[where] = 1.0, torch.arange(1.0, 6.0, device="cuda").bfloat16()
     row = Scalars(1.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.5, 1.0, 0.0, 0.0, 1.0)  # theta - 0.5 sign(g), S = g^2
     scalars, counts = torch.tensor([row], dtype=torch.float64), torch.zeros(1, dtype=torch.int64, device="cuda")
-    sweep = ops.Sweep([param], [grad], [m], [v], [], [importance], "importance", [True], "triton")
-    sweep.step_([grad], counts, scalars, [0], advanced=False)
+    lists = ([param], [grad], [m], [v], [], [importance])
+    sweep = ops.Sweep(*lists, "importance", [True], "triton")
+    sweep.step_(*lists, counts, scalars, [0], advanced=False)
     assert importance[where].tolist() == [1.0, 4.0, 9.0, 16.0, 25.0]
     assert importance.count_nonzero() == 5
     assert param[where].tolist() == [0.5] * 5

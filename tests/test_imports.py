@@ -60,6 +60,7 @@ TIERS = [
     ("epi_kernels.optim.drop_in", 3),
     ("epi_kernels.optim.prepared", 6),
     ("epi_kernels.optim.isolation", 6),
+    ("epi_kernels.optim.places", 7),
     ("epi_kernels.optim.base", 7),
     ("epi_kernels.optim.", 8),
     ("epi_kernels.optim", 9),

@@ -7,6 +7,7 @@
 - Collectives of a refresh: 5, of a size that knows the number of layers alone. Of other steps, and of DDP: none.
 - A state of one process loads into shards without a word from torch.distributed.checkpoint.
 - A rank without a gradient in a step counts the step, and takes part in its refresh.
+- Masks and selections follow where DTensors replace whole parameters, and flat checkpoints bring them along.
 - Ranks that differ raise, each of them, and say in what; also when one of them changes later.
 """
 
@@ -103,6 +104,21 @@ def test_checkpoints_go_from_4_ranks_to_2_to_1_to_3_bit_for_bit(kind: str, tmp_p
     for world in (4, 2, 1, 3):
         (tmp_path / "store").unlink(missing_ok=True)
         run(f"resharded:{kind}", world, tmp_path)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("kind", ["sparse", "masked"])
+def test_flat_checkpoints_of_fixed_masks_go_on_bit_for_bit(kind: str, world: int, tmp_path: Path) -> None:
+    run(f"flat_checkpoints:{kind}", world, tmp_path)
+
+
+@pytest.mark.parametrize("form", ["flat", "nested"])
+def test_a_parameter_frozen_at_a_load_keeps_its_selection(form: str, tmp_path: Path) -> None:
+    run(f"a_frozen_parameter_keeps_its_selection:{form}", 2, tmp_path)
+
+
+def test_masks_of_whole_parameters_follow_into_shards(tmp_path: Path) -> None:
+    run("masks_follow_into_shards", 2, tmp_path)
 
 
 def test_a_full_sparse_state_loads_into_one_process(tmp_path: Path) -> None:

@@ -14,6 +14,10 @@ class Flat:
     In place where the tensors of a position are dense with equal strides, whatever the order; else those that are not
     contiguous are replaced by contiguous copies, and `write_back` copies the written ones back into their place.
 
+    Args:
+        written, read: the lists. An empty list is absent; None skips its position.
+        strided: the positions that are not in place, where they are known from tensors of the same layouts.
+
     Example:
         >>> columns = torch.zeros(2, 3)[:, ::2]
         >>> flat = Flat(written=[[columns]], read=[[torch.ones(2, 2)]])
@@ -24,32 +28,18 @@ class Flat:
                 [1., 1.]])
     """
 
-    def __init__(self, *, written: Lists, read: Lists = ()) -> None:
+    def __init__(self, *, written: Lists, read: Lists = (), strided: Sequence[int] | None = None) -> None:
         self.written = [list(tensors) for tensors in written]
         self.read = [list(tensors) for tensors in read]
         self._copies: list[tuple[Tensor, Tensor]] = []
-        self._strided: list[int] = []  # positions that are not in place
         lists = [tensors for tensors in (*self.written, *self.read) if tensors]
-        for i in range(len(lists[0]) if lists else 0):
-            if not _same_order([tensors[i] for tensors in lists]):
-                self._strided.append(i)
-                for tensors in lists:
-                    tensors[i] = self._contiguous(tensors[i], any(tensors is other for other in self.written))
-
-    def load(self, read: Lists) -> list[list[Tensor | None]]:
-        """Return other tensors to read, flat as those of the constructor, whose strides they must have.
-
-        Copies of the written ones are taken anew. What is read is not held: a gradient kept until the next step would
-        be a second model's worth of memory.
-        """
-        for tensor, copy in self._copies:
-            copy.copy_(tensor)
-        self.read = []
-        flat = [list(tensors) for tensors in read]
-        for i in self._strided:
-            for tensors in flat:
-                tensors[i] = self._contiguous(tensors[i], written=False)
-        return flat
+        if strided is None:
+            count = len(lists[0]) if lists else 0
+            strided = [i for i in range(count) if not _same_order([tensors[i] for tensors in lists])]
+        self.strided = strided
+        for i in strided:
+            for tensors in lists:
+                tensors[i] = self._contiguous(tensors[i], any(tensors is other for other in self.written))
 
     def write_back(self) -> None:
         """Copy what was written to copies into the tensors they stand for."""

@@ -20,9 +20,10 @@ LOCK_IN = ("none", "importance", "exp_avg_sq", "static")
 
 
 class Sweep:
-    """`masked_adamw_` bound to its tensors, for an optimizer that steps the same ones again and again.
+    """`masked_adamw_` prepared for its tensors, for an optimizer that steps the same ones again and again.
 
     What does not change from step to step, the checks and the table that a backend makes of the tensors, is done once.
+    No tensor is kept: `step_` is given them again.
 
     Args:
         params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, locks, lock_in, lockable, backend: see `masked_adamw_`.
@@ -53,18 +54,22 @@ class Sweep:
         )
         check_one_dtype(params=params, grads=grads)
         _check_locks(locks, lock_in, lockable, len(params))
-        absent = [None] * len(params)
-        lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs or absent, locks or absent)
-        self._written = [tensor for tensors in (lists[0], *lists[2:]) for tensor in tensors if tensor is not None]
         self._sweep = None
         if params:
+            absent = [None] * len(params)
+            lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs or absent, locks or absent)
             states = _dtypes(exp_avgs, exp_avg_sqs, max_exp_avg_sqs, [] if lock_in == "static" else locks)
             chosen = choose("masked_adamw_", params[0].device.type, backend, _dtypes(params, grads), states)
             self._sweep = chosen.module.Sweep(*lists, lock_in, lockable)
 
     def step_(
         self,
+        params: Sequence[Tensor],
         grads: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor],
+        exp_avg_sqs: Sequence[Tensor],
+        max_exp_avg_sqs: Sequence[Tensor | None],
+        locks: Sequence[Tensor | None],
         nonfinite: Tensor,
         scalars: Tensor,
         rows: Sequence[int],
@@ -72,18 +77,25 @@ class Sweep:
         advanced: bool | Tensor,
         grad_factor: Tensor | None = None,
         found_inf: Tensor | None = None,
+        moved: bool = False,
     ) -> None:
         """Take one step of all the tensors; the arguments are those of `masked_adamw_`.
 
         `advanced` may be float32, one value on the tensors' device, where the host does not know it: not 0 is True.
         `scalars` may be float32 on that device.
 
-        `grads` come in place of the constructor's, whose shapes, strides, dtypes and devices they have: that is not
-        checked again.
+        The tensors have the shapes, strides, dtypes and devices of the constructor's: that is not checked again. Where
+        any but the gradients lies at another address than in the constructor, say so by `moved`.
         """
-        if self._sweep is not None:
-            self._sweep.step_(grads, nonfinite, scalars, rows, advanced, grad_factor, found_inf)
-            torch.autograd.graph.increment_version(self._written)
+        if self._sweep is None:
+            return
+        if not max_exp_avg_sqs or not locks:
+            absent = [None] * len(params)
+            max_exp_avg_sqs, locks = max_exp_avg_sqs or absent, locks or absent
+        lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, locks)
+        self._sweep.step_(*lists, moved, nonfinite, scalars, rows, advanced, grad_factor, found_inf)
+        optional = [tensor for tensor in (*max_exp_avg_sqs, *locks) if tensor is not None]
+        torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *optional])
 
 
 @torch.library.custom_op(
@@ -146,7 +158,8 @@ def masked_adamw_(
     """
     sweep = Sweep(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, locks, lock_in, lockable, backend)
     check_rows(scalars, rows, len(params))
-    sweep.step_(grads, nonfinite, scalars, rows, advanced=advanced, grad_factor=grad_factor, found_inf=found_inf)
+    lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, locks)
+    sweep.step_(*lists, nonfinite, scalars, rows, advanced=advanced, grad_factor=grad_factor, found_inf=found_inf)
 
 
 masked_adamw_.register_fake(lambda *_: None)
@@ -355,7 +368,9 @@ def _(
 
 
 class SparseSweep:
-    """`sparse_adamw_` bound to its tensors, for an optimizer that steps the same ones again and again.
+    """`sparse_adamw_` prepared for its tensors, for an optimizer that steps the same ones again and again.
+
+    No tensor is kept: `step_` is given them again. Offsets that a backend made from indices live as long as these.
 
     Args:
         params, grads, indices, exp_avgs, exp_avg_sqs, backend: see `sparse_adamw_`.
@@ -376,21 +391,30 @@ class SparseSweep:
         check_lists(params=params, grads=grads)
         check_one_dtype(params=params, grads=grads)
         check_indices(params, indices, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
-        self._written = [*params, *exp_avgs, *exp_avg_sqs]
         self._sweep = None
         if params:
             states = _dtypes(exp_avgs, exp_avg_sqs)
             chosen = choose("sparse_adamw_", params[0].device.type, backend, _dtypes(params, grads), states)
             self._sweep = chosen.module.Sweep(params, grads, indices, exp_avgs, exp_avg_sqs)
 
-    def step_(self, grads: Sequence[Tensor], scalars: Tensor, rows: Sequence[int]) -> None:
+    def step_(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        indices: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor],
+        exp_avg_sqs: Sequence[Tensor],
+        scalars: Tensor,
+        rows: Sequence[int],
+    ) -> None:
         """Take one step of all the tensors; the arguments are those of `sparse_adamw_`.
 
-        `grads` come in place of the constructor's, as for `Sweep.step_`.
+        All but the gradients are the constructor's; the gradients have the shapes, strides, dtypes and devices of the
+        constructor's. That is not checked again.
         """
         if self._sweep is not None:
-            self._sweep.step_(grads, scalars, rows)
-            torch.autograd.graph.increment_version(self._written)
+            self._sweep.step_(params, grads, indices, exp_avgs, exp_avg_sqs, scalars, rows)
+            torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs])
 
 
 @torch.library.custom_op("epi_kernels::sparse_adamw_", mutates_args=("params", "exp_avgs", "exp_avg_sqs"))
@@ -437,7 +461,7 @@ def sparse_adamw_(
     """
     sweep = SparseSweep(params, grads, indices, exp_avgs, exp_avg_sqs, backend)
     check_rows(scalars, rows, len(params))
-    sweep.step_(grads, scalars, rows)
+    sweep.step_(params, grads, indices, exp_avgs, exp_avg_sqs, scalars, rows)
 
 
 sparse_adamw_.register_fake(lambda *_: None)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from epi_kernels.optim.checkpoint import STATE_DTYPES
 from epi_kernels.optim.clocks import HostClocks
 from epi_kernels.optim.complex import PairLocks, as_real
 from epi_kernels.optim.nonfinite import NonfiniteCounts
-from epi_kernels.optim.prepared import Bundle, Prepared, PreparedAdamW, real_gradient
+from epi_kernels.optim.prepared import Bundle, Prepared, PreparedAdamW, Present
 from epi_kernels.optim.scaling import UNSCALED, Scaling, scaling_of
 
 # what is refused of parameters that are shared out over ranks, and what to do instead
@@ -34,9 +34,22 @@ LOCK_STATE = {"importance": "importance", "static": "frozen"}
 
 @dataclass(slots=True)
 class _Bundle(Bundle):
-    sweep: Sweep
+    sweep: Sweep = field(init=False)
     counter: Tensor
-    pairs: PairLocks | None  # of complex parameters
+    lock_in: str
+    lockable: list[bool]
+    amsgrad: list[bool]
+    pairs: bool  # whether the parameters are complex, and their locks repeated for both parts
+
+    def locks(self, now: Present) -> list[Tensor | None]:
+        """Return the tensors that carry the locks, where these have a state of their own."""
+        if self.lock_in not in LOCK_STATE:
+            return []
+        return _where(self.lockable, self.state(now, LOCK_STATE[self.lock_in]))
+
+    def largest(self, now: Present) -> list[Tensor | None]:
+        """Return the largest second moments of those that take AMSGrad's step."""
+        return _where(self.amsgrad, self.state(now, "max_exp_avg_sq")) if any(self.amsgrad) else []
 
 
 class LockedAdamW(PreparedAdamW):
@@ -97,14 +110,15 @@ class LockedAdamW(PreparedAdamW):
             return
         capturing = self._capturing()
         prepared = self._prepared_for_these()
-        self._bring_up_to_date(prepared, ((group, group["params"]) for group in self.param_groups), capturing)
+        now = self._bring_up_to_date(prepared, ((group, group["params"]) for group in self.param_groups), capturing)
         if not prepared.bundles:
             self._idle_step()
         else:
-            with self._keeping(prepared, capturing):
-                scaling = self._scaling(prepared)
+            with self._keeping(prepared, now, capturing):
+                scaling = self._scaling(prepared, now)
                 if prepared.clocks.count(scaling.found_inf):
-                    self._update(prepared, self._before_update(prepared.params, scaling, prepared.clocks.home), scaling)
+                    advanced = self._before_update(now.params, scaling, prepared.clocks.home)
+                    self._update(prepared, now, advanced, scaling)
             if not capturing:
                 self._nonfinite.warn(self._name)
 
@@ -119,39 +133,50 @@ class LockedAdamW(PreparedAdamW):
         """Do what is due after every parameter has stepped alone."""
         self._nonfinite.warn(self._name)
 
-    def _scaling(self, prepared: Prepared) -> Scaling:
+    def _scaling(self, prepared: Prepared, now: Present) -> Scaling:
         """Return what a scaler and clipping do to the gradients of this step."""
         clip_grad_norm = self.param_groups[0]["clip_grad_norm"]
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if clip_grad_norm is None and grad_scale is None and found_inf is None:
             return UNSCALED
-        grads = [grad for bundle in prepared.bundles for grad in bundle.grads()]
+        grads = [grad for bundle in prepared.bundles for grad in bundle.grads(now)]
         return scaling_of(grads, clip_grad_norm, grad_scale, found_inf)
 
-    def _update(self, prepared: Prepared, advanced: bool | Tensor = False, scaling: Scaling = UNSCALED) -> None:
+    def _update(
+        self, prepared: Prepared, now: Present, advanced: bool | Tensor = False, scaling: Scaling = UNSCALED
+    ) -> None:
         """Update the parameters, their clocks counted, and their importance unless it has `advanced` already."""
         for number, bundle in enumerate(prepared.bundles):
             scalars, rows = prepared.clocks.scalars(number, bundle.groups, self.param_groups)
-            device = bundle.params[0].device
+            params, grads, locks = bundle.params(now), bundle.grads(now), bundle.locks(now)
+            device = params[0].device
             # a refresh advances those alone that can be locked
-            so_far = advanced if bundle.params[0].requires_grad else False
+            so_far = advanced if now.params[bundle.where[0]].requires_grad else False
             if isinstance(so_far, Tensor):
                 so_far = so_far.to(device)
-            grads, factor = bundle.grads(), scaling.factor.get(device)
-            if bundle.pairs is not None:
+            factor = scaling.factor.get(device)
+            if bundle.pairs and locks:
+                pairs = PairLocks(locks, advances=bundle.lock_in == "importance")
                 if not so_far:
                     betas = [self.param_groups[i].get("importance_beta", 0.0) for i in bundle.groups]
-                    complex_grads = list(map(local_gradient, bundle.params))
-                    bundle.pairs.advance_(complex_grads, bundle.counter, betas, factor, self._backend)
-                bundle.pairs.repeat_()
+                    complex_grads = list(map(local_gradient, bundle.of(now.params)))
+                    pairs.advance_(complex_grads, bundle.counter, betas, factor, self._backend)
+                pairs.repeat_()
+                locks = pairs.pairs
             bundle.sweep.step_(
+                params,
                 grads,
+                bundle.state(now, "exp_avg"),
+                bundle.state(now, "exp_avg_sq"),
+                bundle.largest(now),
+                locks,
                 bundle.counter,
                 scalars,
                 rows,
                 advanced=so_far,
                 grad_factor=factor,
                 found_inf=scaling.found_inf.get(device),
+                moved=bundle.pairs,  # the pairs are made for this step
             )
 
     def _differentiable_step(self) -> None:
@@ -203,6 +228,7 @@ class LockedAdamW(PreparedAdamW):
         Raises:
             RuntimeError: entries of the parameter share memory, or are in none; `fused` is on and torch's kernels
                 cannot take it.
+            ValueError: a tensor of its state has another shape.
             NotImplementedError: `capturable` is on and it is complex, or an option is not there for what ranks share.
             AssertionError: `capturable` is on and it is on a device that has no graphs.
         """
@@ -215,11 +241,14 @@ class LockedAdamW(PreparedAdamW):
                         f"{flag}={group[flag]!r} and {self._name(param)}, which is shared out over ranks: not in this "
                         f"version{instead}"
                     )
-        if any(stride == 0 and size > 1 for size, stride in zip(held.shape, held.stride(), strict=True)):
-            raise RuntimeError(
-                f"{self._name(param)} is expanded: several of its entries are one place in memory, and a step would "
-                "write there several times; clone() it first"
-            )
+        for key, value in self.state.get(param, {}).items():
+            if key in self._STATE and isinstance(value, Tensor) and local(value).shape != held.shape:
+                raise ValueError(
+                    f"{self._name(param)} has shape {tuple(held.shape)} now, and {key} in its state "
+                    f"{tuple(local(value).shape)}. If you resized or replaced the parameter, give every tensor of "
+                    "optimizer.state[parameter] its shape too, importance and frozen included (0 for a new entry, "
+                    "which is free), or delete optimizer.state[parameter], which starts over"
+                )
         if group["fused"]:
             _device_dtype_check_for_fused(param)
         if group["capturable"]:
@@ -255,34 +284,31 @@ class LockedAdamW(PreparedAdamW):
         if lock_state is not None and lock_state not in state:
             state[lock_state] = self._new_lock(param)
 
-    def _bundle(self, params: list[Tensor], groups: list[int]) -> _Bundle:
-        states = [self.state[param] for param in params]
+    def _bundle(self, now: Present, where: list[int], groups: list[int], plain: bool) -> _Bundle:
+        params = [now.params[i] for i in where]
         kinds = [self._lock_in(param, self.param_groups[i]) for param, i in zip(params, groups, strict=True)]
         # an optimizer locks in one way, or not at all
         lock_in = next((kind for kind in kinds if kind != "none"), "none")
-        locks = [
-            local(state[LOCK_STATE[kind]]) if kind in LOCK_STATE else None
-            for state, kind in zip(states, kinds, strict=True)
-        ]
-        pairs = None
-        if params[0].is_complex():
-            pairs = PairLocks(locks, advances=lock_in == "importance")
-            locks, lock_in = pairs.pairs, "none" if lock_in == "none" else "static"
-        sweep = Sweep(
-            list(map(as_real, params)),
-            list(map(real_gradient, params)),
-            [as_real(state["exp_avg"]) for state in states],
-            [as_real(state["exp_avg_sq"]) for state in states],
-            [
-                as_real(state["max_exp_avg_sq"]) if self.param_groups[i]["amsgrad"] else None
-                for state, i in zip(states, groups, strict=True)
-            ],
+        lockable = [kind != "none" for kind in kinds]
+        amsgrad = [self.param_groups[i]["amsgrad"] for i in groups]
+        counter = self._nonfinite.counter(params)
+        pairs = params[0].is_complex()
+        bundle = _Bundle(where, groups, plain, counter, lock_in, lockable, amsgrad, pairs)
+        locks = bundle.locks(now)
+        if pairs and locks:
+            locks, lock_in = PairLocks(locks, advances=False).pairs, "static"
+        bundle.sweep = Sweep(
+            bundle.params(now),
+            bundle.grads(now),
+            bundle.state(now, "exp_avg"),
+            bundle.state(now, "exp_avg_sq"),
+            bundle.largest(now),
             locks,
             lock_in,
-            [kind != "none" for kind in kinds],
+            lockable,
             self._backend,
         )
-        return _Bundle(params, groups, sweep, self._nonfinite.counter(params), pairs)
+        return bundle
 
     # Graphs ----------------------------------------------------------------------------------------------------------
 
@@ -304,16 +330,22 @@ class LockedAdamW(PreparedAdamW):
         return True
 
     @contextmanager
-    def _keeping(self, prepared: Prepared, capturing: bool) -> Iterator[None]:
+    def _keeping(self, prepared: Prepared, now: Present, capturing: bool) -> Iterator[None]:
         """Keep what the device reads in this step for as long as a graph may read it, if one is being captured."""
         if isinstance(prepared.clocks, HostClocks):
             yield
             return
         with self._uploads.step(capturing):
-            self._uploads.keep(prepared)
+            if capturing:
+                self._uploads.keep((prepared.bundles, prepared.clocks, now))
             yield
 
     _KEPT = (*PreparedAdamW._KEPT, "_nonfinite")
+
+
+def _where(wanted: list[bool], tensors: list[Any]) -> list[Tensor | None]:
+    """Return the tensors that are wanted, None for the others."""
+    return [tensor if want else None for want, tensor in zip(wanted, tensors, strict=True)]
 
 
 # entries from which on a state is staggered, and the entries (832 bytes) by which each follows the one before

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from epi_kernels.contract import arithmetic_dtype
 from epi_kernels.distributed import is_dtensor, local
+from epi_kernels.layers import Grouping, without_wrappers
 from epi_kernels.optim.groups import Groups, name_of
 
 # state of ours and of torch that keeps its own dtype when loaded; None: that of the arithmetic
@@ -56,6 +57,60 @@ def check_form(state_dict: dict[str, Any], groups: Groups) -> bool:
         if not isinstance(group, dict) or not isinstance(group.get("params"), (list, tuple)):
             raise ValueError(f"parameter group {i} of the state has no list of params; it is incomplete")
     return [len(group["params"]) for group in state_dict["param_groups"]] == [len(g["params"]) for g in groups]
+
+
+def in_our_order(state_dict: dict[str, Any], groups: Groups, grouping: Grouping | None = None) -> dict[str, Any]:
+    """Return a saved state of the form and size of `groups` with its parameters in the order of the names of `groups`.
+
+    It is another dict where both sides have the same names, without what wrappers add, in another order: torch goes by
+    position, and the state of a parameter, its mask or selection included, would be another's. Where the names differ,
+    parameters were renamed, and the position counts as with torch. The settings of a group always go by its position.
+
+    Args:
+        state_dict: in torch's form.
+        groups: the optimizer's own.
+        grouping: of its parameters into layers, if it has one.
+    """
+    saved_groups = state_dict["param_groups"]
+    for key in (lambda name: without_wrappers(str(name)), str):
+        theirs = [_named(group, group["params"], key) for group in saved_groups]
+        ours = [_named(group, group["params"], key) for group in groups]
+        numbers = {name: number for members in theirs for name, number in members}
+        params = {name: param for members in ours for name, param in members}
+        total = sum(len(group["params"]) for group in groups)
+        if len(numbers) == len(params) == total and numbers.keys() == params.keys():  # of all, and each name once
+            break
+    else:
+        return state_dict
+    if list(numbers) == list(params):
+        return state_dict
+    own_names = {key(name): name for group in groups for name in group["param_names"]}
+    as_saved = [
+        {**group, "params": [params[n] for n, _ in members], "param_names": [own_names[n] for n, _ in members]}
+        for group, members in zip(groups, theirs, strict=True)
+    ]
+    if grouping is not None:
+        grouping.stamp(as_saved)
+    found = []
+    for saved, group, members, there in zip(saved_groups, groups, ours, as_saved, strict=True):
+        moved: dict[str, Any] = {
+            "params": [numbers[name] for name, _ in members],
+            "param_names": list(group["param_names"]),
+        }
+        if "layer_digest" in saved and "layer_digest" in group:
+            # it goes by position: the digest of our layers in the state's order says whether the layers are the same
+            same = saved["layer_digest"] == there["layer_digest"]
+            moved["layer_digest"] = group["layer_digest"] if same else ""
+        found.append({**saved, **moved})
+    return {**state_dict, "param_groups": found}
+
+
+def _named(group: dict[str, Any], members: Sequence[Any], key: Callable[[Any], str]) -> list[tuple[str, Any]]:
+    """Return (name, member) of each member of a group, or nothing where it has no names of them."""
+    names = group.get("param_names", ())
+    if not isinstance(names, (list, tuple)) or len(names) != len(members):
+        return []
+    return list(zip(map(key, names), members, strict=True))
 
 
 def check_state(
@@ -169,7 +224,7 @@ def check_place(key: str, value: Tensor, param: Tensor, name: str, shape: tuple[
         )
     if tuple(value.shape) != shape:
         raise ValueError(f"{key} of {name} has shape {tuple(value.shape)} in the state, and {shape} here")
-    if is_dtensor(value) and not _placed_alike(value, param):
+    if is_dtensor(value) and not placed_alike(value, param):
         theirs, ours = (_placements(tensor) for tensor in (value, param))
         raise ValueError(
             f"{key} of {name} is placed {theirs} in the state, and the parameter {ours} here; load it with "
@@ -177,7 +232,8 @@ def check_place(key: str, value: Tensor, param: Tensor, name: str, shape: tuple[
         )
 
 
-def _placed_alike(value: Tensor, param: Tensor) -> bool:
+def placed_alike(value: Tensor, param: Tensor) -> bool:
+    """Return whether a DTensor's shards are where those of a parameter are."""
     return is_dtensor(param) and _placements(value) == _placements(param)
 
 
@@ -188,7 +244,7 @@ def _placements(tensor: Tensor) -> Any:
 
 
 def pairs_of(saved_groups: Groups, groups: Groups) -> Iterator[tuple[Any, Tensor]]:
-    """Yield (the number of a parameter in a saved state, the parameter), by position as torch has it."""
+    """Yield (the number of a parameter in a saved state, the parameter), by position; see `in_our_order`."""
     for saved, own in zip(saved_groups, groups, strict=True):
         yield from zip(saved["params"], own["params"], strict=True)
 
@@ -205,6 +261,8 @@ def taken(entry: dict[str, Any], param: Tensor, before: dict[str, Tensor]) -> di
             state[key] = before[key].copy_(torch.as_tensor(value))
         elif key == "step":
             state[key] = value  # whoever takes it knows where a clock runs
+        elif key in ("indices", "trainable"):
+            state[key] = value.to(param.device)  # positions
         else:
             state[key] = value.to(device=param.device, dtype=_dtype_of(key, param, value))
     for key, old in before.items():

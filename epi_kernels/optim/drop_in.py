@@ -13,9 +13,9 @@ from torch.optim.optimizer import Optimizer
 
 from epi_kernels import dispatch
 from epi_kernels.contract import FLOATING
-from epi_kernels.distributed import is_dtensor, shard_of
+from epi_kernels.distributed import given, is_dtensor, shard_of
 from epi_kernels.optim import compiled
-from epi_kernels.optim.checkpoint import check_form, check_state, named, pairs_of, taken
+from epi_kernels.optim.checkpoint import check_form, check_state, in_our_order, named, pairs_of, taken
 from epi_kernels.optim.groups import Named, check_shared
 
 # torch's complaint about a capture that its own flags do not allow; the first name is that of torch >= 2.9
@@ -59,6 +59,9 @@ class DropInAdamW(Named, AdamW):
 
     # whether parameters may be DTensors
     _SHARDED = False
+
+    # that the user gave
+    _process_group: Any = None
 
     # what takes the steps instead, parameter by parameter: see `epi_kernels.optim.release`
     _released: Released | None = None
@@ -238,7 +241,9 @@ class DropInAdamW(Named, AdamW):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state as torch does, with the dtypes of this class: torch casts every state to its parameter's.
 
-        What the state's groups lack of our settings (a plain torch.optim.AdamW state lacks all) stays as it is.
+        What the state's groups lack of our settings (a plain torch.optim.AdamW state lacks all) stays as it is. Where
+        both sides have the same parameter names in another order, the state of each parameter goes by its name, not,
+        as with torch, by its position; where the names differ, by position.
 
         Raises:
             ValueError: the state is of another optimizer, of other shapes, or incomplete; the message names the entry,
@@ -254,6 +259,7 @@ class DropInAdamW(Named, AdamW):
         def check(_: Any, given: dict[str, Any]) -> dict[str, Any]:
             if not check_form(given, self.param_groups):
                 return given
+            given = in_our_order(given, self.param_groups, getattr(self, "_grouping", None))
             check_state(
                 given, self.param_groups, self._STATE, self._state_shape, self._check_entry, complete=self._COMPLETE
             )
@@ -329,7 +335,7 @@ class DropInAdamW(Named, AdamW):
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep: torch's part and our own attributes."""
         own = {key: value for key, value in self.__dict__.items() if key in self._KEPT}
-        return {**super().__getstate__(), **own}
+        return {**super().__getstate__(), **own, "_process_group": given(self._process_group)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what `__getstate__` gave."""

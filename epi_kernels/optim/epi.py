@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from epi_kernels import lock
-from epi_kernels.distributed import local, wrapped
+from epi_kernels.distributed import Lost, local, wrapped
 from epi_kernels.integrations.deepspeed import group_of, segments_of
 from epi_kernels.layers import Grouping, LayersArgument, check_saved, has_names
 from epi_kernels.notices import warn
@@ -176,6 +176,8 @@ class EPIAdamW(Isolation, LockedAdamW):
         self._every_group = self.param_groups
         if segments:
             self._process_group = group_of(engine)
+        elif isinstance(self._process_group, Lost):
+            self._process_group = None
         self._part()
 
     def __repr__(self) -> str:
@@ -231,6 +233,7 @@ class EPIAdamW(Isolation, LockedAdamW):
         return due
 
     def _run_step(self) -> None:
+        self._ranks()  # a copy may have lost them, and says so before anything has changed
         if self._segments is not None:
             self._begin_iteration()
         super()._run_step()
@@ -239,7 +242,7 @@ class EPIAdamW(Isolation, LockedAdamW):
         if self._segments is None:
             return self._prepared
         first = next((param for group in self.param_groups for param in group["params"]), None)
-        return self._prepared if first is None else self._alone.setdefault(first, Prepared())
+        return self._prepared if first is None else self._alone.setdefault(id(first), Prepared())
 
     def _begin_iteration(self) -> None:
         """Count an iteration of DeepSpeed at its first call of `step`, and refresh there if the last one made it due.
@@ -361,9 +364,11 @@ class EPIAdamW(Isolation, LockedAdamW):
         state["exp_avg_sq"] = state["importance"] = signed
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what pickle and deepcopy keep."""
+        """Return what pickle and deepcopy keep; no segments of DeepSpeed, which steps no copy."""
         self._keep_clock(self._latest_clock())
-        return super().__getstate__()
+        if self._segments is None:
+            return super().__getstate__()
+        return {**super().__getstate__(), "_process_group": Lost("call bind_deepspeed(engine) of the copy")}
 
     _KEPT = (*LockedAdamW._KEPT, "_grouping", "_records", "_on_device")
 

@@ -13,7 +13,7 @@ from torch.optim.lbfgs import LBFGS
 from torch.optim.optimizer import Optimizer
 
 from epi_kernels import dispatch, lock, ops
-from epi_kernels.distributed import local, local_gradient, shard_of
+from epi_kernels.distributed import given, local, local_gradient, shard_of
 from epi_kernels.layers import Grouping, LayersArgument, check_saved
 from epi_kernels.optim.base import new_state
 from epi_kernels.optim.checkpoint import check_form, check_place, check_tensor, named, pairs_of
@@ -378,7 +378,8 @@ class IsolatedOptimizer(Isolation, Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep."""
         kept = ("base", "_backend", "_settings", "_grouping", "_records", "_nonfinite", "_importances")
-        return {**{key: self.__dict__[key] for key in kept}, "_step_supports_amp_scaling": False}
+        group = {"_process_group": given(self._process_group)}
+        return {**{key: self.__dict__[key] for key in kept}, **group, "_step_supports_amp_scaling": False}
 
 
 def _is_torchs(base: Optimizer) -> bool:

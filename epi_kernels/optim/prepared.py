@@ -4,53 +4,101 @@ A step of an optimizer of this package is a look at every tensor (has it moved? 
 counts all clocks, and one launch for each bundle of tensors.
 """
 
+import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from operator import attrgetter
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-from epi_kernels.contract import check_lists
+from epi_kernels.contract import check_lists, shares_memory
 from epi_kernels.distributed import Ranks, group_of, is_dtensor, local, local_gradient
 from epi_kernels.optim.clocks import DeviceClocks, HostClocks
 from epi_kernels.optim.complex import as_real
 from epi_kernels.optim.drop_in import DropInAdamW
 from epi_kernels.optim.groups import settings_of
 
-_NOTHING: dict[str, Tensor] = {}
+_NOTHING: dict[str, Any] = {}
+_PLAIN = {Tensor, Parameter}
+
+_address, _is_neg = Tensor.data_ptr, Tensor.is_neg
+_dtype, _shape, _requires_grad = map(attrgetter, ("dtype", "shape", "requires_grad"))
+
+_T = TypeVar("_T")
 
 # (group, its parameters that may take part)
 Members = Iterable[tuple[dict[str, Any], Sequence[Tensor]]]
 
 
 @dataclass(slots=True)
+class Present:
+    """The tensors of the parameters that take part in a step, as groups and state hold them now; gone with the step.
+
+    Nothing that outlives a step holds a tensor of theirs: a program moves states and weights to another device between
+    two steps to have their memory.
+    """
+
+    params: list[Tensor] = field(default_factory=list)
+    groups: list[dict[str, Any]] = field(default_factory=list)  # of each parameter
+    grads: list[Tensor] = field(default_factory=list)  # as the parameters have them
+    held: list[Tensor] = field(default_factory=list)  # what this rank holds of each parameter
+    state: dict[str, list[Any]] = field(default_factory=dict)  # key -> what this rank holds of it, None: nothing
+
+
+@dataclass(slots=True)
 class Bundle:
-    """The tensors of one launch."""
+    """The tensors of one launch, by their positions among those of a step."""
 
-    params: list[Tensor]
+    where: list[int]
     groups: list[int]  # of each, its position in param_groups
-    plain: bool = field(init=False)  # real tensors whose gradients are in memory, and no DTensor among them
+    plain: bool  # real tensors whose gradients are in memory, and no DTensor among them
 
-    def __post_init__(self) -> None:
-        """See whether there is anything to look behind."""
-        self.plain = all(local(p) is p and not p.is_complex() and not p.grad.is_neg() for p in self.params)  # type: ignore[union-attr]
+    def of(self, values: list[_T]) -> list[_T]:
+        """Return those of this bundle among `values`, of which all parameters of the step have one."""
+        # in order, and each position once
+        return values if len(values) == len(self.where) else [values[i] for i in self.where]
 
-    def grads(self) -> list[Tensor]:
+    def params(self, now: Present) -> list[Tensor]:
+        """Return what this rank holds of the parameters, as an operation takes it."""
+        return self.of(now.held) if self.plain else list(map(as_real, self.of(now.held)))
+
+    def grads(self, now: Present) -> list[Tensor]:
         """Return the gradients as an operation takes them."""
-        if self.plain:
-            return [param.grad for param in self.params]  # type: ignore[misc]
-        return list(map(real_gradient, self.params))
+        return self.of(now.grads) if self.plain else list(map(real_gradient, self.of(now.params)))
+
+    def state(self, now: Present, key: str) -> list[Any]:
+        """Return the states `key` as an operation takes them; None where a parameter has none."""
+        values = self.of(now.state[key])
+        return values if self.plain else [None if value is None else as_real(value) for value in values]
 
 
 @dataclass
 class Prepared:
-    """What was prepared for some parameters, and what it was made from."""
+    """What was prepared for some parameters, and what it was made from; it holds no tensor of theirs."""
 
     seen: list[object] | None = None
+    alive: list["weakref.ref[Tensor]"] = field(default_factory=list)  # the states that were seen
+    gone: list[object] = field(default_factory=list)  # not empty once one of them is: another may have its address
     bundles: list[Any] = field(default_factory=list)  # of what a subclass's `_bundle` returns
-    params: list[Tensor] = field(default_factory=list)  # of the bundles
     clocks: HostClocks | DeviceClocks = field(default_factory=lambda: HostClocks([]))
+
+    def holds(self, seen: list[object]) -> bool:
+        """Return whether what was prepared is for what is `seen` now."""
+        return not self.gone and seen == self.seen
+
+    def remember(self, seen: list[object], states: Iterable[Tensor]) -> None:
+        """Note for what everything was prepared, and hear of the death of any of these states.
+
+        Not of a parameter's: torch.utils.swap_tensors, by which a module of DTensors moves, refuses what has a weak
+        reference. Of parameters all is looked at that a table of them depends on.
+        """
+        gone: list[object] = []
+        self.seen, self.gone = seen, gone
+        self.alive = [weakref.ref(state, gone.append) for state in states]
 
 
 class PreparedAdamW(DropInAdamW):
@@ -60,15 +108,14 @@ class PreparedAdamW(DropInAdamW):
     """
 
     _met = False  # the other ranks, since parameters, masks or a state came
-    _process_group: Any = None  # that the user gave
 
     # What a subclass says -------------------------------------------------------------------------------------------
 
-    def _bundle(self, params: list[Tensor], groups: list[int]) -> Bundle:
-        """Return the bundle of parameters of one device and pair of dtypes, of these groups."""
+    def _bundle(self, now: Present, where: list[int], groups: list[int], plain: bool) -> Bundle:
+        """Return the bundle of parameters of one device and pair of dtypes; arguments as of `Bundle`."""
         raise NotImplementedError
 
-    def _update(self, prepared: Prepared) -> None:
+    def _update(self, prepared: Prepared, now: Present) -> None:
         """Update the parameters, their clocks counted."""
         raise NotImplementedError
 
@@ -92,13 +139,18 @@ class PreparedAdamW(DropInAdamW):
         """Check what a step cannot do with a parameter; called before anything is changed.
 
         Raises:
-            RuntimeError: the parameter is a lazily conjugated or negated view.
+            RuntimeError: the parameter is a lazily conjugated or negated view, or several of its entries share memory.
         """
         if param.is_conj() or param.is_neg():
             raise RuntimeError(
                 f"{self._name(param)} is {'conjugated' if param.is_conj() else 'negated'} lazily: its values are not "
                 "in memory, where a step writes. Optimize the tensor that it is a view of, or "
                 "resolve_conj().resolve_neg(), a copy"
+            )
+        if shares_memory(local(param)):
+            raise RuntimeError(
+                f"{self._name(param)} is expanded, or strided over itself: several of its entries are one place in "
+                "memory, and a step would write there several times; clone() it first"
             )
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -122,90 +174,116 @@ class PreparedAdamW(DropInAdamW):
         self._met = True
 
     def _step_alone(self, param: Tensor, group: int) -> None:
-        prepared = self._alone.setdefault(param, Prepared())
-        self._bring_up_to_date(prepared, [(self.param_groups[group], [param])])
+        if len(self._alone) > 2 * sum(len(one["params"]) for one in self.param_groups):  # of parameters that have left
+            self._alone.clear()
+        prepared = self._alone.setdefault(id(param), Prepared())
+        now = self._bring_up_to_date(prepared, [(self.param_groups[group], [param])])
         if prepared.bundles and prepared.clocks.count({}):
-            self._update(prepared)
+            self._update(prepared, now)
 
     def _forget(self) -> None:
         self._met = False
         self._prepared = Prepared()
-        self._alone: dict[Tensor, Prepared] = {}
+        self._alone: dict[int, Prepared] = {}  # by the identity of a parameter
 
-    def _bring_up_to_date(self, prepared: Prepared, members: Members, capturing: bool = False) -> None:
-        """Prepare anew if anything has changed since the last step.
+    def _bring_up_to_date(self, prepared: Prepared, members: Members, capturing: bool = False) -> Present:
+        """Prepare anew if anything has changed since the last step, and return the tensors of this one.
 
         Raises:
             RuntimeError: a gradient is sparse, or a graph is being captured.
         """
         members = list(members)
-        seen = self._look(members)
-        if seen == prepared.seen:
-            return
+        seen, now = self._look(members)
+        if prepared.holds(seen):
+            return now
         if capturing:
             raise RuntimeError(
                 "step() is being captured, and it is not the step of before: its tensors are not prepared, or "
                 "other parameters have a gradient now, or a state was loaded. Take a step outside of the capture "
                 "first, with the same parameters having gradients"
             )
-        self._prepare(prepared, members)
-        prepared.seen = self._look(members)
+        return self._prepare(prepared, members, now)
 
-    def _look(self, members: Members) -> list[object]:
-        """Return what decides whether the bundles of the last step still hold: settings, addresses and layouts.
+    def _look(self, members: Members) -> tuple[list[object], Present]:
+        """Return what decides whether the bundles of the last step still hold, and the tensors of this step.
 
-        This is all that a step does for each tensor; the rest of it was prepared.
+        That is settings, and of each tensor its identity, address, dtype and layout; the shape of a state is that of
+        the first look, for as long as it is the same tensor at the same address. This is all that a step does for each
+        tensor, in loops of C where there are any: 291 small tensors are looked at in 0.3 ms.
 
         Raises:
             RuntimeError: a gradient is sparse.
         """
-        seen: list[object] = []
-        state = self.state
+        now = Present()
+        settings: list[object] = []
         for group, params in members:
-            seen.append(self._settings_seen(group))
+            settings.append(self._settings_seen(group))
+            before = len(now.params)
             for param in params:
                 grad = param.grad
-                if grad is None or not self._moves(param):
-                    seen.append(None)
-                    continue
-                if grad.is_sparse:
-                    raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
-                held, held_grad = local(param), local(grad)
-                seen.append(
-                    (
-                        held.data_ptr(),
-                        held.shape,
-                        held.is_contiguous() or held.stride(),
-                        param.requires_grad,
-                        grad.dtype,
-                        grad.is_neg() or grad.is_conj(),
-                        held_grad.is_contiguous() or held_grad.stride(),
-                        *[local(value).data_ptr() for value in state.get(param, _NOTHING).values()],
-                    )
-                )
-        return seen
+                if grad is not None and self._moves(param):
+                    now.params.append(param)
+                    now.grads.append(grad)
+            count = len(now.params) - before
+            settings.append(count)
+            now.groups.extend([group] * count)
+        grads = now.grads
+        if any(grad.is_sparse for grad in grads):
+            raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
+        now.held, plain = now.params, _PLAIN.issuperset(map(type, now.params))
+        if not plain:
+            now.held, grads = list(map(local, now.params)), list(map(local, grads))
+        seen = [
+            settings,
+            plain,
+            list(map(id, now.params)),
+            list(map(_requires_grad, now.params)),
+            *_memory(now.held),
+            list(map(_shape, now.held)),
+            [held.is_contiguous() or held.stride() for held in now.held],
+            list(map(_is_neg, now.held)),
+            list(map(_dtype, grads)),
+            list(map(_is_neg, grads)),
+            [grad.is_contiguous() or grad.stride() for grad in grads],
+        ]
+        if any(dtype.is_complex for dtype in set(map(_dtype, now.held))):
+            seen.append([(held.is_conj(), grad.is_conj()) for held, grad in zip(now.held, grads, strict=True)])
+        states = [self.state.get(param, _NOTHING) for param in now.params]
+        for key in ("step", *self._STATE):
+            values = [state.get(key) for state in states]
+            seen += [key, list(map(id, values))]
+            if not plain:
+                values = [None if value is None else local(value) for value in values]
+            present = [value for value in values if value is not None]
+            if present:
+                seen += _memory(present)
+                now.state[key] = values
+        return seen, now
 
-    def _prepare(self, prepared: Prepared, members: Members) -> None:
+    def _prepare(self, prepared: Prepared, members: Members, now: Present) -> Present:
         """Check the parameters that have a gradient, create what state they lack, and bundle them into launches."""
         prepared.seen, prepared.bundles = None, []
-        of_group: dict[Tensor, int] = {}
         numbers = {id(group): i for i, group in enumerate(self.param_groups)}
-        for group, params in members:
-            for param in params:
-                if param.grad is not None and self._moves(param):
-                    of_group.setdefault(param, numbers[id(group)])
+        of_group: dict[Tensor, int] = {}
+        for param, group in zip(now.params, now.groups, strict=True):
+            of_group.setdefault(param, numbers[id(group)])
         check_lists(params=list(map(as_real, of_group)), grads=list(map(real_gradient, of_group)))
         for param, i in of_group.items():
             self._check_layout(param, self.param_groups[i])
-        bundles: defaultdict[tuple[object, ...], list[Tensor]] = defaultdict(list)
-        for param, i in of_group.items():
-            self._ensure_state(param, self.param_groups[i])
+        bundles: defaultdict[tuple[object, ...], dict[Tensor, int]] = defaultdict(dict)
+        for i, param in enumerate(now.params):
+            self._ensure_state(param, now.groups[i])
             key = (param.device, param.dtype, param.grad.dtype, *self._kind(param))  # type: ignore[union-attr]
-            bundles[key].append(param)
-        prepared.params = [param for bundle in bundles.values() for param in bundle]
-        self._gather_clocks(prepared, list(bundles.values()), of_group)
+            bundles[key].setdefault(param, i)
+        self._gather_clocks(prepared, list(map(list, bundles.values())), of_group)
+        seen, now = self._look(members)
         for bundle in bundles.values():
-            prepared.bundles.append(self._bundle(bundle, [of_group[param] for param in bundle]))
+            plain = all(local(p) is p and not p.is_complex() and not p.grad.is_neg() for p in bundle)  # type: ignore[union-attr]
+            groups = [of_group[param] for param in bundle]
+            prepared.bundles.append(self._bundle(now, list(bundle.values()), groups, plain))
+        states = [self.state[param] for param in of_group]
+        prepared.remember(seen, [state[key] for state in states for key in self._STATE if key in state])
+        return now
 
     def _gather_clocks(self, prepared: Prepared, bundles: list[list[Tensor]], members: dict[Tensor, int]) -> None:
         """Make every ``state["step"]`` an element of the vectors of `prepared.clocks`."""
@@ -214,8 +292,14 @@ class PreparedAdamW(DropInAdamW):
             prepared.clocks = DeviceClocks(steps, [bundle[0].device for bundle in bundles])
         else:
             prepared.clocks = HostClocks(steps)
-        for param, step in zip(prepared.params, prepared.clocks.elements(), strict=True):
+        params = [param for bundle in bundles for param in bundle]
+        for param, step in zip(params, prepared.clocks.elements(), strict=True):
             self.state[param]["step"] = step
+
+
+def _memory(tensors: list[Tensor]) -> tuple[list[int], list[torch.dtype]]:
+    """Return of tensors where they are, and as what."""
+    return list(map(_address, tensors)), list(map(_dtype, tensors))
 
 
 def real_gradient(param: Tensor) -> Tensor:

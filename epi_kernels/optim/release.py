@@ -21,7 +21,7 @@ class GradientRelease:
         self._optimizer = optimizer
         self._stepped: set[Tensor] = set()
         self._handles = {
-            param: _hooked(param, functools.partial(self._step, group=i))
+            id(param): _hooked(param, functools.partial(self._step, group=i))
             for i, group in enumerate(optimizer.param_groups)
             for param in dict.fromkeys(group["params"])
         }
@@ -49,6 +49,11 @@ class GradientRelease:
         self._stepped.add(param)
         param.grad = None
 
+    def _steps(self, param: Tensor) -> bool:
+        """Return whether backward() steps a parameter; by the hook that it has, no parameter being held here."""
+        handle = self._handles.get(id(param))
+        return handle is not None and handle.hooks_dict_ref() is param._post_accumulate_grad_hooks
+
     def end_iteration(self) -> None:
         """Do what `optimizer.step()` still has to do after a backward pass.
 
@@ -64,7 +69,7 @@ class GradientRelease:
             )
         for param in (param for group in self._optimizer.param_groups for param in group["params"]):
             name = self._optimizer._name
-            if param not in self._handles:
+            if not self._steps(param):
                 raise RuntimeError(
                     f"{name(param)} joined the optimizer after release_gradients, and backward() does not step it; "
                     "remove() the release and call release_gradients anew"

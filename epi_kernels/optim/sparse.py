@@ -1,7 +1,7 @@
 """SparseAdamW: AdamW of selected entries alone, with state for them alone (PIECE, arXiv 2511.15375)."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,10 +9,12 @@ from torch import Tensor
 
 from epi_kernels.contract import arithmetic_dtype
 from epi_kernels.distributed import is_dtensor, local, shard_of, wrapped
+from epi_kernels.notices import warn
 from epi_kernels.ops import SparseSweep
-from epi_kernels.optim.checkpoint import pairs_of
+from epi_kernels.optim.checkpoint import pairs_of, placed_alike, taken
 from epi_kernels.optim.groups import digest_of, masks_of, position_of
-from epi_kernels.optim.prepared import Bundle, Prepared, PreparedAdamW, real_gradient
+from epi_kernels.optim.places import Following, Place, Places, check_shape
+from epi_kernels.optim.prepared import Bundle, Prepared, Present
 from epi_kernels.optim.refusals import require_default
 
 # positions fit int32 below this
@@ -21,13 +23,35 @@ _NARROW = 1 << 31
 # flags of AdamW that this version does not have for compact states
 _REFUSED = ("amsgrad", "capturable", "differentiable")
 
+_WAY_OUT = "If you replaced or resized the parameter, select() again, with masks in the new shapes"
+
+
+@dataclass(frozen=True, slots=True)
+class _Selection:
+    """What is trainable of a parameter: positions in what this rank holds, and the shape of the whole parameter.
+
+    Of a DTensor there is a number that is equal on ranks of equal masks.
+    """
+
+    positions: Tensor
+    shape: torch.Size
+    digest: int | None = None
+
 
 @dataclass(slots=True)
 class _Bundle(Bundle):
-    sweep: SparseSweep
+    sweep: SparseSweep = field(init=False)
+
+    def tensors(self, now: Present) -> Iterator[list[Tensor]]:
+        """Yield the lists that `sparse_adamw_` takes."""
+        yield from (self.params(now), self.grads(now))
+        absent = [None] * len(self.where)
+        of_plain, of_shards = (self.state(now, key) if key in now.state else absent for key in ("indices", "trainable"))
+        yield [one if one is not None else other for one, other in zip(of_plain, of_shards, strict=True)]
+        yield from (self.state(now, key) for key in ("exp_avg", "exp_avg_sq"))
 
 
-class SparseAdamW(PreparedAdamW):
+class SparseAdamW(Following):
     """AdamW that moves the selected entries and no others; time and memory go with the entries selected.
 
     ::
@@ -52,17 +76,22 @@ class SparseAdamW(PreparedAdamW):
         backend: "auto", or the name of one, which then runs or raises.
 
     State of a parameter with k selected entries: ``step``, ``exp_avg`` and ``exp_avg_sq`` [k], and ``indices`` [k], the
-    positions in row-major order, int32 (int64 from 2^31 entries on). A checkpoint brings its selection along.
+    positions in row-major order, int32 (int64 from 2^31 entries on). A checkpoint brings its selection along; what it
+    has no entry for, because it required no gradient, keeps its selection and starts with fresh moments, as after
+    ``state.clear()``. Where a wrapper puts other objects into `param_groups`, state and selection follow by name, else
+    by position, to the shard where that is a DTensor.
 
-    Of a DTensor the state is that of the shard, and a checkpoint has it in the parameter's shape, with ``trainable``,
-    the mask, so that it loads on another number of ranks: 9 bytes for each entry, made when it is saved. What is plain
-    has k values there, and torch.distributed.checkpoint, which loads into what is there, loads it where as many entries
-    are selected; between sharded and plain, save with ``full_state_dict=True``. Ranks that have a replica each, as
-    under DDP, must be given the same masks.
+    Of a DTensor the state is that of the shard, with the positions under ``trainable``, and a checkpoint has it in the
+    parameter's shape, with the mask as ``trainable``, so that it loads on another number of ranks: 9 bytes for each
+    entry, made when it is saved. What is plain has k values there, and torch.distributed.checkpoint, which loads into
+    what is there, loads it where as many entries are selected; between sharded and plain, save with
+    ``full_state_dict=True``. Ranks that have a replica each, as under DDP, must be given the same masks.
 
     Raises:
         ValueError: a name or Parameter is unknown, or its mask is not bool or has another shape; or, at the first step
-            and on every rank that holds a part of the parameters, settings or masks of the ranks differ.
+            and on every rank that holds a part of the parameters, settings or masks of the ranks differ; or a wrapper
+            has put other tensors into `param_groups` to which a selection cannot go, as DeepSpeed ZeRO does; or a
+            parameter has another shape than its selection.
         NotImplementedError: an argument or a parameter's kind is not in this version.
 
     Example:
@@ -77,7 +106,6 @@ class SparseAdamW(PreparedAdamW):
     _SHARDED = True
     _COMPLETE = True
     _STATE = ("exp_avg", "exp_avg_sq", "indices", "trainable")
-    _KEPT = (*PreparedAdamW._KEPT, "_digests")
 
     def __init__(
         self,
@@ -98,6 +126,7 @@ class SparseAdamW(PreparedAdamW):
         backend: str = "auto",
     ) -> None:
         self._process_group = process_group
+        self._places = Places()
         super().__init__(
             params,
             lr,
@@ -127,36 +156,95 @@ class SparseAdamW(PreparedAdamW):
         Raises:
             ValueError: as the constructor; the selection is then as it was.
         """
+        self._places.look(self.param_groups)
         parted = self._process_group is not None
         chosen = masks_of(trainable, self.param_groups, "trainable", partitioned=parted)
         shards = {param: local(shard_of(mask.to(param.device), param)) for param, mask in chosen.items()}
-        self._digests = {param: digest_of(mask) for param, mask in chosen.items() if is_dtensor(param)}
         self.state.clear()
         self._forget()
+        for param in (param for group in self.param_groups for param in group["params"]):
+            self._places.put(param, None)
         for param, mask in shards.items():
-            self._choose(param, mask.reshape(-1).nonzero()[:, 0])
+            positions = _narrow(mask.reshape(-1).nonzero()[:, 0], local(param))
+            digest = digest_of(chosen[param]) if is_dtensor(param) else None
+            self._places.put(param, _Selection(positions, param.shape, digest))
         self._complete()
 
     def _complete(self) -> None:
-        """Give every parameter a state: that of nothing, where nothing is selected.
+        """Give every parameter a state: that of its selection, of nothing where nothing is selected.
 
         torch.distributed.checkpoint loads into the states that are there, and would leave out the others of a file.
         """
         for group in self.param_groups:
             for param in group["params"]:
-                if not self.state.get(param):
-                    self._choose(param, torch.zeros(0, dtype=torch.int64, device=param.device))
+                self._ensure_state(param, group)
 
-    def _choose(self, param: Tensor, positions: Tensor) -> None:
-        """Give a parameter the state of entries at these positions of what this rank holds, in row-major order."""
-        group = self._group_of(param)
+    def _ensure_state(self, param: Tensor, group: dict[str, Any]) -> None:
+        """Start a state that was cleared over; of one that is there the selection is what counts."""
+        selection: _Selection | None = self._places.get(param)
+        state = self.state.get(param, {})
+        positions = state.get(_key(param), selection and selection.positions)
+        if not {"step", "exp_avg", "exp_avg_sq", _key(param)} <= state.keys():
+            self._start(param, group, positions)
+        elif positions is not (selection and selection.positions) and (selection or positions.numel()):
+            self._places.put(param, _Selection(positions, selection.shape if selection else param.shape))
+
+    def _start(self, param: Tensor, group: dict[str, Any], positions: Tensor | None) -> None:
+        """Give a parameter a fresh state of entries at these positions of what this rank holds, in row-major order."""
+        if positions is None:
+            positions = _narrow(torch.zeros(0, dtype=torch.int64, device=param.device), local(param))
         dtype = arithmetic_dtype(param.dtype)
         self.state[param] = {
             "step": self._clock(0.0, param, group),
             "exp_avg": torch.zeros(len(positions), dtype=dtype, device=param.device),
             "exp_avg_sq": torch.zeros(len(positions), dtype=dtype, device=param.device),
-            "indices": _narrow(positions, local(param)),
+            _key(param): positions.to(param.device),
         }
+
+    def _positions(self, param: Tensor) -> Tensor:
+        """Return the positions of what is selected, in what this rank holds."""
+        positions: Tensor | None = self.state.get(param, {}).get(_key(param))
+        if positions is None:  # it was cleared
+            self._complete()
+            positions = self.state[param][_key(param)]
+        return positions
+
+    # Parameters that are replaced ------------------------------------------------------------------------------------
+
+    def _after_move(self) -> None:
+        for param in [p for p in self.state if isinstance(p, Tensor) and self._places.at(p) is None]:
+            del self.state[param]  # the state of nothing of a parameter that was replaced
+        self._complete()
+
+    def _catch_up(self) -> None:
+        super()._catch_up()
+        self._complete()
+
+    def _moved_to(self, place: Place, param: Tensor) -> tuple[_Selection, dict[str, Any] | None]:
+        selection: _Selection = place.belongs
+        check_shape(param, str(place), "trainable", selection.shape, _WAY_OUT)
+        if _key(param) in self.state.get(param, ()):  # whoever has replaced the parameter has seen to its state
+            return _Selection(self._positions(param), param.shape), None
+        state = self.state.get(place.param, {})
+        if not state:  # it was cleared, and the moments are fresh
+            moments = torch.zeros(len(selection.positions), dtype=arithmetic_dtype(param.dtype), device=param.device)
+            key = _key(place.param)
+            state = {"step": 0.0, "exp_avg": moments, "exp_avg_sq": moments.clone(), key: selection.positions}
+        if "trainable" in state:
+            if not placed_alike(place.param, param):
+                raise ValueError(
+                    f"{place} was a DTensor, and has been replaced by one that is placed otherwise: this rank has a "
+                    "shard of its selection alone. select() again, with masks of whole parameters"
+                )
+            entry = state
+        else:
+            entry = self._unpacked(state, param)
+        new = taken(entry, param, {})
+        new["step"] = self._clock(new["step"], param, self._group_of(param))
+        digest = digest_of(selection.positions) if is_dtensor(param) else None
+        return _Selection(new[_key(param)], param.shape, digest), new
+
+    # -----------------------------------------------------------------------------------------------------------------
 
     def _check_settings(self, group: dict[str, Any], shared: dict[str, Any]) -> None:
         _refuse_flags(group)
@@ -173,10 +261,11 @@ class SparseAdamW(PreparedAdamW):
         Raises:
             ValueError: `param` is not a parameter of this optimizer.
         """
+        self._catch_up()
         position_of(param, self.param_groups)  # raises where it has none
         held = local(param)
         mask = torch.zeros(held.numel(), dtype=torch.bool, device=param.device)
-        mask[self.state[param]["indices"].long()] = True
+        mask[self._positions(param).long()] = True
         return mask.view(held.shape)
 
     @torch.no_grad()
@@ -191,10 +280,11 @@ class SparseAdamW(PreparedAdamW):
         """
         if not all("param_names" in group for group in self.param_groups):
             raise ValueError("a delta goes by names, and the optimizer has none; pass it model.named_parameters()")
+        self._catch_up()
         found = {}
         # in the order of the groups, which is the same on all ranks
         for param in (param for group in self.param_groups for param in group["params"]):
-            positions, whole = self.state[param]["indices"], param
+            positions, whole = self._positions(param), param
             if is_dtensor(param):
                 mask = wrapped(self.trainable_mask(param).to(torch.uint8), param)
                 mask, whole = mask.full_tensor(), param.full_tensor()  # type: ignore[attr-defined]
@@ -205,55 +295,52 @@ class SparseAdamW(PreparedAdamW):
 
     def __repr__(self) -> str:
         """Return torch's text and how much is selected."""
-        counts = [len(state["indices"]) for state in self.state.values()]
-        total = sum(local(param).numel() for group in self.param_groups for param in group["params"])
+        params = [param for group in self.param_groups for param in group["params"]]
+        counts = [len(self.state.get(param, {}).get(_key(param), ())) for param in params]
+        total = sum(local(param).numel() for param in params)
         return f"{super().__repr__()}\nSelected: {sum(counts)} of {total} entries, in {sum(map(bool, counts))} tensors"
 
     # The step --------------------------------------------------------------------------------------------------------
 
     def _run_step(self) -> None:
-        self._compare_ranks(self._digests)
+        self._follow()
+        self._compare_masks()
         if self._released is not None:
             self._released.end_iteration()
             return
-        self._bring_up_to_date(self._prepared, ((group, group["params"]) for group in self.param_groups))
+        members = ((group, group["params"]) for group in self.param_groups)
+        now = self._bring_up_to_date(self._prepared, members)
         if self._prepared.bundles and self._prepared.clocks.count({}):
-            self._update(self._prepared)
+            self._update(self._prepared, now)
 
-    def _update(self, prepared: Prepared) -> None:
+    def _update(self, prepared: Prepared, now: Present) -> None:
         for number, bundle in enumerate(prepared.bundles):
             scalars, rows = prepared.clocks.scalars(number, bundle.groups, self.param_groups)
-            bundle.sweep.step_(bundle.grads(), scalars, rows)
+            bundle.sweep.step_(*bundle.tensors(now), scalars, rows)
 
     def _moves(self, param: Tensor) -> bool:
         # a DTensor even where this rank has nothing: to come by its gradient may take all ranks
-        return bool(self.state[param]["indices"].numel()) or is_dtensor(param)
+        return bool(self._positions(param).numel()) or is_dtensor(param)
 
     def _settings_seen(self, group: dict[str, Any]) -> tuple[object, ...]:
         return tuple(group[flag] for flag in _REFUSED)
 
     def _check_layout(self, param: Tensor, group: dict[str, Any]) -> None:
         _refuse_flags(group)  # that were set since the group was added
+        selection: _Selection | None = self._places.get(param)
+        if selection is not None:
+            check_shape(param, self._name(param), "trainable", selection.shape, _WAY_OUT)
         super()._check_layout(param, group)
-
-    def _ensure_state(self, param: Tensor, group: dict[str, Any]) -> None:
-        pass  # `select` has made it
 
     def _kind(self, param: Tensor) -> tuple[object, ...]:
         # one tensor beyond 2^31 entries would double the offsets of all others
-        return (self.state[param]["indices"].dtype,)
+        return (self._positions(param).dtype,)
 
-    def _bundle(self, params: list[Tensor], groups: list[int]) -> _Bundle:
-        states = [self.state[param] for param in params]
-        sweep = SparseSweep(
-            list(map(local, params)),
-            list(map(real_gradient, params)),
-            [state["indices"] for state in states],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            self._backend,
-        )
-        return _Bundle(params, groups, sweep)
+    def _bundle(self, now: Present, where: list[int], groups: list[int], plain: bool) -> _Bundle:
+        bundle = _Bundle(where, groups, plain)
+        params, grads, indices, exp_avgs, exp_avg_sqs = bundle.tensors(now)
+        bundle.sweep = SparseSweep(params, grads, indices, exp_avgs, exp_avg_sqs, self._backend)
+        return bundle
 
     # State -----------------------------------------------------------------------------------------------------------
 
@@ -274,7 +361,7 @@ class SparseAdamW(PreparedAdamW):
         if "trainable" not in entry:
             if not is_dtensor(param):
                 return {**entry, "indices": _narrow(entry["indices"], param)}
-            entry = {"step": entry["step"], **_dense(entry, param.shape)}  # of one process
+            entry = {"step": entry["step"], **_dense(entry, "indices", param.shape)}  # of one process
         # of a DTensor's shard, or of the whole of it where the checkpoint has that
         keys = ("exp_avg", "exp_avg_sq", "trainable")
         parts = {key: local(shard_of(entry[key].to(param.device), param)).reshape(-1) for key in keys}
@@ -283,11 +370,19 @@ class SparseAdamW(PreparedAdamW):
             "step": entry["step"],
             "exp_avg": parts["exp_avg"][positions],
             "exp_avg_sq": parts["exp_avg_sq"][positions],
-            "indices": _narrow(positions, local(param)),
+            _key(param): _narrow(positions, local(param)),
         }
 
     def _after_load(self) -> None:
-        self._digests = {}  # the selection is the checkpoint's
+        for param in (param for group in self.param_groups for param in group["params"]):
+            kept: _Selection | None = self._places.get(param)
+            if self.state.get(param):  # the selection is the checkpoint's
+                self._places.put(param, _Selection(self._positions(param), param.shape))
+            elif kept is not None and kept.positions.numel():
+                warn(
+                    f"the state has no entry for {self._name(param)}, which requires no gradient: its "
+                    f"{len(kept.positions)} trainable entries stay those of this optimizer, with fresh moments"
+                )
         self._complete()
 
     def _state_shape(self, key: str, param: Tensor, entry: dict[str, Any]) -> tuple[int, ...]:
@@ -316,14 +411,22 @@ def _refuse_flags(group: dict[str, Any]) -> None:
     require_default(**{flag: (group.get(flag, False), False) for flag in _REFUSED})
 
 
+def _key(param: Tensor) -> str:
+    """Return the key of the positions in a parameter's state, which is that of the selection in a checkpoint too.
+
+    Loaders of flat checkpoints ask the state which keys to load.
+    """
+    return "trainable" if is_dtensor(param) else "indices"
+
+
 def _narrow(positions: Tensor, tensor: Tensor) -> Tensor:
     """Return positions in a tensor in the dtype in which they are kept."""
     return positions.int() if tensor.numel() < _NARROW else positions.long()
 
 
-def _dense(entry: dict[str, Any], shape: torch.Size) -> dict[str, Tensor]:
-    """Return compact moments in a shape, zeros where nothing is selected, and where it is."""
-    positions = entry["indices"].long()
+def _dense(entry: dict[str, Any], key: str, shape: torch.Size) -> dict[str, Tensor]:
+    """Return compact moments in a shape, zeros where nothing is selected, and where it is; `key` has the positions."""
+    positions = entry[key].long()
 
     def spread(values: Tensor) -> Tensor:
         return torch.zeros(shape, dtype=values.dtype, device=values.device).put_(positions, values)
@@ -334,5 +437,5 @@ def _dense(entry: dict[str, Any], shape: torch.Size) -> dict[str, Tensor]:
 
 def _spread(entry: dict[str, Any], param: Tensor) -> dict[str, Any]:
     """Return the compact state of a shard in the shape of its parameter."""
-    dense = _dense(entry, local(param).shape)
+    dense = _dense(entry, "trainable", local(param).shape)
     return {"step": entry["step"], **{key: wrapped(values, param) for key, values in dense.items()}}

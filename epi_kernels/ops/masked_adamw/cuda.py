@@ -55,9 +55,10 @@ def obstacle() -> str:
     v, signed = v.square(), lock.with_lock(raw.abs(), raw < 0)
     ours = [tensor.cuda() for tensor in (p, g, m, v, signed)]
     params, grads, exp_avgs, exp_avg_sqs, locks = ([tensor] for tensor in ours)
-    sweep = Sweep(params, grads, exp_avgs, exp_avg_sqs, [None], locks, "importance", [True])
+    lists = (params, grads, exp_avgs, exp_avg_sqs, [None], locks)
+    sweep = Sweep(*lists, "importance", [True])
     scalars, count = torch.tensor([s], dtype=torch.float64), torch.zeros(1, dtype=torch.int64, device="cuda")
-    sweep.step_(grads, count, scalars, [0], False, None, None)
+    sweep.step_(*lists, False, count, scalars, [0], False, None, None)
     m = first_moment(m, -g, s.one_minus_beta1)
     v = second_moment(v, g, s.beta2, s.one_minus_beta2)
     after, _ = advanced_importance(signed, g, s.importance_beta, s.one_minus_importance_beta, keep_finite=True)

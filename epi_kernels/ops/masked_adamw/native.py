@@ -8,6 +8,8 @@ from torch import Tensor
 from epi_kernels import native
 from epi_kernels.ops.flat import Flat
 
+_WRITTEN = ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "lock")
+
 
 class Sweep:
     """The step of a fixed list of tensors; contract: `epi_kernels.ops.Sweep`."""
@@ -23,21 +25,21 @@ class Sweep:
         lock_in: str,
         lockable: Sequence[bool],
     ) -> None:
-        self._flat = Flat(written=[params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, locks], read=[grads])
-        self._table = native.table_of(
-            native.ADAMW_TENSOR,
-            param=self._flat.written[0],
-            grad=self._flat.read[0],
-            exp_avg=self._flat.written[1],
-            exp_avg_sq=self._flat.written[2],
-            max_exp_avg_sq=self._flat.written[3],
-            lock=self._flat.written[4],
-        )
+        flat = Flat(written=[params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, locks], read=[grads])
+        written = dict(zip(_WRITTEN, flat.written, strict=True))
+        self._table = native.table_of(native.ADAMW_TENSOR, **written, grad=flat.read[0])
+        self._strided = flat.strided
         self._table["lock_in"] = [native.LOCK_IN[lock_in] if can else 0 for can in lockable]
 
     def step_(
         self,
+        params: Sequence[Tensor],
         grads: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor],
+        exp_avg_sqs: Sequence[Tensor],
+        max_exp_avg_sqs: Sequence[Tensor | None],
+        locks: Sequence[Tensor | None],
+        moved: bool,
         nonfinite: Tensor,
         scalars: Tensor,
         rows: Sequence[int],
@@ -48,8 +50,12 @@ class Sweep:
         """Take the step."""
         if found_inf is not None and found_inf.item():
             return
-        (flat,) = self._flat.load([grads])
-        self._table["grad"] = native.addresses(flat)
+        written = [params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, locks]
+        flat = Flat(written=written, read=[grads], strided=self._strided)
+        if moved or self._strided:  # copies are somewhere else in each step
+            for field, tensors in zip(_WRITTEN, flat.written, strict=True):
+                self._table[field] = native.addresses(tensors)
+        self._table["grad"] = native.addresses(flat.read[0])
         values = scalars.float().numpy()
         if grad_factor is not None:
             values[:, 0] *= grad_factor.item()  # the sign of the gradient, which multiplies it wherever it is used
@@ -57,4 +63,4 @@ class Sweep:
         self._table["nonfinite"] = 0
         native.call("epi_masked_adamw", self._table, bool(advanced))
         nonfinite += torch.from_numpy(self._table["nonfinite"].copy())
-        self._flat.write_back()
+        flat.write_back()

@@ -24,12 +24,17 @@ class Sweep:
         lock_in: str,
         lockable: Sequence[bool],
     ) -> None:
-        kinds = [lock_in if can else "none" for can in lockable]
-        self._tensors = list(zip(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, locks, kinds, strict=True))
+        self._kinds = [lock_in if can else "none" for can in lockable]
 
     def step_(
         self,
+        params: Sequence[Tensor],
         grads: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor],
+        exp_avg_sqs: Sequence[Tensor],
+        max_exp_avg_sqs: Sequence[Tensor | None],
+        locks: Sequence[Tensor | None],
+        moved: bool,
         nonfinite: Tensor,
         scalars: Tensor,
         rows: Sequence[int],
@@ -41,8 +46,9 @@ class Sweep:
         if found_inf is not None and found_inf.item():
             return
         numbers = [Scalars(*row) for row in scalars.tolist()]
-        for i, (grad, row) in enumerate(zip(grads, rows, strict=True)):
-            nonfinite[i] += _step(multiplied(grad, grad_factor), numbers[row], bool(advanced), *self._tensors[i])
+        tensors = zip(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, locks, self._kinds, strict=True)
+        for i, (grad, row, others) in enumerate(zip(grads, rows, tensors, strict=True)):
+            nonfinite[i] += _step(multiplied(grad, grad_factor), numbers[row], bool(advanced), *others)
 
 
 def _step(

@@ -29,11 +29,11 @@ class TableSweep:
         lock_in: str,
         lockable: Sequence[bool],
     ) -> None:
-        self._flat = Flat(written=[params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, locks], read=[grads])
+        flat = Flat(written=[params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, locks], read=[grads])
+        self._strided = flat.strided
         self._device = params[0].device
         self._table = Table(FIELDS, [param.numel() for param in params], self._piece(), self._device)
-        for field, tensors in zip(_WRITTEN, self._flat.written, strict=True):
-            self._table.point(field, tensors)
+        self._point(flat)
         if lock_in == "exp_avg_sq":
             self._table.set("lock", lockable)
         self._param_dtype, self._grad_dtype = params[0].dtype, grads[0].dtype
@@ -42,7 +42,13 @@ class TableSweep:
 
     def step_(
         self,
+        params: Sequence[Tensor],
         grads: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor],
+        exp_avg_sqs: Sequence[Tensor],
+        max_exp_avg_sqs: Sequence[Tensor | None],
+        locks: Sequence[Tensor | None],
+        moved: bool,
         nonfinite: Tensor,
         scalars: Tensor,
         rows: Sequence[int],
@@ -51,15 +57,23 @@ class TableSweep:
         found_inf: Tensor | None,
     ) -> None:
         """Take the step."""
-        (flat,) = self._flat.load([grads])
-        self._table.point("grad", flat)
+        written = [params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, locks]
+        flat = Flat(written=written, read=[grads], strided=self._strided)
+        if moved or self._strided:  # copies are somewhere else in each step
+            self._point(flat)
+        self._table.point("grad", flat.read[0])
         self._table.set("scalars", rows)
         if self._table.pieces.numel():
             # float32: computed on the device, where the clocks are
             there = scalars if scalars.dtype == torch.float32 else on_device(scalars.float(), self._device)
             known, flag = (advanced, None) if isinstance(advanced, bool) else (False, advanced)
             self._launch(there, nonfinite, known, flag, grad_factor, found_inf)
-        self._flat.write_back()
+        flat.write_back()
+
+    def _point(self, flat: Flat) -> None:
+        for field, tensors in zip(_WRITTEN, flat.written, strict=True):
+            if any(tensor is not None for tensor in tensors):
+                self._table.point(field, tensors)
 
     def _piece(self) -> int:
         """Return the number of entries that a program takes."""

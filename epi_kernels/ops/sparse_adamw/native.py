@@ -20,24 +20,37 @@ class Sweep:
         exp_avgs: Sequence[Tensor],
         exp_avg_sqs: Sequence[Tensor],
     ) -> None:
-        self._flat = Flat(written=[exp_avgs, exp_avg_sqs])
+        flat = Flat(written=[exp_avgs, exp_avg_sqs])
+        self._strided = flat.strided
         offsets = Offsets(params, grads, indices)
         self._table = native.table_of(
             native.SPARSE_TENSOR,
-            exp_avg=self._flat.written[0],
-            exp_avg_sq=self._flat.written[1],
+            exp_avg=flat.written[0],
+            exp_avg_sq=flat.written[1],
             param=params,
             grad=grads,
             param_offsets=offsets.of_params,
             grad_offsets=offsets.of_grads,
         )
         self._table["wide_offsets"] = offsets.wide
-        self._kept = (list(params), offsets)  # the table holds their addresses alone
+        self._offsets = offsets.kept()
 
-    def step_(self, grads: Sequence[Tensor], scalars: Tensor, rows: Sequence[int]) -> None:
+    def step_(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        indices: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor],
+        exp_avg_sqs: Sequence[Tensor],
+        scalars: Tensor,
+        rows: Sequence[int],
+    ) -> None:
         """Take the step."""
-        self._flat.load([])
+        flat = Flat(written=[exp_avgs, exp_avg_sqs], strided=self._strided)
+        if self._strided:  # copies are somewhere else in each step
+            for field, tensors in zip(("exp_avg", "exp_avg_sq"), flat.written, strict=True):
+                self._table[field] = native.addresses(tensors)
         self._table["grad"] = native.addresses(grads)
         self._table["scalars"] = scalars.float().numpy()[rows]
         native.call("epi_sparse_adamw", self._table)
-        self._flat.write_back()
+        flat.write_back()

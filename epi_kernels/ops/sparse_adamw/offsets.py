@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 # offsets fit int32 below this
 _NARROW = 1 << 31
@@ -12,7 +13,8 @@ _NARROW = 1 << 31
 class Offsets:
     """The offsets of the selected entries from the first of their tensor; int32 wherever that is enough for all.
 
-    Indices that are as wide as the offsets are those of a contiguous tensor: no copy is made of them.
+    Indices that are as wide as the offsets are those of a contiguous tensor: no copy is made of them. Offsets that had
+    to be made live as long as the indices they were made from, for `kept` goes by these.
 
     Example:
         >>> columns = torch.zeros(2, 4)[:, ::2]
@@ -25,10 +27,20 @@ class Offsets:
         self.wide = any(_span(tensor) > _NARROW for tensor in (*params, *grads))
         dtype = torch.int64 if self.wide else torch.int32
         self.of_params = [_offsets(param, chosen, dtype) for param, chosen in zip(params, indices, strict=True)]
+        self._indices = indices
         self.of_grads = [
             known if grad.stride() == param.stride() else _offsets(grad, chosen, dtype)
             for param, grad, chosen, known in zip(params, grads, indices, self.of_params, strict=True)
         ]
+
+    def kept(self) -> WeakTensorKeyDictionary:
+        """Return what keeps the offsets alive for as long as the indices live, and no longer."""
+        kept = WeakTensorKeyDictionary()
+        for chosen, *both in zip(self._indices, self.of_params, self.of_grads, strict=True):
+            made = [offsets for offsets in both if offsets is not chosen]
+            if made:
+                kept[chosen] = [*kept.get(chosen, ()), *made]
+        return kept
 
 
 def _span(tensor: Tensor) -> int:

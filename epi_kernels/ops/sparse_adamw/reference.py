@@ -19,13 +19,23 @@ class Sweep:
         exp_avgs: Sequence[Tensor],
         exp_avg_sqs: Sequence[Tensor],
     ) -> None:
-        self._tensors = list(zip(params, indices, exp_avgs, exp_avg_sqs, strict=True))
+        """Take the tensors, of which nothing is prepared."""
 
-    def step_(self, grads: Sequence[Tensor], scalars: Tensor, rows: Sequence[int]) -> None:
+    def step_(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        indices: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor],
+        exp_avg_sqs: Sequence[Tensor],
+        scalars: Tensor,
+        rows: Sequence[int],
+    ) -> None:
         """Take the step."""
         numbers = [Scalars(*row) for row in scalars.tolist()]
-        for grad, row, tensors in zip(grads, rows, self._tensors, strict=True):
-            _step(grad, numbers[row], *tensors)
+        tensors = zip(params, indices, exp_avgs, exp_avg_sqs, strict=True)
+        for grad, row, others in zip(grads, rows, tensors, strict=True):
+            _step(grad, numbers[row], *others)
 
 
 def _step(raw_grad: Tensor, s: Scalars, param: Tensor, indices: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:

@@ -82,7 +82,8 @@ class Sweep:
         exp_avgs: Sequence[Tensor],
         exp_avg_sqs: Sequence[Tensor],
     ) -> None:
-        self._flat = Flat(written=[exp_avgs, exp_avg_sqs])
+        flat = Flat(written=[exp_avgs, exp_avg_sqs])
+        self._strided = flat.strided
         offsets = Offsets(params, grads, indices)
         self._device = params[0].device
         self._table = Table(FIELDS, [chosen.numel() for chosen in indices], tiles.PIECE, self._device)
@@ -90,8 +91,8 @@ class Sweep:
             ("param", params),
             ("param_offsets", offsets.of_params),
             ("grad_offsets", offsets.of_grads),
-            ("exp_avg", self._flat.written[0]),
-            ("exp_avg_sq", self._flat.written[1]),
+            ("exp_avg", flat.written[0]),
+            ("exp_avg_sq", flat.written[1]),
         ):
             self._table.point(field, tensors)
         self._dtypes = (
@@ -99,11 +100,23 @@ class Sweep:
             tiles.DTYPES[grads[0].dtype],
             tl.int64 if offsets.wide else tl.int32,
         )
-        self._kept = (list(params), offsets)  # the table holds their addresses alone
+        self._offsets = offsets.kept()
 
-    def step_(self, grads: Sequence[Tensor], scalars: Tensor, rows: Sequence[int]) -> None:
+    def step_(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        indices: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor],
+        exp_avg_sqs: Sequence[Tensor],
+        scalars: Tensor,
+        rows: Sequence[int],
+    ) -> None:
         """Take the step."""
-        self._flat.load([])
+        flat = Flat(written=[exp_avgs, exp_avg_sqs], strided=self._strided)
+        if self._strided:  # copies are somewhere else in each step
+            for field, tensors in zip(("exp_avg", "exp_avg_sq"), flat.written, strict=True):
+                self._table.point(field, tensors)
         self._table.point("grad", grads)
         self._table.set("scalars", rows)
         if self._table.pieces.numel():
@@ -118,4 +131,4 @@ class Sweep:
                 tiles.BLOCK,
                 tiles.TILES,
             )
-        self._flat.write_back()
+        flat.write_back()
