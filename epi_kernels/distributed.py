@@ -135,6 +135,7 @@ def agreement(everyone: Sequence[Sequence[Held]], rank: int) -> Agreement:
     found = Agreement()
     layers: dict[str, int] = {}
     budgets: dict[tuple[str, float], int] = {}
+    pairs: dict[tuple[int, int], None] = {}
     seen: set[tuple[object, ...]] = set()
     for holder, theirs in enumerate(everyone):
         for piece in theirs:
@@ -147,11 +148,10 @@ def agreement(everyone: Sequence[Sequence[Held]], rank: int) -> Agreement:
             seen.add((piece.name, *piece.key))
             found.layer_eligible[layer] += piece.entries
             found.budget_eligible[budget] += piece.entries
-            if (layer, budget) not in found.pairs:
-                found.pairs.append((layer, budget))
+            pairs[layer, budget] = None
             if holder == rank:
                 found.owned.add(piece.name)
-    found.layers, found.budgets = list(layers), list(budgets)
+    found.layers, found.budgets, found.pairs = list(layers), list(budgets), list(pairs)
     return found
 
 

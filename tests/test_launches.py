@@ -110,7 +110,7 @@ def optimizer(count: int, recorder: Recorder, dtypes: tuple[torch.dtype, ...] = 
     for param in params:
         for tensor in (param.data, param.grad, *[s for name, s in found.state[param].items() if name != "step"]):
             recorder.add(tensor)
-    for _, counter in found._nonfinite._counters.values():
+    for counter in found._nonfinite.counters():
         recorder.add(counter)
     return found
 

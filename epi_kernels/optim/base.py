@@ -120,7 +120,7 @@ class LockedAdamW(PreparedAdamW):
                     advanced = self._before_update(now.params, scaling, prepared.clocks.home)
                     self._update(prepared, now, advanced, scaling)
             if not capturing:
-                self._nonfinite.warn(self._name)
+                self._nonfinite.warn(self._names)
 
     def _prepared_for_these(self) -> Prepared:
         """Return what was prepared for the parameters that the groups have now."""
@@ -131,7 +131,7 @@ class LockedAdamW(PreparedAdamW):
 
     def _between_iterations(self) -> None:
         """Do what is due after every parameter has stepped alone."""
-        self._nonfinite.warn(self._name)
+        self._nonfinite.warn(self._names)
 
     def _scaling(self, prepared: Prepared, now: Present) -> Scaling:
         """Return what a scaler and clipping do to the gradients of this step."""

@@ -342,6 +342,14 @@ class EPIAdamW(Isolation, LockedAdamW):
                 # the locks of the one, the values of the other: an importance is loaded as float32
                 self._take_signed(param, own if loaded is None else _signed_like(own, loaded))
 
+    def _check_layout(self, param: Tensor, group: dict[str, Any]) -> None:
+        state = self.state.get(param, {})
+        shared = group["importance"] == "exp_avg_sq" and {"importance", "exp_avg_sq"} <= state.keys()
+        # who gives a parameter another shape, and its moments too, need not know that one moment has two names
+        if shared and local(state["importance"]).shape != local(state["exp_avg_sq"]).shape == local(param).shape:
+            state["importance"] = state["exp_avg_sq"]
+        super()._check_layout(param, group)
+
     def _ensure_state(self, param: Tensor, group: dict[str, Any]) -> None:
         super()._ensure_state(param, group)
         state = self.state[param]

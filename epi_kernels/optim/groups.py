@@ -13,17 +13,39 @@ from epi_kernels.layers import has_names
 Groups = Sequence[dict[str, Any]]
 
 
+# what `position_of` found in the groups that were asked last: id of the groups -> id of a parameter -> position
+_found: dict[int, dict[int, tuple[int, int]]] = {}
+_KEPT = 4
+
+
 def position_of(param: Tensor, groups: Groups) -> tuple[int, int]:
     """Return (group, place in it) of a parameter.
+
+    It is asked of every parameter in turn, so that what a walk through the groups has found is kept. A program may edit
+    the groups at any time: a position counts where the parameter still is at it, else the walk is made again.
 
     Raises:
         ValueError: `param` is not a parameter of these groups.
     """
-    for i, group in enumerate(groups):
-        for j, other in enumerate(group["params"]):
-            if other is param:
-                return i, j
+    for known in (_found.get(id(groups), {}), None):
+        if known is None:
+            known = _walk(groups)
+        i, j = known.get(id(param), (len(groups), 0))
+        if i < len(groups) and j < len(groups[i]["params"]) and groups[i]["params"][j] is param:
+            return i, j
     raise ValueError(f"the tensor of shape {tuple(param.shape)} is not a parameter of this optimizer")
+
+
+def _walk(groups: Groups) -> dict[int, tuple[int, int]]:
+    positions: dict[int, tuple[int, int]] = {}
+    for i, group in enumerate(groups):
+        for j, param in enumerate(group["params"]):
+            positions.setdefault(id(param), (i, j))
+    _found.pop(id(groups), None)
+    while len(_found) >= _KEPT:
+        _found.pop(next(iter(_found)), None)
+    _found[id(groups)] = positions
+    return positions
 
 
 def name_of(param: Tensor, groups: Groups) -> str:
@@ -124,6 +146,10 @@ class Named:
     def _group_of(self, param: Tensor) -> dict[str, Any]:
         """Return the group of a parameter, or raise ValueError where it is none of this optimizer."""
         return self.param_groups[position_of(param, self.param_groups)[0]]
+
+    def _names(self) -> dict[int, str]:
+        """Return what `_name` does for every parameter, by its identity."""
+        return {id(param): self._name(param) for group in self.param_groups for param in group["params"]}
 
     def _name(self, param: Tensor) -> str:
         """Return the parameter's name, or "<group>.<place>" where the optimizer was given none."""

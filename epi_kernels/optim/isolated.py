@@ -225,7 +225,7 @@ class IsolatedOptimizer(Isolation, Optimizer):
         for (param, signed), values in zip(locks, kept, strict=True):
             if values.numel():
                 local(param).masked_scatter_(lock.is_locked(local(signed)), values)
-        self._nonfinite.warn(self._name)
+        self._nonfinite.warn(self._names)
         return loss
 
     def _advance(self, stepping: dict[Tensor, dict[str, Any]]) -> None:

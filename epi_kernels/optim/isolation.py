@@ -145,7 +145,7 @@ class Isolation(Named):
         for device in {record.counts.device for record in records}:
             if device.type != "cpu":
                 torch.accelerator.synchronize(device)
-        self._nonfinite.warn(self._name)
+        self._nonfinite.warn(self._names)
         return [record.as_dict() for record in records if record is not self._on_device or int(record.step)]
 
     # Inside ----------------------------------------------------------------------------------------------------------
@@ -285,7 +285,7 @@ class Isolation(Named):
             ranges=found.ranges,
             thresholds=found.thresholds,
             counts=found.counts,
-            nonfinite=self._nonfinite.counters() if due is not None else self._nonfinite.snapshot(self._name),
+            nonfinite=self._nonfinite.counters() if due is not None else self._nonfinite.snapshot(self._names),
         )
         if due is None:
             self._records.append(record)

@@ -106,9 +106,10 @@ def refresh_(
     counts = [part.lock(score_ranges, thresholds, _on(part.device, due)).to(home) for part in parts]
     if ranks is not None:
         total = torch.zeros(len(pairs), 3, dtype=torch.int64, device=home)
+        row_of = {pair: row for row, pair in enumerate(pairs)}
         for where, rows in zip(by_device.values(), counts, strict=True):
             own = [j for j, i in enumerate(where) if candidates[i].counted]
-            of = [pairs.index((candidates[where[j]].layer, candidates[where[j]].budget)) for j in own]
+            of = [row_of[candidates[where[j]].layer, candidates[where[j]].budget] for j in own]
             if own:
                 total.index_add_(0, torch.tensor(of, device=home), rows[own])
         return Refreshed(ranges, thresholds, ranks.sum(total))

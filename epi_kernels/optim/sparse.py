@@ -1,7 +1,7 @@
 """SparseAdamW: AdamW of selected entries alone, with state for them alone (PIECE, arXiv 2511.15375)."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -330,6 +330,8 @@ class SparseAdamW(Following):
         selection: _Selection | None = self._places.get(param)
         if selection is not None:
             check_shape(param, self._name(param), "trainable", selection.shape, _WAY_OUT)
+            # a program that has moved the state need not keep the positions that were there before
+            self._places.put(param, replace(selection, positions=self._positions(param)))
         super()._check_layout(param, group)
 
     def _kind(self, param: Tensor) -> tuple[object, ...]:
