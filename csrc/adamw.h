@@ -17,8 +17,14 @@
 namespace epi {
 
 constexpr uint32_t SIGN = 0x80000000u;
-constexpr uint32_t INFINITE = 0x7f800000u;         // the bits of +inf; above them are the NaNs
-constexpr uint32_t SMALLEST_NORMAL = 0x00800000u;  // below: subnormal, counts as importance 0
+constexpr uint32_t INFINITE = 0x7f800000u;  // the bits of +inf; above them are the NaNs
+
+// The bits of numbers below which something that decides a mask counts as 0, so that masks do not depend on whether the
+// hardware flushes subnormals (a library built with -ffast-math switches that on): an importance or a difference of two
+// below the smallest normal number; a product or quotient below twice that, since a result that rounds up to the
+// smallest normal number on one hardware is flushed on the other.
+constexpr uint32_t SMALLEST_NORMAL = 0x00800000u;
+constexpr uint32_t NEGLIGIBLE = 0x01000000u;
 
 EPI_INLINE uint32_t bits_of(float value) {
     union {
@@ -61,9 +67,12 @@ EPI_INLINE float with_lock(float importance, bool locked) {
 
 // Importance ------------------------------------------------------------------------------------------------------
 
+// A product or quotient >= 0 that decides a mask: 0 where it is negligible. NaN and infinity pass through.
+EPI_INLINE float noticed(float value) { return selected(bits_of(value) < NEGLIGIBLE, 0.0f, value); }
+
 // EPI Eq. 5: beta * S + (1 - beta) * g * g, in this order of roundings.
 EPI_INLINE float importance_average(float importance, float grad, float beta, float one_minus_beta) {
-    return importance * beta + grad * one_minus_beta * grad;
+    return noticed(importance * beta) + noticed(grad * one_minus_beta * grad);
 }
 
 // Return signed S after this gradient, its lock untouched. Where g * g is not finite S stays if `keep_finite`.
@@ -84,8 +93,11 @@ EPI_INLINE float usable(float signed_importance) {
 // EPI Eq. 8 with eps = 0: (S - low) / (high - low); 0 where S is not finite or the layer is constant.
 EPI_INLINE float score(float signed_importance, float low, float high) {
     const float value = usable(signed_importance);
-    const bool valid = is_finite(value) & (high > low);
-    return selected(valid, (value - low) / (high - low), 0.0f);
+    const float smallest = float_of(SMALLEST_NORMAL);
+    const float distance = value - low;
+    const float span = high - low;
+    const bool valid = is_finite(value) & (distance >= smallest) & (span >= smallest);
+    return selected(valid, noticed(distance / span), 0.0f);
 }
 
 // The score without a range: S itself.

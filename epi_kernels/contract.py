@@ -19,9 +19,14 @@ _DTYPES = frozenset({*FLOATING, torch.int8})
 # sign are cut into digits, highest first; the first one alone has 16 bins for each factor of two (see `threshold`).
 KEY_DIGITS = (12, 10, 9)
 
-# Below this a float32 is subnormal. Hardware that flushes subnormals and hardware that keeps them must protect the
-# same entries, so an importance below it counts as 0 everywhere.
+# Below this a float32 is subnormal. Hardware that flushes subnormals (a library built with -ffast-math switches that on
+# for the whole process) and hardware that keeps them must protect the same entries, so an importance below it counts as
+# 0 everywhere, and so does a difference of importances.
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
+
+# A product or quotient that decides a mask counts as 0 below this. Not below SMALLEST_NORMAL: a result that rounds up
+# to that number on one hardware is flushed on the other, which rounds it to all bits of a normal number first.
+NEGLIGIBLE = 2 * SMALLEST_NORMAL
 
 
 class Scalars(NamedTuple):

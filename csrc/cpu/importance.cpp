@@ -68,7 +68,7 @@ void gradient_sums(const epi_sums_tensor& tensor, int64_t begin, int64_t end) {
         float* __restrict square_sum = tensor.square_sum + i;
         for (int64_t j = 0; j < size; ++j) {
             sum[j] += grad[j];
-            square_sum[j] += grad[j] * grad[j];
+            square_sum[j] += noticed(grad[j] * grad[j]);
         }
     }
 }

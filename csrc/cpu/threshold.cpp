@@ -82,8 +82,9 @@ void score_histogram(const epi_score_tensor& tensor, int64_t begin, int64_t end,
 }
 
 LockCounts lock(const epi_score_tensor& tensor, int64_t begin, int64_t end, float threshold) {
-    constexpr float SMALLEST = 1.4e-45f;  // a score of 0 is never locked
-    const uint32_t first = first_reaching(tensor, threshold > SMALLEST ? threshold : SMALLEST);
+    // a score of 0 is never locked, and no score is subnormal
+    const float smallest = float_of(SMALLEST_NORMAL);
+    const uint32_t first = first_reaching(tensor, threshold > smallest ? threshold : smallest);
     LockCounts counts = {0, 0, 0};
     for (int64_t i = begin; i < end; i += PIECE) {
         const int64_t size = end - i < PIECE ? end - i : PIECE;

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from epi_kernels import lock
-from epi_kernels.contract import SMALLEST_NORMAL, arithmetic_dtype
+from epi_kernels.contract import NEGLIGIBLE, SMALLEST_NORMAL, arithmetic_dtype
 
 
 def multiplied(grad: Tensor, factor: Tensor | None) -> Tensor:
@@ -19,9 +19,15 @@ def multiplied(grad: Tensor, factor: Tensor | None) -> Tensor:
 def importance_average(importance: Tensor, grad: Tensor, beta: float, one_minus_beta: float) -> Tensor:
     """Return beta * S + (1 - beta) * g * g, EPI Eq. 5, each product and the sum rounded on their own.
 
-    Masks are compared bit for bit between backends, and not all of them have a fused multiply-add.
+    Masks are compared bit for bit between backends, and not all of them have a fused multiply-add. A float32 product
+    below `epi_kernels.contract.NEGLIGIBLE` is 0, so that the sum does not depend on whether subnormals are flushed.
     """
-    return importance * beta + grad * one_minus_beta * grad
+    return noticed(importance * beta) + noticed(grad * one_minus_beta * grad)
+
+
+def noticed(value: Tensor) -> Tensor:
+    """Return a tensor >= 0 with 0 where a float32 is below `epi_kernels.contract.NEGLIGIBLE`; float64 as it is."""
+    return torch.where(value < NEGLIGIBLE, torch.zeros_like(value), value) if value.dtype == torch.float32 else value
 
 
 def first_moment(exp_avg: Tensor, grad: Tensor, one_minus_beta1: float) -> Tensor:
@@ -86,8 +92,9 @@ def advanced_importance(
 
 def usable(importance: Tensor) -> tuple[Tensor, Tensor]:
     """Return (S in float32 with subnormals at 0, whether S is finite) of a signed importance (`epi_kernels.lock`)."""
-    value = lock.magnitude(importance).to(torch.float32)
-    return torch.where(value < SMALLEST_NORMAL, 0.0, value), value.isfinite()
+    value = lock.magnitude(importance)
+    value = torch.where(value < SMALLEST_NORMAL, torch.zeros_like(value), value).to(torch.float32)
+    return value, value.isfinite()
 
 
 def score(importance: Tensor, layer_range: Tensor | None) -> Tensor:
@@ -95,14 +102,17 @@ def score(importance: Tensor, layer_range: Tensor | None) -> Tensor:
 
     Args:
         importance: signed (`epi_kernels.lock`). Subnormal counts as 0; what is not finite scores 0.
-        layer_range: [2], (mu, nu) of the layer, float32; where they are equal every score is 0. None: raw S.
+        layer_range: [2], (mu, nu) of the layer, float32; where they differ by nothing, or by less than a normal number,
+            every score is 0. So is a score whose S is so close to mu, and one below `epi_kernels.contract.NEGLIGIBLE`.
+            None: raw S.
     """
     value, valid = usable(importance)
     if layer_range is not None:
         low, high = layer_range.unbind()
-        value = (value - low) / (high - low)
-        valid = valid & (high > low)
-    return torch.where(valid, value, 0.0)
+        distance, span = value - low, high - low
+        valid = valid & (distance >= SMALLEST_NORMAL) & (span >= SMALLEST_NORMAL)
+        value = noticed(distance / span)
+    return torch.where(valid, value, torch.zeros_like(value))
 
 
 def selected(counts: Tensor, selection: Tensor, shift: int) -> tuple[Tensor, Tensor]:

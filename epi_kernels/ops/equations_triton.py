@@ -10,6 +10,7 @@ import triton.language as tl
 _SIGN = tl.constexpr(-(1 << 31))
 _MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 _SMALLEST_NORMAL = tl.constexpr(0x00800000)
+_NEGLIGIBLE = tl.constexpr(0x01000000)
 INFINITE = tl.constexpr(0x7F800000)  # the bits of +inf; above them are the NaNs
 MINUS_INFINITE = tl.constexpr(-0x00800000)  # the bits of -inf, as int32
 
@@ -51,8 +52,13 @@ def is_finite(value):
 
 
 @triton.jit
+def noticed(value):
+    return tl.where(bits_of(value) < _NEGLIGIBLE, 0.0, value)
+
+
+@triton.jit
 def importance_average(importance, grad, beta, one_minus_beta):
-    return importance * beta + grad * one_minus_beta * grad
+    return noticed(importance * beta) + noticed(grad * one_minus_beta * grad)
 
 
 @triton.jit
@@ -75,7 +81,11 @@ def score(signed, low, high, NORMALIZED: tl.constexpr):
     bits = usable_bits(signed)
     value = float_of(bits)
     if NORMALIZED:
-        value = tl.where(high > low, tl.div_rn(value - low, tl.broadcast_to(high - low, value.shape)), 0.0)
+        distance, span = value - low, high - low
+        # differences as bits: above 0 where they are normal, and beyond infinity where a range is empty
+        valid = (bits_of(distance) >= _SMALLEST_NORMAL) & (bits_of(span) >= _SMALLEST_NORMAL)
+        quotient = noticed(tl.div_rn(distance, tl.broadcast_to(span, value.shape)))
+        value = tl.where(valid, quotient, 0.0)
     return tl.where(bits < INFINITE, value, 0.0)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from epi_kernels.ops.equations import advanced_importance, multiplied, usable
+from epi_kernels.ops.equations import advanced_importance, multiplied, noticed, usable
 
 
 def importance_(
@@ -43,4 +43,4 @@ def gradient_sums_(sums: Sequence[Tensor], square_sums: Sequence[Tensor], grads:
     for total, square_total, grad in zip(sums, square_sums, grads, strict=True):
         wide = grad.to(torch.promote_types(grad.dtype, total.dtype))
         total.add_(wide)
-        square_total.add_(wide * wide)
+        square_total.add_(noticed(wide * wide))

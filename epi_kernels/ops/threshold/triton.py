@@ -180,7 +180,7 @@ VARIANTS = (
     _select(4096, 128),
     _select(1024, 64),
     _select(512, 64),
-    _lock("lock", 42),
+    _lock("lock", 46),
     _lock("lock by S itself", 25, ranges=None),
 )
 
