@@ -39,7 +39,7 @@ import time
 import traceback
 import warnings
 import weakref
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -60,6 +60,7 @@ from torch.nn import Module, Parameter
 
 from epi_kernels import EPIAdamW, IsolatedOptimizer, MaskedAdamW, SparseAdamW
 from epi_kernels.optim.release import release_gradients
+from epi_kernels.telemetry import Record
 
 # what is open: pattern of a finding -> why it is known. A program goes on behind such a one where it can
 KNOWN: dict[str, str] = {
@@ -618,6 +619,8 @@ class Case:
             self.dtensor or any(p.is_complex() for p in self.ours.params) or all(g is None for g in grads)
         ):
             how, skipped = "plain", False
+        if how == "compiled" and (self.dtensor or self.grads[1] is not None):
+            how = "plain"
         if how == "scaled":
             for p in (p for side in self.sides() for p in side.params if p.grad is not None):
                 p.grad = p.grad.resolve_neg().clone(memory_format=torch.contiguous_format)  # it is written
@@ -981,6 +984,21 @@ class Case:
         if error is not None:
             self.finding(f"was loaded, and then step raised {self.text(error)}", goes_on=True)
 
+    def soak(self, seed: int) -> None:
+        """Take steps with ever other subsets of the gradients: nothing may grow with their number."""
+        rng, sizes = random.Random(seed), []
+        for number in range(60):
+            self.zero_grad()
+            self.backward(rng.randrange(1000), rng.choices(["normal", "none"], k=len(self.specs)))
+            self.step()
+            if self.over:
+                return
+            if number in (19, 59):
+                own = vars(self.ours.optimizer).items()
+                sizes.append(held_by({k: v for k, v in own if k not in ("state", "base", "_records")}))
+        if sizes[1] > sizes[0] + 40:  # what is kept of each step would be 40 times as much
+            self.finding(f"the optimizer holds {sizes[0]} items after 20 steps and {sizes[1]} after 60", goes_on=True)
+
     # What must hold --------------------------------------------------------------------------------------------------
 
     def telemetry(self, side: Side) -> list[dict[str, Any]]:
@@ -1150,6 +1168,26 @@ class Case:
                     self.finding(f"{self.specs[j][0]} is {max(small, large):.3g} ulp from torch.optim.AdamW's step")
 
 
+def held_by(root: Any) -> int:
+    """Return the number of items in the containers and objects of the package that an attribute leads to."""
+    seen, todo, count = set(), [root], 0
+    while todo:
+        value = todo.pop()
+        if id(value) in seen or isinstance(value, (Tensor, str, type, Record)) or callable(value):
+            continue
+        seen.add(id(value))
+        if isinstance(value, dict):
+            todo.extend(value.values())
+            count += len(value)
+        elif isinstance(value, (list, tuple, set, deque)):
+            todo.extend(value)
+            count += len(value)
+        elif type(value).__module__.startswith("epi_kernels"):
+            todo.append(getattr(value, "__dict__", {}))
+            todo.extend(getattr(value, slot, None) for slot in getattr(type(value), "__slots__", ()))
+    return count
+
+
 def unchanged(before: Any, after: Any) -> bool:
     """Return whether two snapshots, or parts of them, hold the same keys and bits."""
     if isinstance(before, dict):
@@ -1259,6 +1297,7 @@ WEIGHTS = {
     "release": 1.5,
     "end_release": 3,
     "junk": 2,
+    "soak": 0.3,
 }
 
 
@@ -1459,8 +1498,8 @@ class Draw:
             return [("reset", {"how": rng.choice(["assign", "clear", "delete"])})]
         if choice == "replace_groups":
             return [("replace_groups", {"lr": rng.choice([0.02, 0.3])})]
-        if choice == "junk":
-            return [("junk", {"seed": rng.randrange(1000)})]
+        if choice in ("junk", "soak"):
+            return [(choice, {"seed": rng.randrange(1000)})]
         return [(choice, {})]
 
     def how(self) -> str:
