@@ -1,10 +1,16 @@
-"""What a refresh did: kept as it came from the device, turned into plain numbers when somebody reads it."""
+"""What the last refreshes did: tensors until a device has brought them to the host, then plain numbers."""
 
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+
+# how many refreshes an optimizer remembers
+RECORDS = 256
 
 
 @dataclass(frozen=True)
@@ -17,9 +23,70 @@ class Budget:
     rank: int  # k
 
 
+class Layout(NamedTuple):
+    """What refreshes of the same parameters have in common."""
+
+    layers: tuple[str, ...]
+    layer_eligible: tuple[int, ...]
+    budgets: tuple[Budget, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """One refresh in plain numbers."""
+
+    step: int
+    layout: Layout
+    counts: "np.ndarray[Any, Any]"  # [layers, 3]: protected, newly locked, released; of the narrowest dtype
+    protected: "np.ndarray[Any, Any]"  # [budgets]
+    ranges: "np.ndarray[Any, Any]"  # float32 [layers, 2]: minimum and maximum importance
+    thresholds: "np.ndarray[Any, Any]"  # float32 [budgets]
+    nonfinite: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the record as `EPIAdamW.telemetry` documents it."""
+        layers, layer_eligible, budgets = self.layout
+        per_budget = self.protected.tolist()
+        eligible, protected = sum(layer_eligible), sum(per_budget)
+        return {
+            "step": self.step,
+            "protected_share": protected / eligible if eligible else 0.0,
+            "eligible": eligible,
+            "budget": sum(budget.rank for budget in budgets),
+            "protected": protected,
+            "nonfinite": self.nonfinite,
+            "budgets": [
+                {
+                    "scope": budget.scope,
+                    "isolation_ratio": budget.isolation_ratio,
+                    "eligible": budget.eligible,
+                    "budget": budget.rank,
+                    "threshold": threshold,
+                    "protected": count,
+                }
+                for budget, threshold, count in zip(budgets, self.thresholds.tolist(), per_budget, strict=True)
+            ],
+            "layers": [
+                {
+                    "layer": name,
+                    "eligible": eligible,
+                    "protected": counts[0],
+                    "locked": counts[1],
+                    "released": counts[2],
+                    "minimum": low,
+                    "maximum": high,
+                }
+                for name, eligible, counts, (low, high) in zip(
+                    layers, layer_eligible, self.counts.tolist(), self.ranges.tolist(), strict=True
+                )
+                if eligible
+            ],
+        }
+
+
 @dataclass(frozen=True)
 class Record:
-    """One refresh. Tensors stay on their device until `as_dict`."""
+    """One refresh as it comes from its device."""
 
     step: int | Tensor
     layers: list[str]
@@ -50,45 +117,96 @@ class Record:
             theirs.copy_(torch.where(due.to(mine.device) != 0, mine, theirs))
         return before
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the record as `EPIAdamW.telemetry` documents it."""
-        per_layer = [[0, 0, 0] for _ in self.layers]
-        per_budget = [0 for _ in self.budgets]
-        for row, layer, budget in zip(self.counts.tolist(), self.layer_of, self.budget_of, strict=True):
-            per_layer[layer] = [total + count for total, count in zip(per_layer[layer], row, strict=True)]
-            per_budget[budget] += row[0]
-        eligible, protected = sum(self.layer_eligible), sum(per_budget)
-        return {
-            "step": int(self.step),
-            "protected_share": protected / eligible if eligible else 0.0,
-            "eligible": eligible,
-            "budget": sum(budget.rank for budget in self.budgets),
-            "protected": protected,
-            "nonfinite": sum(int(counts.sum()) for counts in self.nonfinite),
-            "budgets": [
-                {
-                    "scope": budget.scope,
-                    "isolation_ratio": budget.isolation_ratio,
-                    "eligible": budget.eligible,
-                    "budget": budget.rank,
-                    "threshold": threshold,
-                    "protected": count,
-                }
-                for budget, threshold, count in zip(self.budgets, self.thresholds.tolist(), per_budget, strict=True)
-            ],
-            "layers": [
-                {
-                    "layer": name,
-                    "eligible": eligible,
-                    "protected": counts[0],
-                    "locked": counts[1],
-                    "released": counts[2],
-                    "minimum": low,
-                    "maximum": high,
-                }
-                for name, eligible, counts, (low, high) in zip(
-                    self.layers, self.layer_eligible, per_layer, self.ranges.tolist(), strict=True
-                )
-                if eligible
-            ],
-        }
+    def on_the_host(self) -> "Record":
+        """Return this record with copies on the CPU, which are right once the device was waited for."""
+        there = {name: getattr(self, name) for name in ("ranges", "thresholds", "counts")}
+        return replace(self, **{name: tensor.to("cpu", non_blocking=True) for name, tensor in there.items()})
+
+    def numbers(self, before: Layout | None) -> Numbers:
+        """Return the record in plain numbers; the layout is that of the one `before` where they are equal."""
+        layout = Layout(tuple(self.layers), tuple(self.layer_eligible), tuple(self.budgets))
+        rows = self.counts.cpu().numpy()
+        counts = np.zeros((len(self.layers), 3), np.int64)
+        np.add.at(counts, np.asarray(self.layer_of, np.int64), rows)
+        protected = np.zeros(len(self.budgets), np.int64)
+        np.add.at(protected, np.asarray(self.budget_of, np.int64), rows[:, 0])
+        return Numbers(
+            int(self.step),
+            before if before == layout else layout,
+            counts.astype(np.min_scalar_type(counts.max(initial=0))),
+            protected,
+            np.array(self.ranges.cpu().numpy()),
+            np.array(self.thresholds.cpu().numpy()),
+            sum(int(counts.sum()) for counts in self.nonfinite),
+        )
+
+
+class Records:
+    """The last refreshes of an optimizer, RECORDS at most; pickle and deepcopy keep their numbers."""
+
+    def __init__(self) -> None:
+        self._done: deque[Numbers] = deque(maxlen=RECORDS)
+        self._under_way: deque[tuple[Record, list[torch.Event]]] = deque(maxlen=RECORDS)
+        # the last refresh of which the device alone knows whether it was one, and what it was before a copy
+        self.on_device: Record | None = None
+        self._on_device_before: Numbers | None = None
+
+    def __len__(self) -> int:
+        """Return how many refreshes there are, but for the one that a device alone knows of."""
+        return min(len(self._done) + len(self._under_way), RECORDS)
+
+    def add(self, record: Record, devices: Iterable[torch.device]) -> None:
+        """Take the record of a refresh that launched on these devices; an accelerator is not waited for."""
+        self._settle(wait=False)
+        events = []
+        copy = record.on_the_host()
+        for device in devices:
+            if device.type != "cpu":
+                event = torch.Event(device)
+                event.record(torch.accelerator.current_stream(device))
+                events.append(event)
+        self._under_way.append((copy, events))
+        self._settle(wait=False)
+
+    def add_where(self, due: Tensor, record: Record) -> Record:
+        """Take the record of a refresh that happened where `due` is not 0, and return the one that is written."""
+        self.on_device = record.kept_where(due, self.on_device)
+        return self.on_device
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return every record as `EPIAdamW.telemetry` documents it, oldest first; it waits for the devices."""
+        self._settle(wait=True)
+        last = self._last()
+        return [numbers.as_dict() for numbers in (*self._done, *([last] if last else []))][-RECORDS:]
+
+    def _last(self) -> Numbers | None:
+        """Return what a device alone knows, if there was such a refresh."""
+        record = self.on_device
+        if record is not None and record.counts.device.type != "cpu":
+            torch.accelerator.synchronize(record.counts.device)
+        if record is None or not int(record.step):
+            return self._on_device_before
+        return record.numbers(None)
+
+    def _settle(self, wait: bool) -> None:
+        """Turn into numbers what has arrived, or everything."""
+        while self._under_way:
+            record, events = self._under_way[0]
+            for event in events:
+                if wait:
+                    event.synchronize()
+                elif not event.query():
+                    return
+            self._under_way.popleft()
+            self._done.append(record.numbers(self._done[-1].layout if self._done else None))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the numbers; it waits for the devices."""
+        self._settle(wait=True)
+        return {"done": list(self._done), "last": self._last()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take them back."""
+        self.__init__()  # type: ignore[misc]
+        self._done.extend(state["done"])
+        self._on_device_before = state["last"]

@@ -9,7 +9,9 @@ A GPU is not needed: the CPU stands in for the device that torch says has graphs
 """
 
 import copy
+import gc
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -309,6 +311,20 @@ def test_what_a_captured_step_uploads_is_kept(capturing: Callable[[], None], bac
     }
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # a load does not let go of it
     assert optimizer._uploads._captured is kept
+
+
+def test_a_step_that_is_not_captured_keeps_no_state(backend: str) -> None:
+    params, optimizer, _, _ = pair(KINDS["ema"], backend)
+    give(params, 1)
+    optimizer.step()
+    give(params, 2)
+    optimizer.step()
+    old = [weakref.ref(v) for state in optimizer.state.values() for v in state.values() if v.dim()]
+    for state in optimizer.state.values():
+        state.update({key: value.clone() for key, value in state.items() if value.dim()})
+    gc.collect()
+    assert old
+    assert all(ref() is None for ref in old)
 
 
 def test_the_clock_is_where_torch_has_it() -> None:

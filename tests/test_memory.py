@@ -8,9 +8,11 @@ Python or not.
 - The next step works, and a run that is disturbed so equals one that is not, bit for bit.
 - A key of the user's own in a state changes nothing, and is saved.
 - Counters of infinite gradients are as many as are in use, whichever parameters have gradients.
+- Telemetry is bounded, and holds no tensor once a device has brought it.
 - A tensor that takes the place of a dead one, at its address and under its identity, is not taken for it.
 """
 
+import copy
 import gc
 import pickle
 import warnings
@@ -33,6 +35,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from epi_kernels import EPIAdamW, MaskedAdamW, SparseAdamW
 from epi_kernels.distributed import local, wrapped
 from epi_kernels.optim import release_gradients
+from epi_kernels.telemetry import RECORDS, Budget, Record, Records
 
 EPI: dict[str, Any] = {"lr": 0.1, "isolation_ratio": 0.2, "mask_interval": 2, "layers": "tensor"}
 OURS: dict[str, Any] = {
@@ -42,6 +45,9 @@ OURS: dict[str, Any] = {
     "MaskedAdamW": lambda named, masks, **kw: MaskedAdamW(named, lr=0.1, frozen=masks, **kw),
     "SparseAdamW": lambda named, masks, **kw: SparseAdamW(named, lr=0.1, trainable=masks, **kw),
 }
+
+# a fixed mask outlives the state that shows it
+MASKS = ("frozen", "indices", "trainable")
 
 STORAGES: dict[str, Any] = {
     "contiguous": ((6, 4), (4, 1), torch.float32),
@@ -122,7 +128,7 @@ class Run:
                 if key != "step" and not (key == "importance" and self.shared):
                     copy, free = in_memory(local(value), local(value).stride())
                     state[key] = wrapped(copy, param) if type(value) is DTensor else copy
-                    (self.masks if key in ("frozen", "indices", "trainable") else self.states).append(free)
+                    (self.masks if key in MASKS else self.states).append(free)
             if self.shared:
                 state["importance"] = state["exp_avg_sq"]
 
@@ -205,7 +211,7 @@ def test_gradients_are_free(kind: str, storage: str, backend: str, mesh: Any) ->
 
 def test_a_dropped_parameter_is_free_with_all_that_it_had(kind: str, storage: str, backend: str, mesh: Any) -> None:
     run = Run(kind, storage, backend, mesh, masked=1).steps()  # a mask keeps its parameter
-    of_each = len(run.optimizer.state[run.params[1]].keys() & {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "importance"})
+    of_each = len(run.optimizer.state[run.params[1]].keys() - {"step", *MASKS})
     of_each -= run.shared
     dropped = run.params.pop()
     group = run.optimizer.param_groups[0]
@@ -234,10 +240,12 @@ def test_released_gradients_leave_nothing_behind(kind: str, backend: str) -> Non
     for _ in range(2):
         model(torch.ones(2, 4)).sum().backward()
         optimizer.step()
-    old = [weakref.ref(v) for state in optimizer.state.values() for v in state.values()]
+    items = [(key, v) for state in optimizer.state.values() for key, v in state.items() if key not in MASKS]
+    old = [weakref.ref(v) for _, v in items]
+    del items
     for state in optimizer.state.values():
-        state.update({key: value.clone() for key, value in state.items() if key not in ("frozen", "indices")})
-    assert left(old) == sum(key in ("frozen", "indices") for state in optimizer.state.values() for key in state)
+        state.update({key: value.clone() for key, value in state.items() if key not in MASKS})
+    assert left(old) == 0
     dropped = optimizer.param_groups[0]["params"].pop()
     optimizer.param_groups[0]["param_names"].pop()
     del optimizer.state[dropped], named
@@ -258,7 +266,7 @@ def test_a_tensor_in_the_place_of_a_dead_one_is_not_taken_for_it(backend: str) -
     if id(half) != identity:
         pytest.skip("Python has put the new tensor elsewhere")
     state["exp_avg"] = half
-    with pytest.raises(ValueError, match=r"exp_avgs\[0\] has shape \(3, 4\)"):
+    with pytest.raises(ValueError, match=r"w0 has shape \(6, 4\) now, and exp_avg in its state \(3, 4\)"):
         run.step(4)
     assert torch.equal(run.params[1], before)
 
@@ -332,3 +340,69 @@ def test_a_parameter_that_has_left_is_not_warned_of() -> None:
         optimizer.step()
     optimizer.refresh()
     assert optimizer.telemetry()[-1]["nonfinite"] == 3
+
+
+def tensors_alive() -> int:
+    gc.collect()
+    return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+
+
+def test_telemetry_is_bounded_and_holds_no_tensor() -> None:
+    named = [(f"layers.{i}.w", Parameter(torch.ones(4))) for i in range(300)]
+    optimizer = EPIAdamW(named, mask_interval=1, isolation_ratio=0.1)
+    for _, param in named:
+        param.grad = torch.randn(4)
+    for _ in range(50):
+        optimizer.step()
+    alive = tensors_alive()
+    for _ in range(250):
+        optimizer.step()
+    assert tensors_alive() == alive
+    records = optimizer.telemetry()
+    assert [record["step"] for record in records] == list(range(300 - RECORDS + 1, 301))
+    assert all(len(record["layers"]) == 300 for record in records)
+    # 8 bytes of a range and 3 of counts for each layer, and names once
+    assert len(pickle.dumps(optimizer._records)) < RECORDS * 300 * 12 + 500 * RECORDS
+    for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert copied.telemetry() == records
+    twin = pickle.loads(pickle.dumps(optimizer))
+    twin.refresh()
+    assert twin.telemetry()[:-1] == records[1:]
+
+
+def test_a_record_that_is_under_way_is_read_when_it_has_arrived(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = torch.device("meta")  # not the CPU: an event is asked
+
+    class Event:
+        arrived = False
+
+        def __init__(self, device: torch.device) -> None:
+            assert device == here
+
+        def record(self, stream: object) -> None:
+            pass
+
+        def query(self) -> bool:
+            return Event.arrived
+
+        def synchronize(self) -> None:
+            Event.arrived = True
+
+    monkeypatch.setattr(torch, "Event", Event)
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: None)
+    records = Records()
+    for step in range(1, RECORDS + 10):
+        counts, thresholds = torch.tensor([[2, 1, 0], [3, 0, 1]]), torch.ones(1)
+        budgets = [Budget("global", 0.5, 10, 5)]
+        nonfinite = [torch.tensor([step, 1])]
+        record = Record(
+            step, ["a", "b"], [4, 6], budgets, [0, 1], [0, 0], torch.ones(2, 2), thresholds, counts, nonfinite
+        )
+        records.add(record, [here])
+    assert len(records) == RECORDS
+    assert not records._done
+    read = records.read()
+    assert [record["step"] for record in read] == list(range(10, RECORDS + 10))
+    assert read[0]["nonfinite"] == 11
+    assert [layer["protected"] for layer in read[0]["layers"]] == [2, 3]
+    assert not records._under_way

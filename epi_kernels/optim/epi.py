@@ -16,6 +16,7 @@ from epi_kernels.optim.isolation import CLOCK, SHARED, Isolation, check_settings
 from epi_kernels.optim.prepared import Prepared
 from epi_kernels.optim.refusals import require_default
 from epi_kernels.optim.scaling import UNSCALED, Scaling
+from epi_kernels.telemetry import Records
 
 
 class EPIAdamW(Isolation, LockedAdamW):
@@ -142,7 +143,7 @@ class EPIAdamW(Isolation, LockedAdamW):
             state_dtype=(state_dtype, None),
         )
         self._grouping = Grouping(layers)
-        self._records = []
+        self._records = Records()
         self._process_group = process_group
         super().__init__(
             params,
@@ -378,7 +379,7 @@ class EPIAdamW(Isolation, LockedAdamW):
             return super().__getstate__()
         return {**super().__getstate__(), "_process_group": Lost("call bind_deepspeed(engine) of the copy")}
 
-    _KEPT = (*LockedAdamW._KEPT, "_grouping", "_records", "_on_device")
+    _KEPT = (*LockedAdamW._KEPT, "_grouping", "_records")
 
 
 def _signed_like(exp_avg_sq: Tensor, signed: Tensor) -> Tensor:

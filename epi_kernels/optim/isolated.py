@@ -23,6 +23,7 @@ from epi_kernels.optim.groups import check_shared
 from epi_kernels.optim.isolation import CLOCK, SHARED, Isolation, check_settings
 from epi_kernels.optim.nonfinite import NonfiniteCounts
 from epi_kernels.optim.scaling import UNSCALED
+from epi_kernels.telemetry import Records
 
 # what torch's optimizers are constructed with, and not all of them: it tells the states of one from those of another
 _HYPERPARAMETERS = {
@@ -104,7 +105,7 @@ class IsolatedOptimizer(Isolation, Optimizer):
         self.base = base
         self._backend = backend
         self._grouping = Grouping(layers)
-        self._records = []
+        self._records = Records()
         self._process_group = process_group
         self._nonfinite = NonfiniteCounts()
         # it makes the hooks of an optimizer; the groups, the state and the defaults stay the base's

@@ -28,13 +28,13 @@ from epi_kernels.distributed import (
 )
 from epi_kernels.integrations.deepspeed import Segment
 from epi_kernels.layers import Grouping, has_names
-from epi_kernels.ops.table import on_device
+from epi_kernels.ops.table import Uploads, on_device
 from epi_kernels.optim.complex import as_real, squared_by_importance
 from epi_kernels.optim.groups import Named, settings_of
 from epi_kernels.optim.nonfinite import NonfiniteCounts
 from epi_kernels.optim.refresh import Candidate, refresh_
 from epi_kernels.optim.scaling import UNSCALED, Scaling
-from epi_kernels.telemetry import Budget, Record
+from epi_kernels.telemetry import Budget, Record, Records
 
 _CHOICES = {
     "normalize": ("layer", "none"),
@@ -74,7 +74,7 @@ class Isolation(Named):
 
     # of the isolation; the optimizer sets the first, before it adds a group
     _grouping: Grouping
-    _records: list[Record]
+    _records: Records
     _process_group: Any = None
     _agreed: Agreement | None = None
     _agreed_on: tuple[Sequence[Held], Ranks] | None = None  # what this rank held then, and with whom
@@ -83,7 +83,6 @@ class Isolation(Named):
     _known_ranks: tuple[Ranks | None] | None = None
     _iteration: tuple[set[int], int] = (set(), 0)  # ids of the parameters that have stepped since the last count, clock
     _clock_there: Tensor | None = None  # the clock, int64 of no dimension, where a device alone knows it
-    _on_device: Record | None = None  # the last refresh of which the device alone knows whether it was one
 
     def _signed_importance(self, param: Tensor, group: dict[str, Any]) -> Tensor | None:
         """Return the tensor whose sign bits are the mask of `param`; None: nothing of it is or can be protected yet."""
@@ -127,7 +126,9 @@ class Isolation(Named):
         self._refresh((), UNSCALED)
 
     def telemetry(self) -> list[dict[str, Any]]:
-        """Return what each refresh of this object did, oldest first; reading waits for the device, stepping does not.
+        """Return what the last refreshes of this object did, oldest first, 256 of them at most (telemetry.RECORDS).
+
+        Reading waits for the device, stepping does not. pickle and deepcopy of the optimizer keep the records.
 
         With ``capturable``, or ``fused`` and a scaler on a GPU, the device alone knows which steps refreshed, and the
         list has the last one. A record is a dict of plain numbers and names, over all ranks but for ``nonfinite``:
@@ -141,12 +142,9 @@ class Isolation(Named):
         - ``layers``: for each, ``layer``, ``eligible``, ``protected``, ``locked`` (newly), ``released``, and the range
           of its importance, ``minimum`` and ``maximum``.
         """
-        records = [*self._records, *([self._on_device] if self._on_device else [])]
-        for device in {record.counts.device for record in records}:
-            if device.type != "cpu":
-                torch.accelerator.synchronize(device)
+        records = self._records.read()
         self._nonfinite.warn(self._names)
-        return [record.as_dict() for record in records if record is not self._on_device or int(record.step)]
+        return records
 
     # Inside ----------------------------------------------------------------------------------------------------------
 
@@ -288,9 +286,11 @@ class Isolation(Named):
             nonfinite=self._nonfinite.counters() if due is not None else self._nonfinite.snapshot(self._names),
         )
         if due is None:
-            self._records.append(record)
+            self._records.add(record, {found.counts.device, *(c.importance.device for c in plan.candidates)})
         else:
-            self._on_device = record.kept_where(due, self._on_device)
+            written = self._records.add_where(due, record)
+            if Uploads.current is not None:  # a graph writes into it, for as long as there is the graph
+                Uploads.current.keep(written)
 
     def _plan(self, grads: dict[Tensor, Tensor], clock: int | Tensor) -> _Plan:
         """Return who competes for protection, in which layer and for which budget."""

@@ -116,7 +116,7 @@ class MaskedAdamW(Following, LockedAdamW):
         Raises:
             ValueError: `param` is not a parameter of this optimizer, or its mask cannot follow to it.
         """
-        self._follow()
+        self._follow_to(param)
         position_of(param, self.param_groups)  # raises where it has none
         signed = self._signed(param)
         if signed is None:

@@ -170,6 +170,11 @@ class Following(PreparedAdamW):
         self._after_move()
         self._forget()
 
+    def _follow_to(self, param: Tensor) -> None:
+        """Follow if `param` is an object that was not in the groups before: no look at all others, for one of them."""
+        if self._places.at(param) is None:
+            self._follow()
+
     def _after_move(self) -> None:
         """Do what a subclass does once parameters have been replaced."""
 
@@ -184,8 +189,7 @@ class Following(PreparedAdamW):
             self._compare_ranks({p: belongs.digest for p, belongs in found.items() if belongs is not None})
 
     def _step_alone(self, param: Tensor, group: int) -> None:
-        if self._places.at(param) is None:
-            self._follow()
+        self._follow_to(param)
         super()._step_alone(param, group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -44,10 +44,12 @@ class _Bundle(Bundle):
 
     def tensors(self, now: Present) -> Iterator[list[Tensor]]:
         """Yield the lists that `sparse_adamw_` takes."""
-        yield from (self.params(now), self.grads(now))
-        absent = [None] * len(self.where)
-        of_plain, of_shards = (self.state(now, key) if key in now.state else absent for key in ("indices", "trainable"))
-        yield [one if one is not None else other for one, other in zip(of_plain, of_shards, strict=True)]
+        # of a DTensor the positions have another key
+        keys = [key for key in ("indices", "trainable") if key in now.state]
+        positions = [
+            next(filter(_is_there, each)) for each in zip(*(self.state(now, key) for key in keys), strict=True)
+        ]
+        yield from (self.params(now), self.grads(now), positions)
         yield from (self.state(now, key) for key in ("exp_avg", "exp_avg_sq"))
 
 
@@ -261,7 +263,7 @@ class SparseAdamW(Following):
         Raises:
             ValueError: `param` is not a parameter of this optimizer.
         """
-        self._catch_up()
+        self._follow_to(param)
         position_of(param, self.param_groups)  # raises where it has none
         held = local(param)
         mask = torch.zeros(held.numel(), dtype=torch.bool, device=param.device)
@@ -411,6 +413,10 @@ class SparseAdamW(Following):
 
 def _refuse_flags(group: dict[str, Any]) -> None:
     require_default(**{flag: (group.get(flag, False), False) for flag in _REFUSED})
+
+
+def _is_there(tensor: Tensor | None) -> bool:
+    return tensor is not None
 
 
 def _key(param: Tensor) -> str:
