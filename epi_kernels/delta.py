@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from epi_kernels.distributed import is_dtensor, local, shard_of
+from epi_kernels.ops.flat import put_
 
 # name -> (positions in row-major order, values)
 Delta = Mapping[str, tuple[Tensor, Tensor]]
@@ -67,12 +68,12 @@ def apply_delta(model: nn.Module, delta: Delta) -> None:
 
 def _write(param: Tensor, positions: Tensor, values: Tensor) -> None:
     if not is_dtensor(param):
-        param.put_(positions.to(param.device), values.to(param.device))
+        put_(param, positions.to(param.device), values.to(param.device))
         return
     # one tensor at a time as a whole, and the part of it that belongs here
     here = [
-        local(shard_of(torch.zeros(param.shape, dtype=part.dtype).put_(positions, part), param))
-        for part in (values, torch.ones(len(positions), dtype=torch.bool))
+        local(shard_of(put_(torch.zeros(param.shape, dtype=part.dtype, device="cpu"), positions, part), param))
+        for part in (values, torch.ones(len(positions), dtype=torch.bool, device="cpu"))
     ]
     local(param).copy_(torch.where(here[1], here[0], local(param)))
 

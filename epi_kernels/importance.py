@@ -273,8 +273,10 @@ class _Sums:
         if device not in self._generators:
             self._generators[device] = torch.Generator(device).manual_seed(0)
         bits = (total.float() + more).view(torch.int32)
-        noise = torch.randint(0, 1 << 16, bits.shape, generator=self._generators[device], device=device)
-        total.copy_((bits + noise.int() & -(1 << 16)).view(torch.float32))
+        noise = torch.randint(
+            0, 1 << 16, bits.shape, generator=self._generators[device], dtype=torch.int32, device=device
+        )
+        total.copy_((bits + noise & -(1 << 16)).view(torch.float32))
 
     def as_parameter(self, name: str, score: Tensor) -> Tensor:
         """Return a score of what this rank holds as a DTensor, where the parameter is one."""

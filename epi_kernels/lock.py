@@ -34,8 +34,8 @@ def with_lock(importance: Tensor, locked: Tensor) -> Tensor:
         tensor([-0., 2., -3.])
     """
     # copysign, not a product with -1: the product of a NaN has an unspecified sign
-    sign = torch.where(locked, -1.0, 1.0).to(importance.dtype)
-    return torch.copysign(importance, sign)
+    minus = torch.full((), -1.0, dtype=importance.dtype, device=importance.device)
+    return torch.copysign(importance, torch.where(locked, minus, -minus))
 
 
 def static_lock(locked: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def top_k(
         key = shard_key(values, 0, partitioned=False)
         budget = (layer if scope == "layer" else "global", ratio)
         held.append(Held(name, key, layer, budget, single[name].numel(), values.numel()))
-    below = [name for name, values in single.items() if (values < 0).any()]
+    below = [name for name, values in single.items() if (values <= -contract.SMALLEST_NORMAL).any()]
     asked = [{"ratio": ratio, "scope": scope, "normalize": normalize, "names": list(scores)}]
     if ranks is not None:
         below = ranks.union(below)
@@ -82,7 +82,7 @@ def top_k(
     counts = [contract.budget(ratio, eligible) for eligible in agreed.budget_eligible]
 
     def total(numbers: list[int]) -> list[int]:
-        return numbers if ranks is None else ranks.sum(torch.tensor(numbers)).tolist()
+        return numbers if ranks is None else ranks.sum(torch.tensor(numbers, dtype=torch.int64, device="cpu")).tolist()
 
     own = {name: values for name, values in single.items() if name in agreed.owned}
     ranges = _ranges(single, layer_of, len(agreed.layers), ranks, backend) if normalize else None
@@ -182,7 +182,7 @@ def _ranges(
     scores: Mapping[str, Tensor], layer_of: Mapping[str, int], count: int, ranks: Ranks | None, backend: str
 ) -> Tensor:
     """Return float32 [layers, 2] on the CPU: the smallest and the largest score of each layer."""
-    ranges = torch.tensor([[torch.inf, -torch.inf]]).repeat(count, 1)
+    ranges = torch.tensor([[torch.inf, -torch.inf]], dtype=torch.float32, device="cpu").repeat(count, 1)
     for device, names in _by_device(scores):
         here = ranges.to(device, copy=True)
         ops.importance_(
@@ -190,7 +190,7 @@ def _ranges(
             [None] * len(names),
             here,
             torch.zeros(len(names), dtype=torch.int64, device=device),
-            torch.zeros(len(names), 2, dtype=torch.float64),
+            torch.zeros(len(names), 2, dtype=torch.float64, device="cpu"),
             [layer_of[name] for name in names],
             True,
             None,
@@ -214,7 +214,7 @@ def _thresholds(
     """Return the k-th largest score of each budget, float32 [budgets] on the CPU."""
 
     def histogram(selection: Tensor, shift: int, bins: int) -> Tensor:
-        found = [torch.zeros(len(counts), bins, dtype=torch.int64)]
+        found = [torch.zeros(len(counts), bins, dtype=torch.int64, device="cpu")]
         for device, names in _by_device(scores):
             part = ops.score_histogram(
                 [scores[name] for name in names],

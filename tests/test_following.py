@@ -383,6 +383,25 @@ def test_a_replacement_of_another_shape_is_refused(kind: str, named: bool) -> No
     assert all(map(torch.equal, before, group["params"]))
 
 
+def test_select_is_a_way_out_and_one_that_fails_leaves_the_refusal() -> None:
+    model = net()
+    optimizer = make("sparse", model)
+    moved_by_a_step(model, optimizer)
+    model.a.weight = Parameter(torch.ones(7, 6))
+    optimizer.param_groups[0]["params"][0] = model.a.weight
+    model.a.weight.grad = torch.ones(7, 6)
+    for wrong in ({"a.weight": torch.ones(6, 6, dtype=torch.bool)}, {"nobody": torch.ones(1, dtype=torch.bool)}):
+        with pytest.raises(ValueError, match="trainable"):
+            optimizer.select(wrong)
+        with pytest.raises(ValueError, match="a.weight has shape"):
+            optimizer.step()
+    rows = torch.arange(7)[:, None].expand(7, 6) == 6
+    optimizer.select({"a.weight": rows})
+    optimizer.step()
+    assert torch.equal(model.a.weight != 1, rows)
+    assert set(optimizer.state) == set(model.parameters())
+
+
 def test_a_replacement_without_a_mask_may_have_any_shape() -> None:
     model = net()
     optimizer = make("masked", model)

@@ -55,6 +55,24 @@ class Flat:
         return copy
 
 
+def put_(tensor: Tensor, positions: Tensor, values: Tensor) -> Tensor:
+    """Write values at positions in row-major order of a tensor of any strides, and return the tensor.
+
+    In place of torch.Tensor.put_, which torch.use_deterministic_algorithms(True) refuses, although positions that
+    differ leave nothing to chance.
+
+    Args:
+        tensor: written.
+        positions: int64 [k], each once.
+        values: [k], of the tensor's dtype.
+    """
+    if tensor.is_contiguous():
+        tensor.view(-1)[positions] = values
+    else:
+        tensor[torch.unravel_index(positions, tensor.shape)] = values
+    return tensor
+
+
 def _same_order(tensors: list[Tensor | None]) -> bool:
     present = [tensor for tensor in tensors if tensor is not None]
     if all(tensor.is_contiguous() for tensor in present):

@@ -322,7 +322,7 @@ def select_digit_(counts: Tensor, selection: Tensor, shift: int, backend: str) -
 
 @select_digit_.register_fake
 def _(counts: Tensor, selection: Tensor, shift: int, backend: str) -> Tensor:
-    return torch.empty(selection.shape[0], device=selection.device)
+    return torch.empty(selection.shape[0], dtype=torch.float32, device=selection.device)
 
 
 @torch.library.custom_op("epi_kernels::lock_", mutates_args=("importances",))
@@ -519,7 +519,7 @@ def find_threshold(
         tensor([0.5000])
     """
     selection = on_device(
-        torch.tensor([[0, rank] for rank in ranks], dtype=torch.int64).view(-1, 2), torch.device(device)
+        torch.tensor([[0, rank] for rank in ranks], dtype=torch.int64, device="cpu").view(-1, 2), torch.device(device)
     )
     shift = sum(KEY_DIGITS)
     for bits in KEY_DIGITS if exact else KEY_DIGITS[:1]:

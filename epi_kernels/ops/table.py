@@ -145,7 +145,7 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 
 @functools.lru_cache(maxsize=16)
 def _pinned_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.zeros(shape, dtype=dtype, pin_memory=True)
+    return torch.zeros(shape, dtype=dtype, device="cpu", pin_memory=True)
 
 
 @functools.lru_cache(maxsize=16)

@@ -365,4 +365,6 @@ def new_state(param: Tensor, name: str) -> Tensor:
         return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
     strides = torch.empty_like(param, device="meta", memory_format=torch.preserve_format).stride()
     offset = STAGGER * (1 + list(STATE_DTYPES).index(name))
-    return torch.zeros(param.numel() + offset, dtype=dtype).as_strided(param.shape, strides, offset)
+    return torch.zeros(param.numel() + offset, dtype=dtype, device=param.device).as_strided(
+        param.shape, strides, offset
+    )

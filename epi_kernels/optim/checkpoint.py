@@ -258,7 +258,7 @@ def taken(entry: dict[str, Any], param: Tensor, before: dict[str, Tensor]) -> di
     state: dict[str, Any] = {}
     for key, value in entry.items():
         if key in before:
-            state[key] = before[key].copy_(torch.as_tensor(value))
+            state[key] = before[key].copy_(value) if isinstance(value, Tensor) else before[key].fill_(value)
         elif key == "step":
             state[key] = value  # whoever takes it knows where a clock runs
         elif key in ("indices", "trainable"):

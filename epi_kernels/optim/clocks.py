@@ -49,7 +49,7 @@ class HostClocks:
         keys = list(zip(members, self._values[first : first + len(members)], strict=True))
         row_of = {key: row for row, key in enumerate(dict.fromkeys(keys))}
         table = [Scalars.of(groups[i], clock) for i, clock in row_of]
-        return torch.tensor(table, dtype=torch.float64), list(map(row_of.__getitem__, keys))
+        return torch.tensor(table, dtype=torch.float64, device="cpu"), list(map(row_of.__getitem__, keys))
 
 
 class DeviceClocks:
@@ -98,7 +98,7 @@ def _vector_of(steps: Sequence[Tensor], device: torch.device) -> Tensor:
     A captured step has its address: it must stay where it is over a change elsewhere and over a load.
     """
     if not steps:
-        return torch.zeros(0, device=device)
+        return torch.zeros(0, dtype=torch.float32, device=device)
     base = steps[0]._base
     if base is not None and base.dim() == 1 and len(base) == len(steps) and base.device == device:
         size = base.element_size()

@@ -54,9 +54,11 @@ class PairLocks:
         ops.importance_(
             list(self._signed.values()),
             [squared_by_importance(grads[i]) for i in where],
-            torch.zeros(1, 2, device=nonfinite.device),  # nobody asks for a range between two refreshes
+            torch.zeros(
+                1, 2, dtype=torch.float32, device=nonfinite.device
+            ),  # nobody asks for a range between two refreshes
             found,
-            torch.tensor([(betas[i], 1.0 - betas[i]) for i in where], dtype=torch.float64),
+            torch.tensor([(betas[i], 1.0 - betas[i]) for i in where], dtype=torch.float64, device="cpu"),
             [0] * len(where),
             True,
             grad_factor,

@@ -224,7 +224,9 @@ class DropInAdamW(Named, AdamW):
             ValueError, RuntimeError: they are out of their range, or not possible together; torch's with its texts.
         """
         # torch checks them in its constructor alone, and those of the first arguments at that
-        AdamW([torch.zeros(())], **{key: group[key] for key in _TORCHS if key in group})
+        AdamW(
+            [torch.zeros((), dtype=torch.float32, device="cpu")], **{key: group[key] for key in _TORCHS if key in group}
+        )
         check_shared(self._SHARED, group, shared)
         if self._released is not None:
             self._released.check_group(group)
@@ -287,9 +289,9 @@ class DropInAdamW(Named, AdamW):
             for group, old in zip(self.param_groups, settings, strict=True):
                 for key in ("lr", "eps", "weight_decay"):
                     if isinstance(old.get(key), Tensor):
-                        group[key] = old[key].copy_(torch.as_tensor(group[key]))
+                        group[key] = _written(old[key], group[key])
                 group["betas"] = tuple(
-                    ours.copy_(torch.as_tensor(beta)) if isinstance(ours, Tensor) else beta
+                    _written(ours, beta) if isinstance(ours, Tensor) else beta
                     for ours, beta in zip(old.get("betas", (None, None)), group["betas"], strict=True)
                 )
             self.defaults.update({key: self.param_groups[0][key] for key in self._SHARED})
@@ -348,3 +350,9 @@ class DropInAdamW(Named, AdamW):
 
     # the attributes of ours that pickle and deepcopy keep
     _KEPT: tuple[str, ...] = ("_backend", "_settings")
+
+
+def _written(tensor: Tensor, value: Any) -> Tensor:
+    """Write a number, or the one value of a tensor, into a tensor of one value, and return that."""
+    given = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu")
+    return tensor.copy_(given.reshape(tensor.shape))

@@ -246,9 +246,9 @@ class IsolatedOptimizer(Isolation, Optimizer):
             ops.importance_(
                 [local(self._importances[param]) for param in here],
                 [squared_by_importance(local_gradient(param)) for param in here],
-                torch.zeros(1, 2, device=device),  # nobody asks for a range between two refreshes
+                torch.zeros(1, 2, dtype=torch.float32, device=device),  # nobody asks for a range between two refreshes
                 self._nonfinite.counter(here),
-                torch.tensor([(beta, 1.0 - beta) for beta in betas], dtype=torch.float64),
+                torch.tensor([(beta, 1.0 - beta) for beta in betas], dtype=torch.float64, device="cpu"),
                 [0] * len(here),
                 True,
                 None,

@@ -247,7 +247,9 @@ class Isolation(Named):
         if not agreed.layers:  # nothing can be protected
             if ranks is not None:
                 assert isinstance(step, int)
-                ranks.ranges(torch.zeros(0, 2), step, self._settings_of_ranks())  # until a rank says otherwise
+                ranks.ranges(
+                    torch.zeros(0, 2, dtype=torch.float32, device="cpu"), step, self._settings_of_ranks()
+                )  # until a rank says otherwise
             return
         if not plan.candidates and ranks is None:
             return
@@ -382,7 +384,9 @@ class Isolation(Named):
                 self._agreed = None
             elif held != before:
                 # the others wait for this rank's ranges, and hear it there
-                nothing = torch.tensor([[math.inf, -math.inf]]).repeat(len(self._agreed.layers), 1)
+                nothing = torch.tensor([[math.inf, -math.inf]], dtype=torch.float32, device="cpu").repeat(
+                    len(self._agreed.layers), 1
+                )
                 with suppress(AgreeAgain):
                     ranks.ranges(nothing, int(clock), settings, again=True)
                 self._agreed = None

@@ -80,7 +80,7 @@ def refresh_(
     parts = [_Part([candidates[i] for i in where], counters(where), backend) for where in by_device.values()]
     home = parts[0].device if parts else ranks.device if ranks else torch.device("cpu")
 
-    start = torch.tensor([[math.inf, -math.inf]]).repeat(layer_count, 1)
+    start = torch.tensor([[math.inf, -math.inf]], dtype=torch.float32, device="cpu").repeat(layer_count, 1)
     start[list(set(untouched))] = 0.0
     for part in parts:
         part.advance(start, keep_finite, grad_factor.get(part.device), _on(part.device, due))
@@ -111,12 +111,12 @@ def refresh_(
             own = [j for j, i in enumerate(where) if candidates[i].counted]
             of = [row_of[candidates[where[j]].layer, candidates[where[j]].budget] for j in own]
             if own:
-                total.index_add_(0, torch.tensor(of, device=home), rows[own])
+                total.index_add_(0, torch.tensor(of, dtype=torch.int64, device=home), rows[own])
         return Refreshed(ranges, thresholds, ranks.sum(total))
     if len(counts) == 1:
         return Refreshed(ranges, thresholds, counts[0])
     # position of each candidate in the concatenation of the parts
-    order = torch.tensor([i for where in by_device.values() for i in where], device=home).argsort()
+    order = torch.tensor([i for where in by_device.values() for i in where], dtype=torch.int64, device=home).argsort()
     return Refreshed(ranges, thresholds, torch.cat(counts)[order])
 
 
@@ -128,7 +128,7 @@ class _Part:
     def __init__(self, candidates: Sequence[Candidate], counter: Tensor, backend: str) -> None:
         self.importances = [candidate.importance for candidate in candidates]
         self.grads = [candidate.grad for candidate in candidates]
-        self.betas = torch.tensor([(c.beta, c.one_minus_beta) for c in candidates], dtype=torch.float64)
+        self.betas = torch.tensor([(c.beta, c.one_minus_beta) for c in candidates], dtype=torch.float64, device="cpu")
         self.layers = [candidate.layer for candidate in candidates]
         self.budgets = [candidate.budget for candidate in candidates]
         self.counted = [i for i, candidate in enumerate(candidates) if candidate.counted]

@@ -11,6 +11,7 @@ from epi_kernels.contract import arithmetic_dtype
 from epi_kernels.distributed import is_dtensor, local, shard_of, wrapped
 from epi_kernels.notices import warn
 from epi_kernels.ops import SparseSweep
+from epi_kernels.ops.flat import put_
 from epi_kernels.optim.checkpoint import pairs_of, placed_alike, taken
 from epi_kernels.optim.groups import digest_of, masks_of, position_of
 from epi_kernels.optim.places import Following, Place, Places, check_shape
@@ -158,12 +159,12 @@ class SparseAdamW(Following):
         Raises:
             ValueError: as the constructor; the selection is then as it was.
         """
-        self._places.look(self.param_groups)
         parted = self._process_group is not None
         chosen = masks_of(trainable, self.param_groups, "trainable", partitioned=parted)
         shards = {param: local(shard_of(mask.to(param.device), param)) for param, mask in chosen.items()}
         self.state.clear()
         self._forget()
+        self._places.look(self.param_groups)  # with parameters that may be others by now
         for param in (param for group in self.param_groups for param in group["params"]):
             self._places.put(param, None)
         for param, mask in shards.items():
@@ -392,7 +393,8 @@ class SparseAdamW(Following):
     def _state_shape(self, key: str, param: Tensor, entry: dict[str, Any]) -> tuple[int, ...]:
         if "trainable" in entry:
             return tuple(param.shape)
-        return tuple(torch.as_tensor(entry.get("indices", ())).shape)
+        indices = entry.get("indices")
+        return tuple(indices.shape) if isinstance(indices, Tensor) else (0,)
 
     def _check_entry(self, entry: dict[str, Any], param: Tensor, name: str) -> None:
         if "trainable" in entry:
@@ -437,7 +439,7 @@ def _dense(entry: dict[str, Any], key: str, shape: torch.Size) -> dict[str, Tens
     positions = entry[key].long()
 
     def spread(values: Tensor) -> Tensor:
-        return torch.zeros(shape, dtype=values.dtype, device=values.device).put_(positions, values)
+        return put_(torch.zeros(shape, dtype=values.dtype, device=values.device), positions, values)
 
     ones = torch.ones(len(positions), dtype=torch.uint8, device=positions.device)
     return {"exp_avg": spread(entry["exp_avg"]), "exp_avg_sq": spread(entry["exp_avg_sq"]), "trainable": spread(ones)}

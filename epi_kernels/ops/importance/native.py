@@ -28,7 +28,7 @@ def importance_(
     table = native.table_of(native.IMPORTANCE_TENSOR, importance=flat.written[0], grad=flat.read[0])
     table["betas"] = betas.float().numpy()
     table["layer"] = np.asarray(layers, np.int32)
-    found = torch.empty(len(ranges), 2)
+    found = torch.empty(len(ranges), 2, dtype=torch.float32, device="cpu")
     factor = 1.0 if grad_factor is None else grad_factor.item()
     native.call("epi_importance", table, found.data_ptr(), len(ranges), factor, keep_finite)
     ranges[:, 0].clamp_(max=found[:, 0])

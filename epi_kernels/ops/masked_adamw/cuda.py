@@ -50,14 +50,17 @@ def obstacle() -> str:
     if cuda.obstacle():
         return cuda.obstacle()
     s = Scalars(-1.0, 0.99, 0.9, 0.1, 0.999, 0.001, 1e-3, 0.1, 1e-8, 0.9, 0.1)
-    generator = torch.Generator().manual_seed(0)
-    p, g, m, v, raw = torch.randn(5, 3 * cuda.sweep_piece() // 2, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(0)
+    p, g, m, v, raw = torch.randn(
+        5, 3 * cuda.sweep_piece() // 2, generator=generator, dtype=torch.float32, device="cpu"
+    )
     v, signed = v.square(), lock.with_lock(raw.abs(), raw < 0)
     ours = [tensor.cuda() for tensor in (p, g, m, v, signed)]
     params, grads, exp_avgs, exp_avg_sqs, locks = ([tensor] for tensor in ours)
     lists = (params, grads, exp_avgs, exp_avg_sqs, [None], locks)
     sweep = Sweep(*lists, "importance", [True])
-    scalars, count = torch.tensor([s], dtype=torch.float64), torch.zeros(1, dtype=torch.int64, device="cuda")
+    scalars = torch.tensor([s], dtype=torch.float64, device="cpu")
+    count = torch.zeros(1, dtype=torch.int64, device="cuda")
     sweep.step_(*lists, False, count, scalars, [0], False, None, None)
     m = first_moment(m, -g, s.one_minus_beta1)
     v = second_moment(v, g, s.beta2, s.one_minus_beta2)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from epi_kernels.contract import Scalars, arithmetic_dtype
 from epi_kernels.ops.equations import first_moment, moved, second_moment
+from epi_kernels.ops.flat import put_
 
 
 class Sweep:
@@ -47,4 +48,4 @@ def _step(raw_grad: Tensor, s: Scalars, param: Tensor, indices: Tensor, exp_avg:
     theta = moved(param.take(chosen).to(dtype), m, v, s.decay, s.step_size, s.bias_correction2_sqrt, s.eps)
     exp_avg.copy_(m)
     exp_avg_sq.copy_(v)
-    param.put_(chosen, theta.to(param.dtype))
+    put_(param, chosen, theta.to(param.dtype))

@@ -23,7 +23,7 @@ def score_histogram(
     due: Tensor | None,
 ) -> Tensor:
     """Count the scores of each budget by one digit of their bits; contract: `epi_kernels.ops.score_histogram`."""
-    counts = torch.zeros(1, len(selection), bins, dtype=torch.int64)
+    counts = torch.zeros(1, len(selection), bins, dtype=torch.int64, device="cpu")
     if due is not None and not due:
         return counts
     flat = Flat(written=[], read=[importances])
@@ -52,7 +52,7 @@ def lock_(
 ) -> Tensor:
     """Lock every entry whose score reaches its budget's threshold; contract: `epi_kernels.ops.lock_`."""
     if due is not None and not due:
-        return torch.zeros(len(importances), 3, dtype=torch.int64)
+        return torch.zeros(len(importances), 3, dtype=torch.int64, device="cpu")
     flat = Flat(written=[importances])
     table = _table(flat.written[0], layers, ranges, budgets)
     thresholds = thresholds.contiguous()
