@@ -64,9 +64,7 @@ from epi_kernels.telemetry import Record
 
 # what is open: pattern of a finding -> why it is known. A program goes on behind such a one where it can
 KNOWN: dict[str, str] = {
-    r"ambient='(float64|bfloat16|float16)'": "F1",
     r"of mask_interval=\S+ has ": "F3",
-    r"ambient='meta'": "F4",
     r"dcp flattened": "F5",
     r"still holds the old": "F6",
     r"ambient='deterministic'.*put_": "F7",
