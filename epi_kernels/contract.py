@@ -196,12 +196,57 @@ def check_one_dtype(**lists: Sequence[Tensor]) -> None:
             raise TypeError(f"{name} are {' and '.join(dtypes)}; call the operation once for each dtype")
 
 
+def check_tensor(
+    name: str, tensor: Tensor | None, dtype: torch.dtype, shape: Sequence[int], device: torch.device
+) -> None:
+    """Check an argument whose memory compiled code reads or writes by this dtype and shape; None is absent.
+
+    Raises:
+        TypeError: the dtype is another.
+        ValueError: the shape or the device is another, or the tensor is not contiguous.
+    """
+    if tensor is None:
+        return
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} is {tensor.dtype}; pass {dtype}")
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; pass {tuple(shape)}")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}; pass it on {device}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} has strides {tensor.stride()}; pass it contiguous")
+
+
+def check_value(name: str, tensor: Tensor | None, device: torch.device) -> None:
+    """Check an argument that is float32 of one value, of any shape, or None; errors as of `check_tensor`."""
+    if tensor is not None:
+        check_tensor(name, tensor, torch.float32, tensor.shape if tensor.numel() == 1 else (1,), device)
+
+
+def check_positions(name: str, positions: Sequence[int], count: int, of: str, length: int) -> None:
+    """Check that each of `count` tensors has a position in something of this length, which `of` names.
+
+    Raises:
+        ValueError: their number is another, or one is out of range.
+    """
+    if len(positions) != count:
+        raise ValueError(f"{name} has {len(positions)} values for {count} tensors; pass one for each")
+    for i, position in enumerate(positions):
+        if not 0 <= position < length:
+            raise ValueError(f"{name}[{i}] is {position}, and {of} has {length}; pass 0 to {length - 1}")
+
+
 def check_rows(scalars: Tensor, rows: Sequence[int], count: int) -> None:
     """Check a table of `Scalars` and the row that each of `count` tensors uses of it.
 
     Raises:
-        ValueError: the shape is not [n, 11], or a tensor has no row in it.
+        TypeError: the table is not float64.
+        ValueError: the shape is not [n, 11], a tensor has no row in it, or it is not on the CPU.
     """
+    if scalars.dtype != torch.float64:
+        raise TypeError(f"scalars is {scalars.dtype}; pass torch.float64")
+    if scalars.device.type != "cpu":
+        raise ValueError(f"scalars is on {scalars.device}; pass it on cpu")
     if scalars.dim() != 2 or scalars.shape[1] != len(Scalars._fields):
         raise ValueError(f"scalars has shape {tuple(scalars.shape)}, not [n, {len(Scalars._fields)}]")
     if len(rows) != count or not all(0 <= row < len(scalars) for row in rows):

@@ -12,9 +12,21 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from epi_kernels.contract import KEY_DIGITS, check_indices, check_lists, check_one_dtype, check_rows
+from epi_kernels.contract import (
+    KEY_DIGITS,
+    check_indices,
+    check_lists,
+    check_one_dtype,
+    check_positions,
+    check_rows,
+    check_tensor,
+    check_value,
+)
 from epi_kernels.dispatch import choose
 from epi_kernels.ops.table import on_device
+
+# of a histogram: a digit has at most this many values
+_MOST_BINS = 1 << max(KEY_DIGITS)
 
 LOCK_IN = ("none", "importance", "exp_avg_sq", "static")
 
@@ -158,6 +170,10 @@ def masked_adamw_(
     """
     sweep = Sweep(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, locks, lock_in, lockable, backend)
     check_rows(scalars, rows, len(params))
+    if params:
+        check_tensor("nonfinite", nonfinite, torch.int64, (len(params),), params[0].device)
+        check_value("grad_factor", grad_factor, params[0].device)
+        check_value("found_inf", found_inf, params[0].device)
     lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, locks)
     sweep.step_(*lists, nonfinite, scalars, rows, advanced=advanced, grad_factor=grad_factor, found_inf=found_inf)
 
@@ -206,6 +222,14 @@ def importance_(
         RuntimeError: the backend cannot run on these tensors.
     """
     check_lists(importances=importances, grads=grads)
+    count, device = len(importances), ranges.device
+    _check_devices(importances, device)
+    check_tensor("ranges", ranges, torch.float32, (len(ranges), 2), device)
+    check_tensor("nonfinite", nonfinite, torch.int64, (count,), device)
+    check_tensor("betas", betas, torch.float64, (count, 2), torch.device("cpu"))
+    check_positions("layers", layers, count, "ranges", len(ranges))
+    check_value("grad_factor", grad_factor, device)
+    check_value("due", due, device)
     choose("importance_", ranges.device.type, backend, _dtypes(grads), _dtypes(importances)).module.importance_(
         importances, grads, ranges, nonfinite, betas, layers, keep_finite, grad_factor, due
     )
@@ -278,7 +302,10 @@ def score_histogram(
         int64 [parts, budgets, bins]; the histogram is the sum over the parts, as many as a backend likes. The same
         integers on every backend, so that sums over shards are exact.
     """
-    check_lists(importances=importances)
+    _check_scored(importances, layers, ranges, budgets, due, "selection", len(selection), selection.device)
+    check_tensor("selection", selection, torch.int64, (len(selection), 2), selection.device)
+    if not (1 <= bins <= _MOST_BINS and bins & (bins - 1) == 0 and 0 <= shift < 31):
+        raise ValueError(f"bins is {bins} and shift {shift}; bins is a power of two up to {_MOST_BINS}, shift 0 to 30")
     chosen = choose("score_histogram", selection.device.type, backend, states=_dtypes(importances))
     return cast(
         Tensor, chosen.module.score_histogram(importances, layers, ranges, budgets, selection, shift, bins, due)
@@ -316,6 +343,11 @@ def select_digit_(counts: Tensor, selection: Tensor, shift: int, backend: str) -
         float32 [budgets], the smallest score that has the digits found. 0 where there are fewer than k scores;
         infinity where k is 0.
     """
+    check_tensor("selection", selection, torch.int64, (len(selection), 2), selection.device)
+    if counts.dim() != 3:
+        raise ValueError(f"counts has shape {tuple(counts.shape)}; pass [parts, budgets, bins]")
+    parts, _, bins = counts.shape
+    check_tensor("counts", counts, torch.int64, (parts, len(selection), bins), selection.device)
     chosen = choose("select_digit_", selection.device.type, backend)
     return cast(Tensor, chosen.module.select_digit_(counts, selection, shift))
 
@@ -349,7 +381,8 @@ def lock_(
     Returns:
         int64 [tensors, 3]: entries locked now, of these not locked before, and released.
     """
-    check_lists(importances=importances)
+    _check_scored(importances, layers, ranges, budgets, due, "thresholds", len(thresholds), thresholds.device)
+    check_tensor("thresholds", thresholds, torch.float32, (len(thresholds),), thresholds.device)
     chosen = choose("lock_", thresholds.device.type, backend, states=_dtypes(importances))
     return cast(Tensor, chosen.module.lock_(importances, layers, ranges, budgets, thresholds, due))
 
@@ -478,6 +511,32 @@ def _check_locks(locks: Sequence[Tensor | None], lock_in: str, lockable: Sequenc
             raise ValueError(f"locks[{i}] is {'None' if fixed is None else 'a tensor'} with {lock_in=}, lockable={can}")
         if fixed is not None and lock_in == "static" and fixed.dtype != torch.int8:
             raise TypeError(f"locks[{i}] is {fixed.dtype}; with lock_in='static' pass int8")
+
+
+def _check_devices(importances: Sequence[Tensor], device: torch.device) -> None:
+    for i, importance in enumerate(importances):
+        if importance.device != device:
+            raise ValueError(f"importances[{i}] is on {importance.device}, and the numbers beside it on {device}")
+
+
+def _check_scored(
+    importances: Sequence[Tensor],
+    layers: Sequence[int],
+    ranges: Tensor | None,
+    budgets: Sequence[int],
+    due: Tensor | None,
+    of_budgets: str,
+    budget_count: int,
+    device: torch.device,
+) -> None:
+    """Check what the histogram and the lock have in common; `of_budgets` is the argument with a row for each budget."""
+    check_lists(importances=importances)
+    _check_devices(importances, device)
+    if ranges is not None:
+        check_tensor("ranges", ranges, torch.float32, (len(ranges), 2), device)
+        check_positions("layers", layers, len(importances), "ranges", len(ranges))
+    check_positions("budgets", budgets, len(importances), of_budgets, budget_count)
+    check_value("due", due, device)
 
 
 def _dtypes(*lists: Sequence[Tensor | None]) -> frozenset[torch.dtype]:
