@@ -73,7 +73,7 @@ KNOWN: dict[str, str] = {
     r"param_groups were assigned|by a state that is gone|has its state still": "assignments to IsolatedOptimizer",
     r"compiled.py:\d+: zip": "param_groups were assigned, a group was added, and the step is compiled",
     r"Parameter objects were replaced": "the first step after that is not counted; IsolatedOptimizer loses its masks",
-    r"in the sign of zeros|-0.0 and 0.0|: 0.0 and -0.0": "beta1 = 0: 0 and -0.0 in the first moment of 'native'",
+    r"in the sign of zeros|-0.0 and 0.0|: 0.0 and -0.0|-0j\) and ": "beta1 = 0: 0 and -0.0 in the first moment of 'native'",
     r"nference tensor": "what a step prepares in inference mode cannot be written outside of it",
     r"and it is one for all|mask_interval of group": "a group joins after mask_interval was changed in the groups",
     r"junk": "states with values of another type",
@@ -1049,7 +1049,10 @@ class Case:
                 if not one or not two:  # it was cleared, and is made when it is read
                     continue
             if self.settings.get("importance") == "exp_avg_sq":  # one tensor of two names
-                one, two = ({k: v for k, v in state.items() if k != "importance"} for state in (one, two))
+                one, two = (
+                    {k: v.abs() if k == "exp_avg_sq" else v for k, v in state.items() if k != "importance"}
+                    for state in (one, two)
+                )
             if one.keys() != two.keys():
                 self.finding(f"the state of {spec[0]} has {sorted(one)}, and the twin's {sorted(two)}")
             for key in one:
