@@ -73,7 +73,7 @@ KNOWN: dict[str, str] = {
     r"param_groups were assigned|by a state that is gone|has its state still": "assignments to IsolatedOptimizer",
     r"compiled.py:\d+: zip": "param_groups were assigned, a group was added, and the step is compiled",
     r"Parameter objects were replaced": "the first step after that is not counted; IsolatedOptimizer loses its masks",
-    r"in the sign of zeros|-0.0 and 0.0|: 0.0 and -0.0|-0j\) and ": "beta1 = 0: 0 and -0.0 in the first moment of 'native'",
+    r"in the sign of zeros|-0.0 and 0.0|: 0.0 and -0.0|-0j\) and ": "beta1 = 0: signs of zeros in the first moment",
     r"nference tensor": "what a step prepares in inference mode cannot be written outside of it",
     r"and it is one for all|mask_interval of group": "a group joins after mask_interval was changed in the groups",
     r"junk": "states with values of another type",
