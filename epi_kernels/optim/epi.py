@@ -294,7 +294,7 @@ class EPIAdamW(Isolation, LockedAdamW):
                     f"{self._name(param)} is {param.dtype}, whose second moment has two parts for each entry and no "
                     "place for its lock; use importance='ema', or isolation_ratio=0 in its group"
                 )
-        group[CLOCK] = self._latest_clock()  # it is one for all groups, and this one joins them now
+        self._admit(group)
         self._grouping.resolve(named="param_names" in group)
         self._grouping.stamp(self.param_groups)
         self._part()
@@ -335,7 +335,7 @@ class EPIAdamW(Isolation, LockedAdamW):
         self._part()
         if self._segments is not None:
             self._every_group = self.param_groups
-        self._iteration = set(), 0
+        self._turns().stepped.clear()
         self._keep_clock(int(self.param_groups[0][CLOCK]))
         if self.param_groups[0]["importance"] == "exp_avg_sq":
             for param, state in self.state.items():
