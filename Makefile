@@ -2,6 +2,7 @@
 #
 #   make demo    fine-tune a small model through four tasks, with AdamW and with EPI (pictures in out/)
 #   make test    the tests
+#   make fuzz    10 minutes of random programs over the optimizers; make fuzz FUZZ='--seed 17' repeats one
 #   make gpu     on a machine with a CUDA GPU: build, the tests that need one, then the benchmarks (bench/results)
 #   make deepspeed  install DeepSpeed into .venv, and the tests that need it
 #   make lint    ruff, clang-format, mypy
@@ -15,7 +16,7 @@ SOURCES := $(wildcard csrc/*.h csrc/*/* tests/*.cpp)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu deepspeed lint format clean
+.PHONY: help demo test fuzz gpu deepspeed lint format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -28,6 +29,10 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses auto
+
+FUZZ ?= --minutes 10
+fuzz: $(VENV)/.test
+	$(BIN)/python tests/fuzzer.py $(FUZZ)
 
 # with the torch and triton that are there, in no environment of its own: a GPU machine may have no network
 GPU_PYTHON ?= python3

@@ -111,7 +111,8 @@ EPI_INLINE float raw_score(float signed_importance) {
 // m + (1 - beta1) * (g - m) with the roundings of torch.lerp, which goes from the nearer end.
 EPI_INLINE float first_moment(float exp_avg, float grad, float one_minus_beta1) {
     const bool near = one_minus_beta1 < 0.5f;
-    const float weight = near ? one_minus_beta1 : one_minus_beta1 - 1.0f;
+    // not one_minus_beta1 - 1, which is +0 where beta1 is 0: the sign of a zero moment would be another
+    const float weight = near ? one_minus_beta1 : -(1.0f - one_minus_beta1);
     return fmaf(weight, grad - exp_avg, near ? exp_avg : grad);
 }
 

@@ -29,7 +29,10 @@ def is_dtensor(tensor: Tensor) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """Return what this rank holds of a tensor: the tensor itself, or the shard of a DTensor, not a copy of it."""
-    return tensor.detach().to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+    if not is_dtensor(tensor):
+        return tensor
+    # without gradients it needs no detach(), which inference mode refuses
+    return (tensor.detach() if torch.is_grad_enabled() else tensor).to_local()  # type: ignore[attr-defined]
 
 
 def is_slice(tensor: Tensor) -> bool:

@@ -173,6 +173,26 @@ def test_calls_for_sub_groups_in_turn_are_one_step() -> None:
     assert {group["isolation_clock"] for group in optimizer.param_groups} == {2 * INTERVAL}
 
 
+@each_class
+@pytest.mark.parametrize("after", [0, 1, 2, 3])
+def test_parameters_that_a_wrapper_replaces_step_on(build: Callable[..., Any], after: int) -> None:
+    named = named_parameters("blocks.0.weight", "blocks.1.weight")
+    optimizer = build(named)
+    params = [param for _, param in named]
+    for step in range(2 * INTERVAL):
+        if step == after:  # all of them, and their states
+            for i, param in enumerate(params):
+                params[i] = Parameter(param.detach().clone())
+                if param in optimizer.state:
+                    optimizer.state[params[i]] = optimizer.state.pop(param)
+            optimizer.param_groups[0]["params"] = list(params)
+        for param in params:
+            give(param, step)
+        optimizer.step()
+    assert optimizer.param_groups[0]["isolation_clock"] == 2 * INTERVAL
+    assert refreshes(optimizer) == [INTERVAL, 2 * INTERVAL]
+
+
 def test_a_differentiable_step_counts_like_any_other() -> None:
     named = [(name, param.clone()) for name, param in named_parameters("blocks.0.weight", "blocks.1.weight")]
     for _, param in named:

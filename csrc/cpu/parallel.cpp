@@ -3,11 +3,20 @@
 #include "parallel.h"
 
 #include <dlfcn.h>
+#include <pthread.h>
 
 #include <system_error>
 #include <thread>
 
 namespace epi {
+namespace {
+
+// A child of fork() has none of OpenMP's threads, and libgomp would wait for them for ever. New threads it can have.
+bool forked = false;
+
+const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+}  // namespace
 
 void call_on_threads(int32_t threads, void (*work)(void*), void* data) {
     if (threads <= 1) return work(data);
@@ -15,7 +24,7 @@ void call_on_threads(int32_t threads, void (*work)(void*), void* data) {
     // libgomp's entry for a parallel region, stable since GOMP_4.0: (function, argument, threads, flags)
     using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
     static const auto parallel = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-    if (parallel) return parallel(work, data, static_cast<unsigned>(threads), 0);
+    if (parallel && watching == 0 && !forked) return parallel(work, data, static_cast<unsigned>(threads), 0);
 
     std::vector<std::thread> others;
     try {

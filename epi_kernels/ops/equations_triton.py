@@ -95,7 +95,8 @@ def score(signed, low, high, NORMALIZED: tl.constexpr):
 @triton.jit
 def first_moment(exp_avg, grad, one_minus_beta1):
     near = one_minus_beta1 < 0.5
-    weight = tl.where(near, one_minus_beta1, one_minus_beta1 - 1.0)
+    # not one_minus_beta1 - 1, which is +0 where beta1 is 0: the sign of a zero moment would be another
+    weight = tl.where(near, one_minus_beta1, -(1.0 - one_minus_beta1))
     return tl.fma(weight, grad - exp_avg, tl.where(near, exp_avg, grad))
 
 

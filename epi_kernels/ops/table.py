@@ -139,7 +139,8 @@ def current(device: torch.device) -> AbstractContextManager[object]:
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return zeros on `device`, brought there by a copy: a refresh is counted in launches, and a fill is one."""
     if device.type == "cpu" or Uploads.current is not None:
-        return torch.zeros(shape, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # they may be counted on outside of it
+            return torch.zeros(shape, dtype=dtype, device=device)
     return _pinned_zeros(shape, dtype).to(device, non_blocking=True)
 
 

@@ -104,7 +104,8 @@ def _vector_of(steps: Sequence[Tensor], device: torch.device) -> Tensor:
         size = base.element_size()
         if all(step.data_ptr() == base.data_ptr() + i * size for i, step in enumerate(steps)):
             return base
-    return torch.stack([step.detach().to(device=device, dtype=steps[0].dtype) for step in steps])
+    with torch.inference_mode(False):  # the clocks may be counted outside of it
+        return torch.stack([step.detach().to(device=device, dtype=steps[0].dtype) for step in steps])
 
 
 def _on_device(group: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -183,12 +183,26 @@ class DropInAdamW(Named, AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if compiling:
-            params = [param for group in self._groups for param in group["params"]]
-            compiled.step_(params, [param.grad for param in params], self._number)
-        else:
+        if not compiling:
             self._run_step()
+            return loss
+        params = [param for group in self._groups for param in group["params"]]
+        if any(map(is_dtensor, params)):
+            self._run_uncompiled()
+        else:
+            compiled.step_(params, [param.grad for param in params], self._number)
         return loss
+
+    @torch.compiler.disable
+    def _run_uncompiled(self) -> None:
+        """Take a step within a compiled one: no operation that torch would know how to shard takes DTensors."""
+        self._run_step()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; `param_groups` under the name too by which a compiled step follows them."""
+        super().__setattr__(name, value)
+        if name == "param_groups":
+            self.__dict__["_groups"] = value
 
     def _step_tensors(self) -> list[Tensor]:
         """Return every parameter; of `epi_kernels.optim.compiled`."""
@@ -378,7 +392,8 @@ class DropInAdamW(Named, AdamW):
             # a clock of 16 bits stands still before long
             own = value.dtype if value.dtype in (torch.float32, torch.float64) else torch.float32
             return value.to(device or value.device, torch.float32 if device else own)
-        return torch.tensor(value, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # the clock may be counted outside of it
+            return torch.tensor(value, dtype=dtype, device=device or "cpu")
 
     def _settle(self) -> None:
         """Take over what the groups say now."""

@@ -290,7 +290,7 @@ class EPIAdamW(Isolation, LockedAdamW):
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         self._check_locks(group, group["params"])
-        group[CLOCK] = self._latest_clock()  # it is one for all groups, and this one joins them now
+        self._admit(group)
         self._grouping.resolve(named="param_names" in group)
         self._grouping.stamp(self.param_groups)
         self._part()
@@ -343,7 +343,7 @@ class EPIAdamW(Isolation, LockedAdamW):
         self._part()
         if self._segments is not None:
             self._every_group = self.param_groups
-        self._iteration = set(), 0
+        self._turns().stepped.clear()
         self._keep_clock(int(self.param_groups[0][CLOCK]))
         if self.param_groups[0]["importance"] == "exp_avg_sq":
             for param, state in self.state.items():

@@ -63,6 +63,15 @@ class _Plan:
     untouched: list[int] = field(default_factory=list)  # layers
 
 
+@dataclass
+class _Iteration:
+    """The calls of `step` since the clock was last counted; parameters by their identities."""
+
+    stepped: set[int] = field(default_factory=set)
+    known: set[int] = field(default_factory=set)  # that joined with a group, or stepped before
+    clock: int = 0
+
+
 class Isolation(Named):
     """The part of an optimizer that chooses the protected entries; mixed into a torch.optim.Optimizer.
 
@@ -83,7 +92,6 @@ class Isolation(Named):
     _segments: list[Segment] | None = None  # of flat partitions
     _every_group: Sequence[dict[str, Any]] = ()  # the groups that the segments count by
     _known_ranks: tuple[Ranks | None] | None = None
-    _iteration: tuple[set[int], int] = (set(), 0)  # ids of the parameters that have stepped since the last count, clock
     _clock_there: Tensor | None = None  # the clock, int64 of no dimension, where a device alone knows it
 
     def _signed_importance(self, param: Tensor, group: dict[str, Any]) -> Tensor | None:
@@ -186,15 +194,28 @@ class Isolation(Named):
         DeepSpeed calls `step` once for each group or sub-group and shows the optimizer those parameters alone. Calls
         with parameters that had no turn yet since the last count are one iteration, and count once.
         """
-        stepped, clock = self._iteration
+        now = self._turns()
         here = {id(param) for group in self.param_groups for param in group["params"]}
-        if here and stepped and here.isdisjoint(stepped):
-            self._iteration = stepped | here, clock
+        # other objects in the place of parameters that have stepped, which a wrapper has replaced, are another step;
+        # but ZeRO's flat partitions are all new in its first iteration
+        known = here <= now.known or now.stepped.isdisjoint(now.known)
+        if here and now.stepped and known and here.isdisjoint(now.stepped):
+            now.stepped |= here
         else:
-            clock = self._latest_clock() + 1
-            self._iteration = here, clock
-        self._keep_clock(clock)
-        return clock
+            now.known |= now.stepped
+            now.stepped, now.clock = here, self._latest_clock() + 1
+        self._keep_clock(now.clock)
+        return now.clock
+
+    def _turns(self) -> _Iteration:
+        """Return the calls of `step` that are one iteration; a copy of an optimizer begins anew."""
+        found: _Iteration = self.__dict__.setdefault("_iteration", _Iteration())
+        return found
+
+    def _admit(self, group: dict[str, Any]) -> None:
+        """Give a group that joins the clock, which is one for all, and know its parameters."""
+        group[CLOCK] = self._latest_clock()
+        self._turns().known.update(map(id, group["params"]))
 
     def _count_step_on(self, device: torch.device, found_inf: Tensor | None) -> tuple[Tensor, Tensor]:
         """Count a step on a device that alone knows whether it is skipped, and wait for nothing.

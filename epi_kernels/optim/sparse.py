@@ -196,13 +196,11 @@ class SparseAdamW(Following):
         """Give a parameter a fresh state of entries at these positions of what this rank holds, in row-major order."""
         if positions is None:
             positions = _narrow(torch.zeros(0, dtype=torch.int64, device=param.device), local(param))
-        dtype = arithmetic_dtype(param.dtype)
-        self.state[param] = {
-            "step": self._clock(0.0, param, group),
-            "exp_avg": torch.zeros(len(positions), dtype=dtype, device=param.device),
-            "exp_avg_sq": torch.zeros(len(positions), dtype=dtype, device=param.device),
-            _key(param): positions.to(param.device),
-        }
+        dtype, k = arithmetic_dtype(param.dtype), len(positions)
+        with torch.inference_mode(False):  # the state may be written outside of it
+            moments = {key: torch.zeros(k, dtype=dtype, device=param.device) for key in ("exp_avg", "exp_avg_sq")}
+        clock = self._clock(0.0, param, group)
+        self.state[param] = {"step": clock, **moments, _key(param): positions.to(param.device)}
 
     def _positions(self, param: Tensor) -> Tensor:
         """Return the positions of what is selected, in what this rank holds."""
