@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.lbfgs import LBFGS
 from torch.optim.optimizer import Optimizer
 
-from epi_kernels import dispatch, lock, ops
+from epi_kernels import dispatch, lock, native, ops
 from epi_kernels.distributed import given, local, local_gradient, shard_of
 from epi_kernels.layers import Grouping, LayersArgument, check_saved
 from epi_kernels.optim.base import new_state
@@ -244,6 +244,8 @@ class IsolatedOptimizer(Isolation, Optimizer):
             stepping = {param: group for param, group in stepping.items() if not param.requires_grad}
         for device in dict.fromkeys(param.device for param in stepping):
             here = [param for param in stepping if param.device == device]
+            if self._backend == "auto" and any(param.dtype in native.DTYPES for param in here):
+                dispatch.say_if_slow(device)
             betas = [stepping[param]["importance_beta"] for param in here]
             ops.importance_(
                 [local(self._importances[param]) for param in here],
