@@ -169,12 +169,15 @@ def check_saved(saved_groups: Sequence[dict[str, Any]], groups: Sequence[dict[st
         ValueError: parameters fall into other layers, so that the masks would not compare.
     """
     for i, (saved, ours) in enumerate(zip(saved_groups, groups, strict=False)):
+        for key in ("layers", "layer_digest"):
+            if not isinstance(saved.get(key, ""), str):
+                raise ValueError(f"parameter group {i} of the state: {key} is a {type(saved[key]).__name__}, not a str")
         both_auto = saved.get("layers_auto") is True is ours["layers_auto"]
         if both_auto and saved.get("layers") != ours["layers"]:
             continue
         if saved.get("layer_digest", ours["layer_digest"]) != ours["layer_digest"]:
             raise ValueError(
-                f"the state was saved with layers={saved['layers']!r} and this optimizer has layers="
+                f"the state was saved with layers={saved.get('layers')!r} and this optimizer has layers="
                 f"{ours['layers']!r}: parameter group {i} falls into other layers, and the masks would not compare; "
-                f"construct the optimizer with layers={saved['layers']!r} and the parameter names it had"
+                f"construct the optimizer with layers={saved.get('layers')!r} and the parameter names it had"
             )

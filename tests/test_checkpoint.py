@@ -298,10 +298,10 @@ MISFITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
             f"parameter group 0 of the state: {text}",
         )
         for key, value, text in (
-            ("lr", "x", "'<=' not supported"),
+            ("lr", "x", "lr is 'x'; it is a finite number"),
             ("lr", -1.0, "Invalid learning rate: -1.0"),
             ("betas", (2.0, 0.9), "Invalid beta parameter at index 0: 2.0"),
-            ("betas", (0.9,), "tuple index out of range"),
+            ("betas", (0.9,), r"betas is \(0.9,\); it is two numbers"),
             ("clip_grad_norm", -1.0, "Invalid clip_grad_norm: -1.0"),
             ("isolation_ratio", 3.0, "Invalid isolation_ratio: 3.0"),
             ("mask_interval", 0, "Invalid mask_interval: 0"),

@@ -48,6 +48,7 @@ TIERS = [
     ("epi_kernels.select", 5),
     ("epi_kernels.delta", 1),
     ("epi_kernels.optim.refusals", 0),
+    ("epi_kernels.optim.plain", 0),
     ("epi_kernels.optim.groups", 1),
     ("epi_kernels.optim.compiled", 0),
     ("epi_kernels.optim.checkpoint", 2),

@@ -18,6 +18,7 @@ from epi_kernels.optim.checkpoint import STATE_DTYPES
 from epi_kernels.optim.clocks import HostClocks
 from epi_kernels.optim.complex import PairLocks, as_real
 from epi_kernels.optim.nonfinite import NonfiniteCounts
+from epi_kernels.optim.plain import is_number
 from epi_kernels.optim.prepared import Bundle, Prepared, PreparedAdamW, Present
 from epi_kernels.optim.scaling import UNSCALED, Scaling, scaling_of
 
@@ -203,7 +204,7 @@ class LockedAdamW(PreparedAdamW):
 
     def _check_settings(self, group: dict[str, Any], shared: dict[str, Any]) -> None:
         norm = group["clip_grad_norm"]
-        if norm is not None and not norm > 0.0:
+        if norm is not None and not (is_number(norm) and norm > 0.0):
             raise ValueError(f"Invalid clip_grad_norm: {norm!r}; a norm > 0, or None for no clipping")
         super()._check_settings(group, shared)
 
@@ -234,13 +235,6 @@ class LockedAdamW(PreparedAdamW):
         """
         super()._check_layout(param, group)
         held = local(param)
-        if is_sharded(param) or self._process_group is not None:
-            for flag, instead in _NOT_SHARDED.items():
-                if group[flag]:
-                    raise NotImplementedError(
-                        f"{flag}={group[flag]!r} and {self._name(param)}, which is shared out over ranks: not in this "
-                        f"version{instead}"
-                    )
         for key, value in self.state.get(param, {}).items():
             if key in self._STATE and isinstance(value, Tensor) and local(value).shape != held.shape:
                 raise ValueError(
@@ -249,6 +243,24 @@ class LockedAdamW(PreparedAdamW):
                     "optimizer.state[parameter] its shape too, importance and frozen included (0 for a new entry, "
                     "which is free), or delete optimizer.state[parameter], which starts over"
                 )
+        self._check_options(param, group)
+
+    def _check_options(self, param: Tensor, group: dict[str, Any]) -> None:
+        """Check the options of a group that not every parameter can have; see `_check_layout`."""
+        if group["differentiable"]:
+            differentiable.check(self._name(param), param, self._lock_in(param, group))
+            if param.is_leaf and param.requires_grad:
+                raise RuntimeError(
+                    f"{self._name(param)} is a leaf that requires a gradient, into which a differentiable step cannot "
+                    "write; use differentiable=False"
+                )
+        if is_sharded(param) or self._process_group is not None:
+            for flag, instead in _NOT_SHARDED.items():
+                if group[flag]:
+                    raise NotImplementedError(
+                        f"{flag}={group[flag]!r} and {self._name(param)}, which is shared out over ranks: not in this "
+                        f"version{instead}"
+                    )
         if group["fused"]:
             _device_dtype_check_for_fused(param)
         if group["capturable"]:

@@ -1,17 +1,20 @@
 """The state of an optimizer of torch's form, checked before any of it is taken, and taken without a second copy."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import reprlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from epi_kernels.contract import arithmetic_dtype
+from epi_kernels.contract import FLOATING, arithmetic_dtype
 from epi_kernels.distributed import is_dtensor, local
 from epi_kernels.layers import Grouping, without_wrappers
 from epi_kernels.optim.groups import Groups, name_of
+from epi_kernels.optim.plain import is_number, plain_settings
 
 # state of ours and of torch that keeps its own dtype when loaded; None: that of the arithmetic
 STATE_DTYPES: dict[str, torch.dtype | None] = {
@@ -26,6 +29,17 @@ STATE_DTYPES: dict[str, torch.dtype | None] = {
 # what an entry of AdamW cannot be without
 _NEEDED = ("step", "exp_avg", "exp_avg_sq")
 _NEEDED_IN_GROUP = ("lr", "betas", "eps", "weight_decay", "amsgrad")
+
+# of a group, torch's and ours: what is a flag, and what is a number; a number of torch's may be in a tensor
+_FLAGS = ("amsgrad", "maximize", "capturable", "differentiable", "decoupled_weight_decay", "layers_auto")
+_FLAGS_OR_NONE = ("foreach", "fused")
+_NUMBERS = ("lr", "eps", "weight_decay")
+
+# a clock below this counts every step in double
+LATEST = 1 << 53
+
+# what a framework keeps moments in on purpose, under parameters of more bits
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 @contextmanager
@@ -56,7 +70,69 @@ def check_form(state_dict: dict[str, Any], groups: Groups) -> bool:
     for i, group in enumerate(state_dict["param_groups"]):
         if not isinstance(group, dict) or not isinstance(group.get("params"), (list, tuple)):
             raise ValueError(f"parameter group {i} of the state has no list of params; it is incomplete")
+        strange = [number for number in group["params"] if not isinstance(number, (Integral, str))]
+        if strange:
+            raise ValueError(
+                f"parameter group {i} of the state has {said(strange[0])} among its params; each is the number or name "
+                "of an entry"
+            )
+        if not isinstance(group.get("param_names", []), (list, tuple)):
+            raise ValueError(f"param_names of parameter group {i} of the state: {said(group['param_names'])}; a list")
     return [len(group["params"]) for group in state_dict["param_groups"]] == [len(g["params"]) for g in groups]
+
+
+def checked_groups(saved_groups: Groups) -> list[dict[str, Any]]:
+    """Return the groups of a saved state with plain values, after checking that each is what belongs there.
+
+    Whether they are in their range is not looked at.
+
+    Raises:
+        ValueError: a group lacks what AdamW's have; or a flag is none, or a number is none or not finite; the message
+            names the setting and its value.
+    """
+    for i, group in enumerate(saved_groups):
+        missing = [key for key in _NEEDED_IN_GROUP if key not in group]
+        if missing:
+            raise ValueError(f"parameter group {i} of the state has no {', '.join(missing)}: it is not AdamW's")
+    plain = map(plain_settings, saved_groups)
+    return [_checked_group(group, f"parameter group {i} of the state") for i, group in enumerate(plain)]
+
+
+def _checked_group(group: dict[str, Any], where: str) -> dict[str, Any]:
+    for key in (*_FLAGS, *_FLAGS_OR_NONE):
+        value = group.get(key, False)
+        if isinstance(value, int) and value in (0, 1):
+            group.update({key: bool(value)} if key in group else {})
+        elif not (value is None and key in _FLAGS_OR_NONE):
+            either = "True, False or None" if key in _FLAGS_OR_NONE else "True or False"
+            raise ValueError(f"{where}: {key} is {said(value)}; it is {either}")
+    for key in _NUMBERS:
+        _check_number(group[key], f"{where}: {key}")
+    betas = group["betas"]
+    if not isinstance(betas, (list, tuple)) or len(betas) != 2:
+        raise ValueError(f"{where}: betas is {said(betas)}; it is two numbers")
+    for i, beta in enumerate(betas):
+        _check_number(beta, f"{where}: betas[{i}]")
+    # an old torch's states have integers, which today's refuses
+    group["betas"] = tuple(float(beta) if isinstance(beta, int) else beta for beta in betas)
+    return group
+
+
+def _check_number(value: Any, what: str) -> None:
+    if isinstance(value, Tensor):
+        real = value.layout == torch.strided and not (value.is_meta or value.is_complex() or value.dtype == torch.bool)
+        good = real and value.numel() == 1 and math.isfinite(local(value).item())
+    else:
+        good = is_number(value) and math.isfinite(value)
+    if not good:
+        raise ValueError(f"{what} is {said(value)}; it is a finite number")
+
+
+def said(value: object) -> str:
+    """Return a value as a message has it, which a large one shall not fill."""
+    if isinstance(value, Tensor) and (value.numel() != 1 or value.is_meta):
+        return f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
+    return reprlib.repr(value)
 
 
 def in_our_order(state_dict: dict[str, Any], groups: Groups, grouping: Grouping | None = None) -> dict[str, Any]:
@@ -136,9 +212,6 @@ def check_state(
     """
     saved_groups = state_dict["param_groups"]
     for i, group in enumerate(saved_groups):
-        missing = [key for key in _NEEDED_IN_GROUP if key not in group]
-        if missing:
-            raise ValueError(f"parameter group {i} of the state has no {', '.join(missing)}: it is not AdamW's")
         if not group.get("decoupled_weight_decay", True):
             raise ValueError(
                 f"parameter group {i} of the state has decoupled_weight_decay=False: it is Adam's, whose weight decay "
@@ -194,7 +267,7 @@ def _check_step(step: Any, param: Tensor, name: str) -> None:
     if isinstance(step, Tensor):
         check_place("step", step, param, name, ())
     clock = local(step).item() if isinstance(step, Tensor) else step  # a number of an old torch
-    if not (isinstance(clock, (int, float)) and 0 <= clock < math.inf):
+    if not (is_number(clock) and 0 <= clock < LATEST):
         raise ValueError(f"step of {name} is {clock!r} in the state; it is a number of steps, >= 0")
 
 
@@ -207,7 +280,9 @@ def check_tensor(key: str, value: Any, param: Tensor, name: str, shape: tuple[in
     if not isinstance(value, Tensor):
         raise ValueError(f"{key} of {name} is a {type(value).__name__} and not a tensor")
     check_place(key, value, param, name, shape)
-    wanted = _dtype_of(key, param, value)
+    if key == "frozen" and not value.dtype.is_signed:
+        raise ValueError(f"frozen of {name} is {value.dtype} in the state, which has no sign; it is int8, -1 = frozen")
+    wanted = _dtype_of(key, param, value, {})
     if value.is_complex() != wanted.is_complex or (wanted.is_floating_point and not value.is_floating_point()):
         raise ValueError(f"{key} of {name} is {value.dtype} in the state, and {wanted} here")
 
@@ -249,11 +324,14 @@ def pairs_of(saved_groups: Groups, groups: Groups) -> Iterator[tuple[Any, Tensor
         yield from zip(saved["params"], own["params"], strict=True)
 
 
-def taken(entry: dict[str, Any], param: Tensor, before: dict[str, Tensor]) -> dict[str, Any]:
+def taken(
+    entry: dict[str, Any], param: Tensor, before: dict[str, Tensor], live: Mapping[str, torch.dtype]
+) -> dict[str, Any]:
     """Return the state of a parameter from a saved entry, in the dtypes that it has in this package.
 
     A tensor that fits is taken and not copied, as torch does it: two copies would be a second optimizer's worth of
     memory. What `before` has is written instead of replaced: 0 where the entry has nothing of it, a mask excepted.
+    `live` are the dtypes of the state that the parameter has had so far: a moment keeps them.
     """
     state: dict[str, Any] = {}
     for key, value in entry.items():
@@ -264,14 +342,42 @@ def taken(entry: dict[str, Any], param: Tensor, before: dict[str, Tensor]) -> di
         elif key in ("indices", "trainable"):
             state[key] = value.to(param.device)  # positions
         else:
-            state[key] = value.to(device=param.device, dtype=_dtype_of(key, param, value))
+            state[key] = _writable(value.to(device=param.device, dtype=_dtype_of(key, param, value, live)))
     for key, old in before.items():
         if key not in state:
             state[key] = old if key == "frozen" else old.zero_()
     return state
 
 
-def _dtype_of(key: str, param: Tensor, value: Tensor) -> torch.dtype:
+def moments_of(
+    entry: dict[str, Any], param: Tensor, live: Mapping[str, torch.dtype]
+) -> Iterator[tuple[str, torch.dtype]]:
+    """Yield the moments in a saved entry and the dtype in which `taken` takes each."""
+    for key, dtype in STATE_DTYPES.items():
+        if dtype is None and key in entry:
+            yield key, _dtype_of(key, param, entry[key], live)
+
+
+def _writable(value: Tensor) -> Tensor:
+    """Return a tensor whose entries a step can write: each in a place of its own, where its value is."""
+    if is_dtensor(value):
+        return value
+    value = value.resolve_conj().resolve_neg()
+    shared = any(stride == 0 and size > 1 for size, stride in zip(value.shape, value.stride(), strict=True))
+    return value.clone(memory_format=torch.contiguous_format) if shared else value
+
+
+def _dtype_of(key: str, param: Tensor, value: Tensor, live: Mapping[str, torch.dtype]) -> torch.dtype:
+    """Return the dtype in which `key` of a saved entry is taken.
+
+    A moment has the dtype of the live state, which whoever made it has chosen. Without one it has that of the
+    arithmetic; but 16 bits under a float32 or float64 parameter were chosen too, and stay.
+    """
     if key == "indices":
         return value.dtype
-    return STATE_DTYPES[key] or arithmetic_dtype(param.dtype)
+    fixed, usual = STATE_DTYPES[key], arithmetic_dtype(param.dtype)
+    if fixed is not None:
+        return fixed
+    if live.get(key) in (*FLOATING, usual) and live[key].is_complex == usual.is_complex:
+        return live[key]
+    return value.dtype if key not in live and value.dtype in _HALVES and usual == param.dtype else usual

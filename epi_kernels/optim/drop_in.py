@@ -15,8 +15,18 @@ from epi_kernels import dispatch
 from epi_kernels.contract import FLOATING
 from epi_kernels.distributed import given, is_dtensor, shard_of
 from epi_kernels.optim import compiled
-from epi_kernels.optim.checkpoint import check_form, check_state, in_our_order, named, pairs_of, taken
+from epi_kernels.optim.checkpoint import (
+    check_form,
+    check_state,
+    checked_groups,
+    in_our_order,
+    moments_of,
+    named,
+    pairs_of,
+    taken,
+)
 from epi_kernels.optim.groups import Named, check_shared
+from epi_kernels.optim.plain import plain_settings
 
 # torch's complaint about a capture that its own flags do not allow; the first name is that of torch >= 2.9
 _HEALTH_CHECK = next(
@@ -27,6 +37,9 @@ _HEALTH_CHECK = next(
 
 # the settings of torch's
 _TORCHS = [name for name in inspect.signature(AdamW).parameters if name != "params"]
+
+# of which `_check_options` may say that a parameter cannot have them
+_OPTIONS = ("fused", "capturable", "differentiable", "clip_grad_norm")
 
 
 class Released(Protocol):
@@ -86,7 +99,7 @@ class DropInAdamW(Named, AdamW):
         """Check every argument, then build torch's optimizer; `settings` are a subclass's defaults of its groups."""
         dispatch.check(backend)
         self._backend = backend
-        self._settings = settings
+        self._settings = plain_settings(settings)
         self._forget()
         super().__init__(
             params,
@@ -209,6 +222,7 @@ class DropInAdamW(Named, AdamW):
         for key, value in self._settings.items():
             self.defaults.setdefault(key, value)
         super().add_param_group(param_group)
+        self.param_groups[-1].update(plain_settings(self.param_groups[-1]))
         try:
             self._check_group(self.param_groups[-1])
         except Exception:
@@ -230,6 +244,13 @@ class DropInAdamW(Named, AdamW):
                 )
             # raises where the backend cannot run
             dispatch.explain(param.device, self._backend, param.dtype.to_real() if param.is_complex() else param.dtype)
+
+    def _check_options(self, param: Tensor, group: dict[str, Any]) -> None:
+        """Check the options of a group that not every parameter can have; a subclass says which.
+
+        Raises:
+            NotImplementedError, RuntimeError, AssertionError: `param` cannot have one; torch's with its texts.
+        """
 
     def _check_settings(self, group: dict[str, Any], shared: dict[str, Any]) -> None:
         """Check the settings of a group, of which those that are one for all are as in `shared`; a subclass extends it.
@@ -270,11 +291,17 @@ class DropInAdamW(Named, AdamW):
         captured = any(group["capturable"] for group in self.param_groups)
         params = [param for group in self.param_groups for param in group["params"]]
         before = {param: self._captured(self.state[param]) for param in params if captured and param in self.state}
+        live = {
+            param: {key: value.dtype for key, value in self.state[param].items() if isinstance(value, Tensor)}
+            for param in params
+            if param in self.state
+        }
         settings = [dict(group) if captured else {} for group in self.param_groups]
 
         def check(_: Any, given: dict[str, Any]) -> dict[str, Any]:
             if not check_form(given, self.param_groups):
                 return given
+            given = {**given, "param_groups": checked_groups(given["param_groups"])}
             given = in_our_order(given, self.param_groups, getattr(self, "_grouping", None))
             check_state(
                 given, self.param_groups, self._STATE, self._state_shape, self._check_entry, complete=self._COMPLETE
@@ -285,19 +312,19 @@ class DropInAdamW(Named, AdamW):
             lacking = {key: self.defaults[key] for key in self._SHARED}  # in a state of an old torch
             for i, group in enumerate(groups):
                 with named(f"parameter group {i} of the state"):
-                    # torch's constructor refuses integers, its step takes them
-                    betas = tuple(float(beta) if isinstance(beta, int) else beta for beta in group["betas"])
-                    self._check_settings({**lacking, **group, "betas": betas}, {**lacking, **groups[0]})
+                    self._check_settings({**lacking, **group}, {**lacking, **groups[0]})
+                    self._check_new_options(group, self.param_groups[i])
             self._check_loaded(groups)
             numbers = dict(pairs_of(groups, self.param_groups))
             entries.update({numbers[number]: entry for number, entry in given["state"].items() if entry})
+            self._check_moments(entries, live)
             # the tensors are kept from torch, which would make a copy of them in the dtypes of the parameters
             return {**given, "state": {}, "param_groups": groups}
 
         def take(_: Any) -> None:
             for param in dict.fromkeys((*entries, *before)):
                 entry = self._unpacked(entries[param], param) if param in entries else {}
-                state = taken(entry, param, before.get(param, {}))
+                state = taken(entry, param, before.get(param, {}), live.get(param, {}))
                 state["step"] = self._clock(state["step"], param, self._group_of(param))
                 self.state[param] = state
             for group, old in zip(self.param_groups, settings, strict=True):
@@ -323,6 +350,33 @@ class DropInAdamW(Named, AdamW):
             for hook in hooks:
                 hook.remove()
 
+    def _check_new_options(self, saved: dict[str, Any], own: dict[str, Any]) -> None:
+        """Check that the parameters of a group can have the options that a saved group brings and the group has not.
+
+        Raises:
+            ValueError, NotImplementedError, RuntimeError: one cannot.
+        """
+        new = [key for key in _OPTIONS if saved.get(key) and not own.get(key)]
+        for param in own["params"] if new else ():
+            try:
+                self._check_options(param, {**dict.fromkeys(_OPTIONS), **saved})
+            except AssertionError as error:  # torch's
+                raise ValueError(f"{new[0]}={saved[new[0]]!r} and {self._name(param)}: {error}") from error
+
+    def _check_moments(self, entries: dict[Tensor, dict[str, Any]], live: dict[Tensor, dict[str, torch.dtype]]) -> None:
+        """Check that the backend, if one was named, can take a step with moments of the dtypes that entries bring.
+
+        Raises:
+            ValueError: it cannot; the message names the moment and the way out.
+        """
+        for param, entry in entries.items() if self._backend not in ("auto", "reference") else ():
+            for key, dtype in moments_of(entry, param, live.get(param, {})):
+                if dtype.is_complex:
+                    continue
+                with named(f"{key} of {self._name(param)} is {dtype}"):
+                    values = frozenset({param.dtype})
+                    dispatch.choose("masked_adamw_", param.device.type, self._backend, values, frozenset({dtype}))
+
     def _clock_device(self, param: Tensor, group: dict[str, Any]) -> torch.device | None:
         """Return the device on which the clock of `param` runs, or None: on the host."""
         return None
@@ -335,7 +389,9 @@ class DropInAdamW(Named, AdamW):
         else:
             dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
         if isinstance(value, Tensor):
-            return value.to(device or value.device, torch.float32 if device else value.dtype)
+            # a clock of 16 bits stands still before long
+            own = value.dtype if value.dtype in (torch.float32, torch.float64) else torch.float32
+            return value.to(device or value.device, torch.float32 if device else own)
         with torch.inference_mode(False):  # the clock may be counted outside of it
             return torch.tensor(value, dtype=dtype, device=device or "cpu")
 

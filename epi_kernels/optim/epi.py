@@ -12,6 +12,7 @@ from epi_kernels.integrations.deepspeed import group_of, segments_of
 from epi_kernels.layers import Grouping, LayersArgument, check_saved, has_names
 from epi_kernels.notices import warn
 from epi_kernels.optim.base import LockedAdamW, new_state
+from epi_kernels.optim.checkpoint import named
 from epi_kernels.optim.isolation import CLOCK, SHARED, Isolation, check_settings
 from epi_kernels.optim.prepared import Prepared
 from epi_kernels.optim.refusals import require_default
@@ -288,16 +289,20 @@ class EPIAdamW(Isolation, LockedAdamW):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        for param in group["params"]:
+        self._check_locks(group, group["params"])
+        self._admit(group)
+        self._grouping.resolve(named="param_names" in group)
+        self._grouping.stamp(self.param_groups)
+        self._part()
+
+    def _check_locks(self, group: dict[str, Any], params: Sequence[Tensor]) -> None:
+        """Check that there is a place for the locks of parameters under the settings of a group."""
+        for param in params:
             if param.is_complex() and self._lock_in(param, group) == "exp_avg_sq":
                 raise NotImplementedError(
                     f"{self._name(param)} is {param.dtype}, whose second moment has two parts for each entry and no "
                     "place for its lock; use importance='ema', or isolation_ratio=0 in its group"
                 )
-        self._admit(group)
-        self._grouping.resolve(named="param_names" in group)
-        self._grouping.stamp(self.param_groups)
-        self._part()
 
     def _check_settings(self, group: dict[str, Any], shared: dict[str, Any]) -> None:
         check_settings(group)
@@ -329,6 +334,9 @@ class EPIAdamW(Isolation, LockedAdamW):
 
     def _check_loaded(self, groups: list[dict[str, Any]]) -> None:
         check_saved(groups, self.param_groups)
+        for i, (group, own) in enumerate(zip(groups, self.param_groups, strict=True)):
+            with named(f"parameter group {i} of the state"):
+                self._check_locks(group, own["params"])
 
     def _after_load(self) -> None:
         self._grouping.adopt(self.param_groups)

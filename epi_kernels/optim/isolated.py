@@ -22,6 +22,7 @@ from epi_kernels.optim.drop_in import DropInAdamW
 from epi_kernels.optim.groups import check_shared
 from epi_kernels.optim.isolation import CLOCK, SHARED, Isolation, check_settings
 from epi_kernels.optim.nonfinite import NonfiniteCounts
+from epi_kernels.optim.plain import plain_settings
 from epi_kernels.optim.scaling import UNSCALED
 from epi_kernels.telemetry import Records
 
@@ -102,6 +103,7 @@ class IsolatedOptimizer(Isolation, Optimizer):
             "importance": "ema",
         }
         check_settings(self._settings)
+        self._settings = plain_settings(self._settings)
         self.base = base
         self._backend = backend
         self._grouping = Grouping(layers)
@@ -169,7 +171,7 @@ class IsolatedOptimizer(Isolation, Optimizer):
         """Check a group of the base and write the settings that it lacks into it."""
         # a group that was isolated before, or loaded such a state, has the name of its layers
         own = {**group, "layers": self._settings["layers"]} if "layer_digest" in group else group
-        settings = {key: own.get(key, value) for key, value in self._settings.items()}
+        settings = plain_settings({key: own.get(key, value) for key, value in self._settings.items()})
         check_settings(settings)
         check_shared(SHARED, settings, self._settings)
         self._grouping.resolve(named="param_names" in group)

@@ -29,9 +29,11 @@ from epi_kernels.distributed import (
 from epi_kernels.integrations.deepspeed import Segment
 from epi_kernels.layers import Grouping, has_names
 from epi_kernels.ops.table import Uploads, on_device
+from epi_kernels.optim.checkpoint import LATEST
 from epi_kernels.optim.complex import as_real, squared_by_importance
 from epi_kernels.optim.groups import Named, settings_of
 from epi_kernels.optim.nonfinite import NonfiniteCounts
+from epi_kernels.optim.plain import is_count, is_number
 from epi_kernels.optim.refresh import Candidate, refresh_
 from epi_kernels.optim.scaling import UNSCALED, Scaling
 from epi_kernels.telemetry import Budget, Record, Records
@@ -467,16 +469,15 @@ def check_settings(settings: dict[str, Any]) -> None:
         ValueError: naming the argument and its value.
     """
     ratio, beta, interval = settings["isolation_ratio"], settings["importance_beta"], settings["mask_interval"]
-    if not (_is_number(ratio) and 0.0 <= ratio < 1.0):
+    if not (is_number(ratio) and 0.0 <= ratio < 1.0):
         raise ValueError(f"Invalid isolation_ratio: {ratio!r}; it is a share of the entries, 0 <= p < 1")
-    if not (_is_number(beta) and 0.0 <= beta < 1.0):
+    if not (is_number(beta) and 0.0 <= beta < 1.0):
         raise ValueError(f"Invalid importance_beta: {beta!r}; 0 <= beta < 1")
-    if interval is not None and not (isinstance(interval, int) and not isinstance(interval, bool) and interval >= 1):
+    if interval is not None and not is_count(interval, 1, math.inf):
         raise ValueError(f"Invalid mask_interval: {interval!r}; steps >= 1, or None for refresh() alone")
     for name, allowed in _CHOICES.items():
-        if settings[name] not in allowed:
+        if not isinstance(settings[name], str) or settings[name] not in allowed:
             raise ValueError(f"Invalid {name}: {settings[name]!r}; choose one of {allowed}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    clock = settings.get(CLOCK, 0)
+    if not is_count(clock, 0, LATEST):
+        raise ValueError(f"Invalid {CLOCK}: {clock!r}; it is a number of steps, >= 0")

@@ -240,7 +240,7 @@ class SparseAdamW(Following):
             entry = state
         else:
             entry = self._unpacked(state, param)
-        new = taken(entry, param, {})
+        new = taken(entry, param, {}, {})
         new["step"] = self._clock(new["step"], param, self._group_of(param))
         digest = digest_of(selection.positions) if is_dtensor(param) else None
         return _Selection(new[_key(param)], param.shape, digest), new
@@ -399,7 +399,7 @@ class SparseAdamW(Following):
             return
         indices = entry.get("indices")
         integers = isinstance(indices, Tensor) and indices.dtype in (torch.int32, torch.int64) and not indices.is_meta
-        if not isinstance(indices, Tensor) or not integers or indices.dim() != 1:
+        if not isinstance(indices, Tensor) or not integers or indices.dim() != 1 or indices.layout != torch.strided:
             raise ValueError(f"the state of {name} has no 1-D integer indices: it is not SparseAdamW's")
         if len(indices) and not (int(indices[0]) >= 0 and int(indices[-1]) < param.numel()):
             raise ValueError(
