@@ -3,12 +3,14 @@
 #   make demo    fine-tune a small model through four tasks, with AdamW and with EPI (pictures in out/)
 #   make test    the tests
 #   make fuzz    10 minutes of random programs over the optimizers; make fuzz FUZZ='--seed 17' repeats one
-#   make gpu     on a machine with a CUDA GPU: build, the tests that need one, then the benchmarks (bench/results)
+#   make gpu     on a machine with a CUDA GPU: the tests that need one, then the benchmarks, whatever the tests say
+#   make gpu-test | gpu-bench | gpu-sanitize    one of them, or compute-sanitizer; RESULTS=folder gets logs and JSON
 #   make deepspeed  install DeepSpeed into .venv, and the tests that need it
 #   make lint    ruff, clang-format, mypy
 #   make format  let ruff and clang-format rewrite the files
 #   make clean   remove everything that make made
 
+SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,7 +18,7 @@ SOURCES := $(wildcard csrc/*.h csrc/*/* tests/*.cpp)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz gpu deepspeed lint format clean
+.PHONY: help demo test fuzz gpu gpu-build gpu-test gpu-bench gpu-sanitize deepspeed lint format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -36,11 +38,24 @@ fuzz: $(VENV)/.test
 
 # with the torch and triton that are there, in no environment of its own: a GPU machine may have no network
 GPU_PYTHON ?= python3
+# where results go: a folder that comes back from a machine that is lent
+RESULTS ?= bench/results
 gpu:
-	@$(GPU_PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu needs a CUDA GPU; torch sees none')"
+	@status=0; for part in gpu-test gpu-bench; do $(MAKE) --no-print-directory $$part || status=1; done; exit $$status
+
+gpu-build:
+	@$(GPU_PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('this needs a CUDA GPU; torch sees none')"
 	$(GPU_PYTHON) setup.py --quiet build_ext --inplace
-	$(GPU_PYTHON) -m pytest -m gpu tests
-	PYTHONPATH=. $(GPU_PYTHON) bench/gpu.py --json bench/results
+	@mkdir -p $(RESULTS)
+
+gpu-test: gpu-build
+	set -o pipefail; $(GPU_PYTHON) -m pytest tests/test_gpu.py -v -k "not sanitizer" 2>&1 | tee $(RESULTS)/gpu-test.log
+
+gpu-bench: gpu-build
+	set -o pipefail; PYTHONPATH=. $(GPU_PYTHON) bench/gpu.py --json $(RESULTS) 2>&1 | tee $(RESULTS)/gpu-bench.log
+
+gpu-sanitize: gpu-build
+	set -o pipefail; $(GPU_PYTHON) -m pytest tests/test_gpu.py -v -k sanitizer 2>&1 | tee $(RESULTS)/gpu-sanitize.log
 
 # with the torch that is there: its own build environment would fetch another
 deepspeed: $(VENV)/.test

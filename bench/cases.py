@@ -147,19 +147,22 @@ def candidates(
     return {name: steps[name]() for name in chosen}
 
 
+def said_by(*command: str) -> str:
+    """Return what a command prints, run in this folder; "unknown" where there is no such command, or it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
 def machine() -> dict[str, Any]:
     """Return what the figures were taken on."""
     processor = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.processor(),
     )
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parent,
-    ).stdout.strip()
+    commit = said_by("git", "describe", "--always", "--dirty")
     return {
         "device": processor,
         "cores": os.cpu_count(),

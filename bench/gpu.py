@@ -1,10 +1,11 @@
 """The GPU path against torch: time, bandwidth, launches and host time of a step, and the targets that it has.
 
-    python bench/gpu.py --json bench/results     # or `make gpu`, which runs the tests first
+    python bench/gpu.py --json bench/results     # or `make gpu-bench`
     python bench/gpu.py --device cpu             # a rehearsal without a GPU: small, and its times mean nothing
 
 All candidates of a case share parameters and gradients, and run once in every round, in an order that rotates. Times
-are the device's own, between two events. Writes <folder>/<device>.json.
+are the device's own, between two events. Writes <folder>/<device>.json after every case, so that a run that is cut
+short has lost one case and no more; a case that fails is written down as such, and the next one is measured.
 """
 
 import argparse
@@ -12,9 +13,9 @@ import gc
 import json
 import re
 import statistics
-import subprocess
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from cases import (
     bytes_of,
     candidates,
     machine,
+    said_by,
 )
 from measure import GPUTiming, Timing, interleave, kernels, ratio
 from tqdm import tqdm
@@ -158,37 +160,60 @@ def verdicts(found: dict[str, Any], entries: int, dtype: torch.dtype) -> list[di
     return reached
 
 
-def run(device: str, rounds: int) -> dict[str, Any]:
-    """Measure every case that fits, print it, and return the results."""
-    copy = copy_bandwidth(device)
-    print(f"copy: {copy / 1e9:.0f} GB/s, read and written")
-    results = []
+def run(device: str, rounds: int, keep: Callable[[dict[str, Any]], None]) -> bool:
+    """Measure every case that fits and print it; return whether all were measured.
+
+    Args:
+        device: "cuda", or "cpu" for a rehearsal.
+        rounds: of interleaved timings.
+        keep: gets all results so far after every case: a run that is cut short has lost one case and no more.
+    """
+    found: dict[str, Any] = {"copy_gb_per_s": copy_bandwidth(device) / 1e9, "results": []}
+    print(f"copy: {found['copy_gb_per_s']:.0f} GB/s, read and written")
+    keep(found)
     for title, shapes, dtype, names in tqdm(cases(device == "cpu"), desc="cases", leave=False):
-        entries = sum(torch.Size(shape).numel() for shape in shapes)
-        free = torch.cuda.mem_get_info()[0] if device == "cuda" else 8 << 30
-        if entries * MEMORY[names] > free:
-            tqdm.write(f"\n{title}: left out, it takes {entries * MEMORY[names] >> 30} GiB and {free >> 30} are free")
-            continue
-        steps = candidates(shapes, names=names, device=device, dtype=dtype)
-        timings = interleave(steps, rounds, title, timing=timing_on(device))
-        rows = []
-        tqdm.write(f"\n{title} (ratio to {BASELINE}: median [least, greatest] of {rounds} rounds)")
-        for name, step in steps.items():
-            found = figures(name, step, timings, entries, dtype, copy, launches(step, device), device)
-            found["targets"] = verdicts(found, entries, dtype)
-            if title.startswith("Llama") and name == EPI:
-                fused = statistics.median(timings[BASELINE].cpu) * 1e3
-                met = found["host_ms"] <= fused
-                target = {"figure": "host_ms", "target": f"<= {fused:.3g}, torch fused's", "met": met}
-                found["targets"].append({**target, "reached": found["host_ms"]})
-            rows.append(found)
-            tqdm.write(line(found))
-        results.append({"case": title, "entries": entries, "tensors": len(shapes), "steps": rows})
-        del steps, step
+        result: dict[str, Any] = {"case": title}
+        try:
+            result.update(measured(title, shapes, dtype, names, device, rounds, found["copy_gb_per_s"] * 1e9))
+        except Exception as error:  # out of memory, or a kernel that does not run: the next case may
+            result["error"] = f"{type(error).__name__}: {error}"
+            tqdm.write(f"\n{title}: FAILED\n{traceback.format_exc()}")
+        found["results"].append(result)
+        keep(found)
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
-    return {"copy_gb_per_s": copy / 1e9, "results": results}
+    failed = [result["case"] for result in found["results"] if "error" in result]
+    if failed:
+        print(f"not measured: {', '.join(failed)}")
+    return not failed
+
+
+def measured(
+    title: str, shapes: Shapes, dtype: torch.dtype, names: Sequence[str], device: str, rounds: int, copy: float
+) -> dict[str, Any]:
+    """Measure one case, print it, and return its figures; or the reason why it was left out."""
+    entries = sum(torch.Size(shape).numel() for shape in shapes)
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else 8 << 30
+    if entries * MEMORY[names] > free:
+        reason = f"it takes {entries * MEMORY[names] >> 30} GiB and {free >> 30} are free"
+        tqdm.write(f"\n{title}: left out, {reason}")
+        return {"entries": entries, "left_out": reason}
+    steps = candidates(shapes, names=names, device=device, dtype=dtype)
+    timings = interleave(steps, rounds, title, timing=timing_on(device))
+    rows = []
+    tqdm.write(f"\n{title} (ratio to {BASELINE}: median [least, greatest] of {rounds} rounds)")
+    for name, step in steps.items():
+        found = figures(name, step, timings, entries, dtype, copy, launches(step, device), device)
+        found["targets"] = verdicts(found, entries, dtype)
+        if title.startswith("Llama") and name == EPI:
+            fused = statistics.median(timings[BASELINE].cpu) * 1e3
+            met = found["host_ms"] <= fused
+            target = {"figure": "host_ms", "target": f"<= {fused:.3g}, torch fused's", "met": met}
+            found["targets"].append({**target, "reached": found["host_ms"]})
+        rows.append(found)
+        tqdm.write(line(found))
+    return {"entries": entries, "tensors": len(shapes), "steps": rows}
 
 
 def line(found: dict[str, Any]) -> str:
@@ -208,25 +233,19 @@ def gpu() -> dict[str, Any]:
     """Return what the figures were taken on."""
     import triton
 
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     about = machine()
     return {
         **about,
         "device": torch.cuda.get_device_name(),
         "host": about["device"],
-        "driver": driver.stdout.strip(),
+        "driver": said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "cuda": torch.version.cuda,
         "triton": triton.__version__,
     }
 
 
 def main() -> None:
-    """Measure, print, and write."""
+    """Measure, print, and write after every case; exit with 1 if one of them was not measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a rehearsal")
     parser.add_argument("--rounds", type=int, default=15)
@@ -234,13 +253,19 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         sys.exit("bench/gpu.py needs a CUDA GPU and torch sees none; bench/cpu.py times the CPU path")
-    results = run(arguments.device, arguments.rounds if arguments.device == "cuda" else 2)
+    about = gpu() if arguments.device == "cuda" else machine()
+    name = re.sub("[^a-z0-9]+", "-", about["device"].lower()).strip("-")
+
+    def keep(found: dict[str, Any]) -> None:
+        if arguments.json:
+            arguments.json.mkdir(parents=True, exist_ok=True)
+            text = json.dumps({"machine": about, **found}, indent=1)
+            (arguments.json / f"{name}.json").write_text(text + "\n")
+
+    complete = run(arguments.device, arguments.rounds if arguments.device == "cuda" else 2, keep)
     if arguments.json:
-        about = gpu() if arguments.device == "cuda" else machine()
-        path = arguments.json / f"{re.sub('[^a-z0-9]+', '-', about['device'].lower()).strip('-')}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"machine": about, **results}, indent=1) + "\n")
-        print(f"wrote {path}")
+        print(f"wrote {arguments.json / name}.json")
+    sys.exit(not complete)
 
 
 if __name__ == "__main__":

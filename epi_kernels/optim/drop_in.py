@@ -193,7 +193,7 @@ class DropInAdamW(Named, AdamW):
             compiled.step_(params, [param.grad for param in params], self._number)
         return loss
 
-    @torch.compiler.disable
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # torch.compiler.disable imports the compiler
     def _run_uncompiled(self) -> None:
         """Take a step within a compiled one: no operation that torch would know how to shard takes DTensors."""
         self._run_step()
