@@ -19,7 +19,7 @@ from epi_kernels.optim.base import new_state
 from epi_kernels.optim.checkpoint import check_form, check_place, check_tensor, named, pairs_of
 from epi_kernels.optim.complex import squared_by_importance
 from epi_kernels.optim.drop_in import DropInAdamW
-from epi_kernels.optim.groups import check_shared
+from epi_kernels.optim.groups import check_shared, check_written
 from epi_kernels.optim.isolation import CLOCK, SHARED, Isolation, check_settings
 from epi_kernels.optim.nonfinite import NonfiniteCounts
 from epi_kernels.optim.plain import plain_settings
@@ -181,6 +181,19 @@ class IsolatedOptimizer(Isolation, Optimizer):
         self._part()
         self._grouping.stamp(self.base.param_groups)
 
+    def _take_written(self) -> None:
+        """Take over the settings that a program has written into the groups: those for all must be in all of them.
+
+        Raises:
+            ValueError: one is out of its range, differs between groups or cannot change; nothing has changed then.
+        """
+        groups = self.param_groups
+        for group in groups:
+            check_settings(group)
+        layers = (self._grouping.name, self._settings["layers"])
+        check_written(groups, SHARED, {"importance": ("ema",), "layers": layers})
+        self._settings.update({key: groups[0][key] for key in SHARED if key != "layers"} if groups else {})
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Do what the base does."""
         self.base.zero_grad(set_to_none)
@@ -202,6 +215,7 @@ class IsolatedOptimizer(Isolation, Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._take_written()
         groups = self.param_groups
         stepping = {
             param: group
@@ -279,7 +293,12 @@ class IsolatedOptimizer(Isolation, Optimizer):
     # State -----------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the base's state with ``importance`` in the entry of each parameter that has one."""
+        """Return the base's state with ``importance`` in the entry of each parameter that has one.
+
+        Raises:
+            ValueError: a setting that is one for all groups, or cannot change, was written into one.
+        """
+        self._take_written()
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         packed = self.base.state_dict()
