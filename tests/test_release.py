@@ -305,3 +305,116 @@ def test_what_cannot_work_is_refused_when_it_is_asked_for() -> None:
     release_gradients(model, optimizer)
     with pytest.raises(ValueError, match="releases its gradients already"):
         release_gradients(model, optimizer)
+
+
+# What goes wrong in the middle ------------------------------------------------------------------------------------
+
+
+class _Raises(torch.autograd.Function):
+    """What runs out of memory in the middle of a backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise MemoryError("out of memory")
+
+
+def half_a_backward(model: torch.nn.Sequential) -> None:
+    """Let the last layer get its gradients and raise before the first."""
+    with pytest.raises(MemoryError):
+        model[3](_Raises.apply(model[:3](torch.randn(8, 12)))).square().mean().backward()
+
+
+@pytest.mark.parametrize("build", BUILD.values(), ids=BUILD)
+@pytest.mark.parametrize("tried", [False, True], ids=["zero_grad at once", "after another backward"])
+def test_zero_grad_alone_starts_over_after_a_backward_that_raised(build: Any, tried: bool) -> None:
+    model = model_of()
+    optimizer = build(model)
+    release_gradients(model, optimizer)
+    train(model, optimizer, range(2))
+    half_a_backward(model)
+    kept = model[3].bias.detach().clone()
+    if tried:
+        with pytest.raises(RuntimeError, match=r"second gradient before .*optimizer\.zero_grad\(\) starts over"):
+            loss_of(model, 2).backward()
+    optimizer.zero_grad()
+    assert all(param.grad is None for param in model.parameters())
+    assert torch.equal(model[3].bias, kept)  # it keeps the step that it has taken
+    train(model, optimizer, range(2, 4))
+    assert optimizer.state[model[0].weight]["step"].item() == 4.0
+    assert optimizer.state[model[3].bias]["step"].item() == 5.0
+
+
+def test_a_second_release_of_the_same_parameters_is_refused_until_the_first_is_removed() -> None:
+    model = model_of()
+    first = EPIAdamW(model.named_parameters(), lr=0.1)
+    release = release_gradients(model, first)
+    train(model, first, range(2))
+    second = EPIAdamW(model.named_parameters(), lr=0.0)
+    with pytest.raises(ValueError, match=r"0\.weight is released to another optimizer.*remove\(\) that release first"):
+        release_gradients(model, second)
+    assert second._released is None
+    loss_of(model, 2).backward()
+    first.step()
+    with pytest.raises(RuntimeError, match=r"0\.weight is released to another optimizer, .* nothing for this one"):
+        second.step()
+    release.remove()
+    release_gradients(model, second)
+    before = copy.deepcopy(model.state_dict())
+    train(model, second, range(2))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())  # lr=0
+    assert second.state[model[0].weight]["step"].item() == 2.0
+    assert first.state[model[0].weight]["step"].item() == 3.0
+
+
+def test_two_optimizers_may_release_each_its_own_part_of_a_model() -> None:
+    model = model_of()
+    parts = [EPIAdamW(model[i].named_parameters(f"{i}"), lr=0.01) for i in (0, 3)]
+    for part in parts:
+        release_gradients(model, part)
+    for step in range(2):
+        loss_of(model, step).backward()
+        for part in parts:
+            part.step()
+    assert [part.state[model[i].weight]["step"].item() for part, i in zip(parts, (0, 3), strict=True)] == [2.0, 2.0]
+
+
+def test_hooks_of_others_are_left_alone() -> None:
+    model = model_of()
+    seen: list[Tensor] = []
+    model[0].weight.register_post_accumulate_grad_hook(seen.append)
+    optimizer = EPIAdamW(model.named_parameters())
+    release_gradients(model, optimizer).remove()
+    release_gradients(model, optimizer)
+    train(model, optimizer, range(1))
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointed_layers_step_once_and_to_the_same_bits(use_reentrant: bool) -> None:
+    models = [model_of(), model_of()]
+    for i, model in enumerate(models):
+        optimizer = EPIAdamW(model.named_parameters(), lr=0.01, isolation_ratio=0.0)
+        if i:
+            release_gradients(model, optimizer)
+        for step in range(3):
+            optimizer.zero_grad()
+            torch.manual_seed(step)
+            x = torch.randn(8, 12).requires_grad_()
+            hidden = torch.utils.checkpoint.checkpoint(model[:3], x, use_reentrant=use_reentrant)
+            model[3](hidden).square().mean().backward()
+            optimizer.step()
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_docstring_says_what_cannot_be_noticed() -> None:
+    model = model_of()
+    optimizer = EPIAdamW(model.named_parameters())
+    release_gradients(model, optimizer)
+    loss_of(model, 0).backward()
+    assert torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1) == 0.0
+    assert "returns a norm of 0.0 and clips nothing" in " ".join((release_gradients.__doc__ or "").split())

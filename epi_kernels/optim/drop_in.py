@@ -48,6 +48,9 @@ class Released(Protocol):
     def end_iteration(self) -> None:
         """Do what is left of a step."""
 
+    def start_over(self) -> None:
+        """Let every parameter step again."""
+
     def check_group(self, group: dict[str, Any]) -> None:
         """Check a group that is added or loaded; ValueError is for the caller."""
 
@@ -210,6 +213,12 @@ class DropInAdamW(Named, AdamW):
     def _step_tensors(self) -> list[Tensor]:
         """Return every parameter; of `epi_kernels.optim.compiled`."""
         return [param for group in self.param_groups for param in group["params"]]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients as torch does; where they are released, start over: see `release_gradients`."""
+        super().zero_grad(set_to_none)
+        if self._released is not None:
+            self._released.start_over()
 
     # Groups and state ------------------------------------------------------------------------------------------------
 
@@ -454,6 +463,12 @@ class DropInAdamW(Named, AdamW):
 
     # the attributes of ours that pickle and deepcopy keep
     _KEPT: tuple[str, ...] = ("_backend", "_settings")
+
+
+def releases_of(param: Tensor) -> list[Released]:
+    """Return what steps a parameter in backward() and frees its gradient: of one optimizer, or of none."""
+    hooks = (param._post_accumulate_grad_hooks or {}).values()
+    return [hook.release for hook in hooks if hasattr(hook, "release")]
 
 
 def _written(tensor: Tensor, value: Any) -> Tensor:

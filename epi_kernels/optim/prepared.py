@@ -22,7 +22,7 @@ from epi_kernels.notices import warn
 from epi_kernels.optim.checkpoint import STATE_DTYPES
 from epi_kernels.optim.clocks import DeviceClocks, HostClocks
 from epi_kernels.optim.complex import as_real
-from epi_kernels.optim.drop_in import DropInAdamW
+from epi_kernels.optim.drop_in import DropInAdamW, releases_of
 from epi_kernels.optim.groups import settings_of
 
 _NOTHING: dict[str, Any] = {}
@@ -267,6 +267,7 @@ class PreparedAdamW(DropInAdamW):
 
     def _prepare(self, prepared: Prepared, members: Members, now: Present) -> Present:
         """Check the parameters that have a gradient, create what state they lack, and bundle them into launches."""
+        self._check_gradients_come()
         prepared.seen, prepared.bundles = None, []
         numbers = {id(group): i for i, group in enumerate(self.param_groups)}
         of_group: dict[Tensor, int] = {}
@@ -291,6 +292,19 @@ class PreparedAdamW(DropInAdamW):
         states = [self.state[param] for param in of_group]
         prepared.remember(seen, [state[key] for state in states for key in self._STATE if key in state])
         return now
+
+    def _check_gradients_come(self) -> None:
+        """Check that no other optimizer takes the gradients in backward() and leaves nothing to this one.
+
+        Raises:
+            RuntimeError: one does; the message names a parameter.
+        """
+        for param in self._step_tensors():
+            if param.grad is None and any(release is not self._released for release in releases_of(param)):
+                raise RuntimeError(
+                    f"{self._name(param)} is released to another optimizer, which steps it in backward() and frees its "
+                    "gradient: there is nothing for this one. remove() that release"
+                )
 
     def _say_what_is_slow(self, params: Iterable[Tensor]) -> None:
         """Warn where "auto" takes the reference backend for parameters that have a faster one on a usual machine."""

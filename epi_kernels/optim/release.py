@@ -1,6 +1,5 @@
 """Gradient release: each parameter is stepped as its gradient is ready, and the gradient freed."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +7,17 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from epi_kernels.optim.drop_in import DropInAdamW
+from epi_kernels.optim.drop_in import DropInAdamW, releases_of
+
+
+class _Hook:
+    """What a parameter calls once its gradient is there; `releases_of` knows it by `release`."""
+
+    def __init__(self, release: "GradientRelease", group: int) -> None:
+        self.release, self._group = release, group
+
+    def __call__(self, param: Tensor) -> None:
+        self.release.step(param, self._group)
 
 
 class GradientRelease:
@@ -21,7 +30,7 @@ class GradientRelease:
         self._optimizer = optimizer
         self._stepped: set[Tensor] = set()
         self._handles = {
-            id(param): _hooked(param, functools.partial(self._step, group=i))
+            id(param): _hooked(param, _Hook(self, i))
             for i, group in enumerate(optimizer.param_groups)
             for param in dict.fromkeys(group["params"])
         }
@@ -37,12 +46,19 @@ class GradientRelease:
         self._stepped = set()
 
     @torch.no_grad()
-    def _step(self, param: Tensor, group: int) -> None:
+    def step(self, param: Tensor, group: int) -> None:
+        """Take the step of a parameter, of that group, whose gradient is there, and free the gradient.
+
+        Raises:
+            RuntimeError: it has stepped since the last `optimizer.step()`.
+            ValueError: the settings of the group and a release cannot be had together.
+        """
         if param in self._stepped:
             raise RuntimeError(
                 f"{self._optimizer._name(param)} got a second gradient before optimizer.step(): with released "
                 "gradients there is nothing to accumulate into, the first is applied and gone. Call optimizer.step() "
-                "after each backward(), or remove() the release"
+                "after each backward(), or remove() the release. After a backward() that raised, "
+                "optimizer.zero_grad() starts over: what has stepped keeps its step"
             )
         if not self._stepped:
             self._optimizer._take_written()
@@ -50,6 +66,10 @@ class GradientRelease:
         self._optimizer._step_alone(param, group)
         self._stepped.add(param)
         param.grad = None
+
+    def start_over(self) -> None:
+        """Let the next backward() step every parameter again; what has stepped since the last step() keeps that."""
+        self._stepped = set()
 
     def _steps(self, param: Tensor) -> bool:
         """Return whether backward() steps a parameter; by the hook that it has, no parameter being held here."""
@@ -109,6 +129,13 @@ def release_gradients(model: torch.nn.Module, optimizer: DropInAdamW) -> Gradien
     this iteration's gradients have already advanced. A mask so takes effect one update later than without release;
     everything else is the same, bit for bit. A parameter that requires no gradient now may thaw later.
 
+    Where backward() raises, ``optimizer.zero_grad()`` starts the iteration over: parameters that have stepped keep that
+    step, the gradients that are left are dropped, and the next backward() steps every parameter again.
+
+    What looks at the gradients between backward() and step() finds none, and nothing can tell: clipping from outside
+    (``torch.nn.utils.clip_grad_norm_``, or a trainer's ``max_grad_norm``) returns a norm of 0.0 and clips nothing, and
+    a log of gradient norms shows 0. Turn them off.
+
     Args:
         model: whose parameters get the gradients.
         optimizer: an `EPIAdamW`, `MaskedAdamW` or `SparseAdamW` of parameters of `model`.
@@ -118,7 +145,8 @@ def release_gradients(model: torch.nn.Module, optimizer: DropInAdamW) -> Gradien
 
     Raises:
         ValueError: the optimizer clips (the norm is known after the last gradient), is capturable or differentiable,
-            has parameters that are not the model's, slices of FSDP1's or gradients left over; or a part of the model
+            has parameters that are not the model's, slices of FSDP1's, gradients left over, or released to another
+            optimizer, whose release must be removed first; or a part of the model
             is a DistributedDataParallel, whose gradients are averaged later. Later: a state or a group of such settings
             is loaded or added.
         RuntimeError: later, in backward(): a second gradient before step(), as in gradient accumulation; in step(): a
@@ -167,6 +195,11 @@ def _check(model: torch.nn.Module, optimizer: DropInAdamW) -> None:
                 raise ValueError(
                     f"{optimizer._name(param)} is a slice that FSDP1 made: it gets its gradient from FSDP after "
                     "backward() has come by, and would never be stepped. Use FSDP2, or no release"
+                )
+            if releases_of(param):
+                raise ValueError(
+                    f"{optimizer._name(param)} is released to another optimizer, which steps it in backward(); "
+                    "remove() that release first"
                 )
             if param.grad is not None:
                 raise ValueError(f"{optimizer._name(param)} has a gradient already; call optimizer.zero_grad() first")
