@@ -16,6 +16,7 @@ import torch
 
 from epi_kernels import native
 from epi_kernels.contract import arithmetic_dtype
+from epi_kernels.notices import warn
 
 # "auto" takes the first that can run; the order is by speed, and by what is tried most
 BACKENDS = ("triton", "cuda", "native", "reference")
@@ -125,6 +126,20 @@ def explain(device: torch.device, requested: str, dtype: torch.dtype = torch.flo
     if len(set(choices.values())) == 1:
         return next(iter(choices.values()))
     return ", ".join(f"{operation} {backend}" for operation, backend in choices.items())
+
+
+def say_if_slow(device: torch.device) -> None:
+    """Warn, once for each process, where the native library would run on the CPU and is missing."""
+    if device.type == "cpu" and native.obstacle():
+        _say_slow()
+
+
+@functools.cache
+def _say_slow() -> None:
+    warn(
+        f"the native library of epi_kernels is missing, and every step on the CPU runs on plain torch, about 4 times "
+        f"slower: {native.obstacle()}. backend='reference' asks for plain torch and is silent"
+    )
 
 
 def _obstacle(backend: str, device_type: str, values: frozenset[torch.dtype], states: frozenset[torch.dtype]) -> str:

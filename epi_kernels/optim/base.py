@@ -103,6 +103,7 @@ class LockedAdamW(PreparedAdamW):
 
     def _run_step(self) -> None:
         """Take a step by the parameters' gradients, as `step` does once it has them."""
+        self._take_written()
         if self._released is not None:
             self._released.end_iteration()
             return

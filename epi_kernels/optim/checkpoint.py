@@ -2,6 +2,7 @@
 
 import math
 import reprlib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral
@@ -123,7 +124,7 @@ def _check_number(value: Any, what: str) -> None:
         real = value.layout == torch.strided and not (value.is_meta or value.is_complex() or value.dtype == torch.bool)
         good = real and value.numel() == 1 and math.isfinite(local(value).item())
     else:
-        good = is_number(value) and math.isfinite(value)
+        good = is_number(value) and abs(value) <= sys.float_info.max
     if not good:
         raise ValueError(f"{what} is {said(value)}; it is a finite number")
 

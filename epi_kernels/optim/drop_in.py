@@ -25,7 +25,7 @@ from epi_kernels.optim.checkpoint import (
     pairs_of,
     taken,
 )
-from epi_kernels.optim.groups import Named, check_shared
+from epi_kernels.optim.groups import Named, check_shared, check_written
 from epi_kernels.optim.plain import plain_settings
 
 # torch's complaint about a capture that its own flags do not allow; the first name is that of torch >= 2.9
@@ -60,6 +60,9 @@ class DropInAdamW(Named, AdamW):
 
     # settings that are one for all groups: they stand in every group, so that a checkpoint holds them
     _SHARED: tuple[str, ...] = ("differentiable",)
+
+    # settings of a group that the step itself writes
+    _COUNTED: tuple[str, ...] = ()
 
     # keys of a parameter's state that a checkpoint may hold
     _STATE: tuple[str, ...] = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -266,8 +269,38 @@ class DropInAdamW(Named, AdamW):
         if self._released is not None:
             self._released.check_group(group)
 
+    _written: list[dict[str, Any]] | None = None  # our settings of the groups when `_take_written` last looked
+
+    def _fixed(self) -> dict[str, tuple[Any, ...]]:
+        """Return the settings that cannot change once there is a state, each with the values that it may have."""
+        return {}
+
+    def _take_written(self) -> None:
+        """Take over the settings that a program has written into the groups: those for all must be in all of them.
+
+        Raises:
+            ValueError: one is out of its range, differs between groups or cannot change; nothing has changed then.
+        """
+        keys = [key for key in dict.fromkeys((*self._settings, *self._SHARED)) if key not in self._COUNTED]
+        written = [{key: group[key] for key in keys if key in group} for group in self.param_groups]
+        if written == self._written:
+            return
+        fixed = self._fixed()
+        for group in self.param_groups:
+            self._check_settings(group, group)
+        check_written(self.param_groups, self._SHARED, fixed)
+        if self.param_groups:
+            first = self.param_groups[0]
+            self.defaults.update({key: first[key] for key in self._SHARED if key not in fixed})
+        self._written = written
+
     def state_dict(self) -> dict[str, Any]:
-        """Return the state in torch's form."""
+        """Return the state in torch's form.
+
+        Raises:
+            ValueError: a setting that is one for all groups, or cannot change, was written into one.
+        """
+        self._take_written()
         # before the hooks of the user, who shall see what a checkpoint holds
         ours = self.register_state_dict_post_hook(lambda _, packed: self._packed(packed), prepend=True)
         try:

@@ -189,8 +189,15 @@ class EPIAdamW(Isolation, LockedAdamW):
     # The step --------------------------------------------------------------------------------------------------------
 
     _SHARED = (*LockedAdamW._SHARED, *SHARED)
+    _COUNTED = (CLOCK,)
     _STATE = (*LockedAdamW._STATE, "importance")
     _warned = False  # of flat partitions
+
+    def _fixed(self) -> dict[str, tuple[Any, ...]]:
+        return {
+            "importance": (self.defaults["importance"],),
+            "layers": (self._grouping.name, self.defaults["layers"]),  # the second where no names are there to go by
+        }
 
     def _lock_in(self, param: Tensor, group: dict[str, Any]) -> str:
         if group["isolation_ratio"] == 0:

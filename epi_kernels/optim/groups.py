@@ -138,6 +138,33 @@ def check_shared(keys: Sequence[str], group: dict[str, Any], settings: dict[str,
             )
 
 
+def check_written(groups: Groups, keys: Sequence[str], fixed: Mapping[str, Sequence[Any]]) -> None:
+    """Check settings that a program may have written into groups since they were added.
+
+    Args:
+        groups: torch's.
+        keys: the settings that are one for all groups: they hold once they are written into all.
+        fixed: setting -> the values that the state of the optimizer is of, the first for the message.
+
+    Raises:
+        ValueError: one differs between groups, or is not what it was; the message names it and both values.
+    """
+    for i, group in enumerate(groups):
+        for key in keys:
+            if group[key] != groups[0][key]:
+                raise ValueError(
+                    f"{key}={group[key]!r} in parameter group {i}, and {groups[0][key]!r} in group 0: it is one for "
+                    "all groups; write it into every one"
+                )
+        for key, values in fixed.items():
+            if group[key] not in values:
+                raise ValueError(
+                    f"{key} of parameter group {i} was changed to {group[key]!r}, and the optimizer was made with "
+                    f"{values[0]!r}, of which its masks are. Write {values[0]!r} back, or construct another optimizer "
+                    f"with {key}={group[key]!r}"
+                )
+
+
 class Named:
     """An optimizer that finds its parameters and speaks of them by name."""
 

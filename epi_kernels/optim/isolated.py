@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.optim.lbfgs import LBFGS
 from torch.optim.optimizer import Optimizer
 
-from epi_kernels import dispatch, lock, ops
+from epi_kernels import dispatch, lock, native, ops
 from epi_kernels.distributed import given, local, local_gradient, shard_of
 from epi_kernels.layers import Grouping, LayersArgument, check_saved
 from epi_kernels.optim.base import new_state
 from epi_kernels.optim.checkpoint import check_form, check_place, check_tensor, named, pairs_of
 from epi_kernels.optim.complex import squared_by_importance
 from epi_kernels.optim.drop_in import DropInAdamW
-from epi_kernels.optim.groups import check_shared
+from epi_kernels.optim.groups import check_shared, check_written
 from epi_kernels.optim.isolation import CLOCK, SHARED, Isolation, check_settings
 from epi_kernels.optim.nonfinite import NonfiniteCounts
 from epi_kernels.optim.plain import plain_settings
@@ -181,6 +181,19 @@ class IsolatedOptimizer(Isolation, Optimizer):
         self._part()
         self._grouping.stamp(self.base.param_groups)
 
+    def _take_written(self) -> None:
+        """Take over the settings that a program has written into the groups: those for all must be in all of them.
+
+        Raises:
+            ValueError: one is out of its range, differs between groups or cannot change; nothing has changed then.
+        """
+        groups = self.param_groups
+        for group in groups:
+            check_settings(group)
+        layers = (self._grouping.name, self._settings["layers"])
+        check_written(groups, SHARED, {"importance": ("ema",), "layers": layers})
+        self._settings.update({key: groups[0][key] for key in SHARED if key != "layers"} if groups else {})
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Do what the base does."""
         self.base.zero_grad(set_to_none)
@@ -202,6 +215,7 @@ class IsolatedOptimizer(Isolation, Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._take_written()
         groups = self.param_groups
         stepping = {
             param: group
@@ -244,6 +258,8 @@ class IsolatedOptimizer(Isolation, Optimizer):
             stepping = {param: group for param, group in stepping.items() if not param.requires_grad}
         for device in dict.fromkeys(param.device for param in stepping):
             here = [param for param in stepping if param.device == device]
+            if self._backend == "auto" and any(param.dtype in native.DTYPES for param in here):
+                dispatch.say_if_slow(device)
             betas = [stepping[param]["importance_beta"] for param in here]
             ops.importance_(
                 [local(self._importances[param]) for param in here],
@@ -277,7 +293,12 @@ class IsolatedOptimizer(Isolation, Optimizer):
     # State -----------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the base's state with ``importance`` in the entry of each parameter that has one."""
+        """Return the base's state with ``importance`` in the entry of each parameter that has one.
+
+        Raises:
+            ValueError: a setting that is one for all groups, or cannot change, was written into one.
+        """
+        self._take_written()
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         packed = self.base.state_dict()

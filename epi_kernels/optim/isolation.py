@@ -5,7 +5,7 @@ whose sign bits are the mask.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,6 +83,8 @@ class Isolation(Named):
     _backend: str
     _nonfinite: NonfiniteCounts
 
+    _take_written: Callable[[], None]  # what a program has written into the groups
+
     # of the isolation; the optimizer sets the first, before it adds a group
     _grouping: Grouping
     _records: Records
@@ -130,9 +132,13 @@ class Isolation(Named):
 
         Where parameters are sharded, every rank must call it at the same step.
 
+        Raises:
+            ValueError: a setting that was written into the groups is out of its range, or not in all of them.
+
         For task boundaries. With beta = 0.99 the importance remembers about 100 steps: what is protected is what the
         task just trained uses.
         """
+        self._take_written()
         self._refresh((), UNSCALED)
 
     def telemetry(self) -> list[dict[str, Any]]:

@@ -15,8 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from epi_kernels import dispatch, native
 from epi_kernels.contract import check_lists, shares_memory
 from epi_kernels.distributed import Ranks, group_of, is_dtensor, local, local_gradient
+from epi_kernels.notices import warn
+from epi_kernels.optim.checkpoint import STATE_DTYPES
 from epi_kernels.optim.clocks import DeviceClocks, HostClocks
 from epi_kernels.optim.complex import as_real
 from epi_kernels.optim.drop_in import DropInAdamW
@@ -181,6 +184,8 @@ class PreparedAdamW(DropInAdamW):
         if prepared.bundles and prepared.clocks.count({}):
             self._update(prepared, now)
 
+    _told_of_moments = False
+
     def _forget(self) -> None:
         self._met = False
         self._prepared = Prepared()
@@ -270,10 +275,12 @@ class PreparedAdamW(DropInAdamW):
         check_lists(params=list(map(as_real, of_group)), grads=list(map(real_gradient, of_group)))
         for param, i in of_group.items():
             self._check_layout(param, self.param_groups[i])
+        self._say_what_is_slow(of_group)
         bundles: defaultdict[tuple[object, ...], dict[Tensor, int]] = defaultdict(dict)
         for i, param in enumerate(now.params):
             self._ensure_state(param, now.groups[i])
-            key = (param.device, param.dtype, param.grad.dtype, *self._kind(param))  # type: ignore[union-attr]
+            moments = moment_dtypes(self.state[param])
+            key = (param.device, param.dtype, param.grad.dtype, moments, *self._kind(param))  # type: ignore[union-attr]
             bundles[key].setdefault(param, i)
         self._gather_clocks(prepared, list(map(list, bundles.values())), of_group)
         seen, now = self._look(members)
@@ -284,6 +291,22 @@ class PreparedAdamW(DropInAdamW):
         states = [self.state[param] for param in of_group]
         prepared.remember(seen, [state[key] for state in states for key in self._STATE if key in state])
         return now
+
+    def _say_what_is_slow(self, params: Iterable[Tensor]) -> None:
+        """Warn where "auto" takes the reference backend for parameters that have a faster one on a usual machine."""
+        for param in params if self._backend == "auto" else ():
+            if param.dtype not in native.DTYPES:
+                continue
+            dispatch.say_if_slow(param.device)
+            other = [dtype for dtype in moment_dtypes(self.state.get(param, _NOTHING)) if dtype != torch.float32]
+            fast = dispatch.choose("masked_adamw_", param.device.type, "auto").backend
+            if other and fast != "reference" and not self._told_of_moments:
+                self._told_of_moments = True
+                warn(
+                    f"the moments of {self._name(param)} are {other[0]}, and backend {fast!r} takes float32 alone: its "
+                    "step, and that of all parameters like it, runs on plain torch, several times slower. Let the "
+                    "optimizer make the moments, or cast those in its state to float32. Said once for each optimizer"
+                )
 
     def _gather_clocks(self, prepared: Prepared, bundles: list[list[Tensor]], members: dict[Tensor, int]) -> None:
         """Make every ``state["step"]`` an element of the vectors of `prepared.clocks`."""
@@ -305,3 +328,9 @@ def _memory(tensors: list[Tensor]) -> tuple[list[int], list[torch.dtype]]:
 def real_gradient(param: Tensor) -> Tensor:
     """Return what this rank holds of a parameter's gradient, as real numbers."""
     return as_real(local_gradient(param))
+
+
+def moment_dtypes(state: Mapping[str, Any]) -> tuple[torch.dtype, ...]:
+    """Return the dtypes of the moments in a parameter's state."""
+    moments = [state.get(key) for key, dtype in STATE_DTYPES.items() if dtype is None]
+    return tuple(moment.dtype for moment in moments if isinstance(moment, Tensor))

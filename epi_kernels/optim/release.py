@@ -44,6 +44,8 @@ class GradientRelease:
                 "gradients there is nothing to accumulate into, the first is applied and gone. Call optimizer.step() "
                 "after each backward(), or remove() the release"
             )
+        if not self._stepped:
+            self._optimizer._take_written()
         self.check_group(self._optimizer.param_groups[group])  # it may have been written since
         self._optimizer._step_alone(param, group)
         self._stepped.add(param)
