@@ -73,6 +73,15 @@ def located(pieces, PIECE: tl.constexpr):
 
 
 @triton.jit
+def left_of(row, start, PIECE: tl.constexpr):
+    """Return how many of a piece's entries the tensor of this row has, int32: 0 where it ends before them.
+
+    A row has size 0 where a refresh is not due, and `start` may be beyond 2^31: the difference fits no int32 then.
+    """
+    return tl.maximum(tl.minimum(tl.load(row) - start, PIECE), 0).to(tl.int32)
+
+
+@triton.jit
 def pointer(word, start, DTYPE: tl.constexpr):
     """Return the pointer to entry `start` of the tensor whose address is at `word`.
 

@@ -20,7 +20,7 @@ from epi_kernels.ops.equations_triton import (
     second_moment,
 )
 from epi_kernels.ops.masked_adamw.sweep import FIELDS, TableSweep
-from epi_kernels.ops.tiles import Variant, located, pointer, read, write
+from epi_kernels.ops.tiles import Variant, left_of, located, pointer, read, write
 
 _WIDTH = tl.constexpr(len(FIELDS))
 
@@ -53,7 +53,7 @@ def masked_adamw_kernel(
     """
     tensor, start = located(pieces, BLOCK * TILES)
     row = rows + tensor * _WIDTH
-    left = tl.minimum(tl.load(row) - start, BLOCK * TILES).to(tl.int32)
+    left = left_of(row, start, BLOCK * TILES)
     full = (left == BLOCK * TILES) & (tl.load(row + 8) != 0)
     if found_inf is not None:
         left = tl.where(tl.load(found_inf) == 0, left, 0)
@@ -127,6 +127,9 @@ def _step_tile(
     if grad_factor is not None:
         factor *= tl.load(grad_factor)
     grad *= factor
+    if not FULL and grad_factor is not None:
+        # beyond the end zeros are read, and 0 times a factor that is not finite is NaN, which would be counted
+        grad = tl.where(at < left, grad, 0.0)
     bad = tl.zeros([BLOCK], tl.int32)
     if (LOCK_IN == IMPORTANCE or LOCK_IN == EXP_AVG_SQ) and not ADVANCED:
         counted = lockable
