@@ -83,9 +83,10 @@ class IsolatedOptimizer(Isolation, Optimizer):
             `EPIAdamW`. A group of `base` may carry ``isolation_ratio`` and ``importance_beta`` of its own.
         backend: of the importance and the refresh: "auto", or the name of one, which then runs or raises.
 
-    From its first step on, ``state[p]["importance"]`` is S in float32 with the lock in its sign bit (see
-    `epi_kernels.lock`), for each parameter that requires a gradient. While `base` runs it is not there: `base` sees the
-    state that it made. A parameter whose ``importance`` was deleted starts over at 0, with nothing locked.
+    From its first step on, or from the start where `base` has a state, ``state[p]["importance"]`` is S in float32 with
+    the lock in its sign bit (see `epi_kernels.lock`), for each parameter that requires a gradient. While `base` runs it
+    is not there: `base` sees the state that it made. A parameter whose ``importance`` was deleted starts over at 0,
+    with nothing locked.
 
     A checkpoint is the base's, with ``importance`` in each parameter's state and the settings in the groups: it loads
     into `base` alone too, where that ignores what it does not know. Where the checkpoints of `base` have a form of
@@ -241,6 +242,7 @@ class IsolatedOptimizer(Isolation, Optimizer):
         clocks = [one[CLOCK] for one in self.param_groups if CLOCK in one]
         group.update({**settings, CLOCK: max(clocks, default=self._iteration[1])})
         self._grouping.stamp(self.param_groups)
+        self._make_places()
 
     # The importance in the base's state ------------------------------------------------------------------------------
 
@@ -303,6 +305,14 @@ class IsolatedOptimizer(Isolation, Optimizer):
                     self._put_importance(param, new_state(param, "importance"))
                     made.append(param)
         return made
+
+    def _make_places(self) -> None:
+        """Make the importances where there is a state already: a distributed checkpoint loads what has a place in it.
+
+        Where there is none, torch.distributed.checkpoint takes a step of zeros to have it made.
+        """
+        if self.state and all("isolation_ratio" in group for group in self.param_groups):
+            self._make_importances()
 
     def _drop_importance(self, param: Tensor) -> None:
         """Take an importance out of the state of a parameter, and the entry too, where it has nothing else."""
@@ -615,6 +625,7 @@ class IsolatedOptimizer(Isolation, Optimizer):
         self._keep_clock(clock)
         self._settings.update({key: self.param_groups[0][key] for key in SHARED if key != "layers"})
         self._grouping.adopt(self.param_groups)
+        self._make_places()
         self._positions.clear()
         self._part()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from epi_kernels import contract, dispatch, lock
 from epi_kernels.distributed import (
@@ -151,7 +152,7 @@ class Isolation(Named):
     def _isolation_text(self) -> str:
         """Return one line on the grouping and the backend in force."""
         layers = self._grouping.of(self.param_groups)
-        kinds = sorted({(param.device, as_real(param.detach()).dtype) for param in layers}, key=str)
+        kinds = sorted({(p.device, as_real(p.detach()).dtype) for p in layers if not is_lazy(p)}, key=str)
         chosen = [f"{dispatch.explain(device, self._backend, dtype)} on {device}" for device, dtype in kinds]
         backends = "; ".join(dict.fromkeys(chosen))
         return (
@@ -434,7 +435,8 @@ class Isolation(Named):
         seen = set()
         for group in self.param_groups:
             for param in group["params"]:
-                if group["isolation_ratio"] > 0 and param.requires_grad and param not in seen:
+                shaped = not is_lazy(param)  # a lazy module gives it entries in its first forward pass
+                if group["isolation_ratio"] > 0 and param.requires_grad and shaped and param not in seen:
                     seen.add(param)
                     yield param, group
 
