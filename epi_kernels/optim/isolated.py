@@ -302,7 +302,11 @@ class IsolatedOptimizer(Isolation, Optimizer):
             for param in group["params"] if group["isolation_ratio"] > 0 else ():
                 stands = is_lazy(param) or param.is_meta or not (param.requires_grad or param.grad is not None)
                 if not stands and self._signed_importance(param, group) is None:
-                    self._put_importance(param, new_state(param, "importance"))
+                    signed = new_state(param, "importance")
+                    self._put_importance(param, signed)
+                    if (seen := _seen(signed)) is not None:  # nothing is protected: no need to ask the device
+                        nothing = torch.empty(0, dtype=torch.int64, device=param.device)
+                        self._positions[param] = _Positions(weakref.ref(signed), seen, nothing)
                     made.append(param)
         return made
 
@@ -592,6 +596,8 @@ class IsolatedOptimizer(Isolation, Optimizer):
             plain, of_base = self._in_torchs_form(packed), state_dict
             if not plain and "base" not in state_dict and not {"state", "param_groups"} & state_dict.keys():
                 state_dict = {"base": state_dict, **self._own_form()}  # of the base alone
+                for group in state_dict["param_groups"]:
+                    del group[CLOCK]
             if check_form(state_dict, self.param_groups):  # else the base says
                 state_dict = in_our_order(state_dict, self.param_groups, self._grouping)
                 of_base = {**state_dict, "state": self._checked_entries(state_dict, importances)}
@@ -622,7 +628,7 @@ class IsolatedOptimizer(Isolation, Optimizer):
             for key, value in settings.items():
                 group.setdefault(key, value)
         self._iteration = set(), 0
-        self._keep_clock(clock)
+        self._keep_clock(self.param_groups[0].get(CLOCK, clock))
         self._settings.update({key: self.param_groups[0][key] for key in SHARED if key != "layers"})
         self._grouping.adopt(self.param_groups)
         self._make_places()
