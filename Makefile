@@ -2,7 +2,8 @@
 #
 #   make demo    fine-tune a small model through four tasks, with AdamW and with EPI (pictures in out/)
 #   make test    the tests
-#   make gpu     on a machine with a CUDA GPU: build, the tests that need one, then the benchmarks (bench/results)
+#   make gpu     on a machine with a CUDA GPU: build, the tests that need one, then the benchmarks whatever the tests
+#                did; results go to bench/results, or to RESULTS=<folder>. Parts: gpu-test, gpu-bench, gpu-sanitize
 #   make deepspeed  install DeepSpeed into .venv, and the tests that need it
 #   make lint    ruff, clang-format, mypy
 #   make format  let ruff and clang-format rewrite the files
@@ -15,7 +16,7 @@ SOURCES := $(wildcard csrc/*.h csrc/*/* tests/*.cpp)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu deepspeed lint format clean
+.PHONY: help demo test gpu gpu-build gpu-test gpu-bench gpu-sanitize deepspeed lint format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -31,11 +32,27 @@ test: $(VENV)/.test
 
 # with the torch and triton that are there, in no environment of its own: a GPU machine may have no network
 GPU_PYTHON ?= python3
+RESULTS ?= bench/results
+# a failed test takes no time on a GPU from the benchmarks: they run, and the exit status says both
 gpu:
+	@$(MAKE) --no-print-directory --keep-going --jobs=1 gpu-test gpu-bench
+
+gpu-build:
 	@$(GPU_PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu needs a CUDA GPU; torch sees none')"
 	$(GPU_PYTHON) setup.py --quiet build_ext --inplace
-	$(GPU_PYTHON) -m pytest -m gpu tests
-	PYTHONPATH=. $(GPU_PYTHON) bench/gpu.py --json bench/results
+	@mkdir -p "$(RESULTS)"
+
+# the exit status of a pipe is that of pytest, not of tee
+gpu-test gpu-sanitize: SHELL := bash
+gpu-test gpu-sanitize: .SHELLFLAGS := -o pipefail -c
+gpu-test: gpu-build
+	$(GPU_PYTHON) -m pytest tests/test_gpu.py 2>&1 | tee "$(RESULTS)/gpu-test.log"
+
+gpu-bench: gpu-build
+	PYTHONPATH=. $(GPU_PYTHON) bench/gpu.py --json "$(RESULTS)"
+
+gpu-sanitize: gpu-build
+	$(GPU_PYTHON) -m pytest tests/test_gpu_sanitizer.py 2>&1 | tee "$(RESULTS)/gpu-sanitize.log"
 
 # with the torch that is there: its own build environment would fetch another
 deepspeed: $(VENV)/.test

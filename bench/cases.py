@@ -147,19 +147,26 @@ def candidates(
     return {name: steps[name]() for name in chosen}
 
 
+def output_of(*command: str) -> str:
+    """Return what a tool prints about this machine; empty where the tool is not there or does not answer."""
+    try:
+        run = subprocess.run(
+            command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent, timeout=60
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return run.stdout.strip()
+
+
 def machine() -> dict[str, Any]:
     """Return what the figures were taken on."""
-    processor = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parent,
-    ).stdout.strip()
+    try:
+        about = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        about = []
+    names = [line.split(":")[1].strip() for line in about if "model name" in line]
+    processor = names[0] if names else platform.processor() or platform.machine()
+    commit = output_of("git", "describe", "--always", "--dirty")
     return {
         "device": processor,
         "cores": os.cpu_count(),

@@ -4,7 +4,9 @@
     python bench/gpu.py --device cpu             # a rehearsal without a GPU: small, and its times mean nothing
 
 All candidates of a case share parameters and gradients, and run once in every round, in an order that rotates. Times
-are the device's own, between two events. Writes <folder>/<device>.json.
+are the device's own, between two events. Writes <folder>/<device>.json, anew after every case: what was measured is
+there whatever happens later. A case that raises is recorded with its error, the next one goes on, and the exit status
+is 1.
 """
 
 import argparse
@@ -12,8 +14,8 @@ import gc
 import json
 import re
 import statistics
-import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from cases import (
     bytes_of,
     candidates,
     machine,
+    output_of,
 )
 from measure import GPUTiming, Timing, interleave, kernels, ratio
 from tqdm import tqdm
@@ -158,37 +161,56 @@ def verdicts(found: dict[str, Any], entries: int, dtype: torch.dtype) -> list[di
     return reached
 
 
-def run(device: str, rounds: int) -> dict[str, Any]:
-    """Measure every case that fits, print it, and return the results."""
+def measured(
+    title: str, shapes: Shapes, dtype: torch.dtype, names: tuple[str, ...], device: str, rounds: int, copy: float
+) -> dict[str, Any]:
+    """Measure one case, print it, and return the results."""
+    entries = sum(torch.Size(shape).numel() for shape in shapes)
+    about: dict[str, Any] = {"case": title, "entries": entries, "tensors": len(shapes)}
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else 8 << 30
+    if entries * MEMORY[names] > free:
+        about["left_out"] = f"it takes {entries * MEMORY[names] >> 30} GiB and {free >> 30} are free"
+        tqdm.write(f"\n{title}: left out, {about['left_out']}")
+        return about
+    steps = candidates(shapes, names=names, device=device, dtype=dtype)
+    timings = interleave(steps, rounds, title, timing=timing_on(device))
+    rows = []
+    tqdm.write(f"\n{title} (ratio to {BASELINE}: median [least, greatest] of {rounds} rounds)")
+    for name, step in steps.items():
+        found = figures(name, step, timings, entries, dtype, copy, launches(step, device), device)
+        found["targets"] = verdicts(found, entries, dtype)
+        if title.startswith("Llama") and name == EPI:
+            fused = statistics.median(timings[BASELINE].cpu) * 1e3
+            met = found["host_ms"] <= fused
+            target = {"figure": "host_ms", "target": f"<= {fused:.3g}, torch fused's", "met": met}
+            found["targets"].append({**target, "reached": found["host_ms"]})
+        rows.append(found)
+        tqdm.write(line(found))
+    return {**about, "steps": rows}
+
+
+def run(device: str, rounds: int, write: Callable[[dict[str, Any]], None]) -> bool:
+    """Measure every case that fits and print it; return whether none raised.
+
+    Args:
+        device: "cuda" or "cpu".
+        rounds: how often each candidate runs.
+        write: called after every case, with all results so far.
+    """
     copy = copy_bandwidth(device)
     print(f"copy: {copy / 1e9:.0f} GB/s, read and written")
-    results = []
+    results: list[dict[str, Any]] = []
     for title, shapes, dtype, names in tqdm(cases(device == "cpu"), desc="cases", leave=False):
-        entries = sum(torch.Size(shape).numel() for shape in shapes)
-        free = torch.cuda.mem_get_info()[0] if device == "cuda" else 8 << 30
-        if entries * MEMORY[names] > free:
-            tqdm.write(f"\n{title}: left out, it takes {entries * MEMORY[names] >> 30} GiB and {free >> 30} are free")
-            continue
-        steps = candidates(shapes, names=names, device=device, dtype=dtype)
-        timings = interleave(steps, rounds, title, timing=timing_on(device))
-        rows = []
-        tqdm.write(f"\n{title} (ratio to {BASELINE}: median [least, greatest] of {rounds} rounds)")
-        for name, step in steps.items():
-            found = figures(name, step, timings, entries, dtype, copy, launches(step, device), device)
-            found["targets"] = verdicts(found, entries, dtype)
-            if title.startswith("Llama") and name == EPI:
-                fused = statistics.median(timings[BASELINE].cpu) * 1e3
-                met = found["host_ms"] <= fused
-                target = {"figure": "host_ms", "target": f"<= {fused:.3g}, torch fused's", "met": met}
-                found["targets"].append({**target, "reached": found["host_ms"]})
-            rows.append(found)
-            tqdm.write(line(found))
-        results.append({"case": title, "entries": entries, "tensors": len(shapes), "steps": rows})
-        del steps, step
+        try:
+            results.append(measured(title, shapes, dtype, names, device, rounds, copy))
+        except Exception as error:  # of one case: the others are still worth their time on a GPU
+            tqdm.write(f"\n{title}: FAILED\n{traceback.format_exc()}")
+            results.append({"case": title, "error": f"{type(error).__name__}: {error}"})
+        write({"copy_gb_per_s": copy / 1e9, "results": results})
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
-    return {"copy_gb_per_s": copy / 1e9, "results": results}
+    return not any("error" in found for found in results)
 
 
 def line(found: dict[str, Any]) -> str:
@@ -208,18 +230,12 @@ def gpu() -> dict[str, Any]:
     """Return what the figures were taken on."""
     import triton
 
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     about = machine()
     return {
         **about,
         "device": torch.cuda.get_device_name(),
         "host": about["device"],
-        "driver": driver.stdout.strip(),
+        "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "cuda": torch.version.cuda,
         "triton": triton.__version__,
     }
@@ -234,13 +250,21 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         sys.exit("bench/gpu.py needs a CUDA GPU and torch sees none; bench/cpu.py times the CPU path")
-    results = run(arguments.device, arguments.rounds if arguments.device == "cuda" else 2)
+    about = gpu() if arguments.device == "cuda" else machine()
+    path = None
     if arguments.json:
-        about = gpu() if arguments.device == "cuda" else machine()
         path = arguments.json / f"{re.sub('[^a-z0-9]+', '-', about['device'].lower()).strip('-')}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"machine": about, **results}, indent=1) + "\n")
+
+    def write(results: dict[str, Any]) -> None:
+        if path:
+            path.write_text(json.dumps({"machine": about, **results}, indent=1) + "\n")
+
+    complete = run(arguments.device, arguments.rounds if arguments.device == "cuda" else 2, write)
+    if path:
         print(f"wrote {path}")
+    if not complete:
+        sys.exit("a case failed, see above; the others were measured")
 
 
 if __name__ == "__main__":

@@ -8,15 +8,11 @@
   device. Gradients that are not finite are reported all the same.
 - A captured step, replayed, is the step on the CPU: over refreshes, a schedule and a load; a capture that would leave a
   parameter out is refused.
-- Entries beyond 2^31, by value; hot bins are counted exactly; compute-sanitizer finds nothing.
+- Entries beyond 2^31, by value; hot bins are counted exactly.
 """
 
 import copy
 import math
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -349,7 +345,9 @@ def trained_pair(**settings: Any) -> tuple[list[Parameter], EPIAdamW, list[Param
     names = ["h.0.weight", "h.0.bias", "head.weight"]
     common: dict[str, Any] = {"isolation_ratio": 0.1, "mask_interval": 3, **settings}
     ours = EPIAdamW(zip(names, gpu, strict=True), lr=torch.tensor(0.01, device="cuda"), capturable=True, **common)
-    return gpu, ours, cpu, EPIAdamW(zip(names, cpu, strict=True), lr=0.01, backend="reference", **common)
+    # the same rate to the last bit: the GPU's is a float32
+    rate = float(torch.tensor(0.01, dtype=torch.float32))
+    return gpu, ours, cpu, EPIAdamW(zip(names, cpu, strict=True), lr=rate, backend="reference", **common)
 
 
 def give_both(gpu: list[Parameter], cpu: list[Parameter], number: int) -> None:
@@ -411,6 +409,7 @@ def test_a_captured_step_over_refreshes_a_schedule_and_a_load(settings: dict[str
 
 
 @pytest.mark.filterwarnings("ignore:This instance was constructed with capturable=True:UserWarning")
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")  # a capture that raised has recorded nothing
 def test_a_capture_that_would_leave_a_parameter_out_is_refused() -> None:
     gpu, optimizer, cpu, _ = trained_pair()
     give_both(gpu, cpu, 1)
@@ -425,7 +424,8 @@ def test_a_capture_that_would_leave_a_parameter_out_is_refused() -> None:
 def test_a_fused_optimizer_under_a_scaler_does_not_wait_and_skips_by_itself() -> None:
     gpu, _, cpu, twin = trained_pair()
     names = ["h.0.weight", "h.0.bias", "head.weight"]
-    optimizer = EPIAdamW(zip(names, gpu, strict=True), lr=0.01, fused=True, isolation_ratio=0.1, mask_interval=3)
+    rate = twin.param_groups[0]["lr"]
+    optimizer = EPIAdamW(zip(names, gpu, strict=True), lr=rate, fused=True, isolation_ratio=0.1, mask_interval=3)
     for number in range(1, 9):
         give_both(gpu, cpu, number)
         found = number in (2, 5)
@@ -462,39 +462,3 @@ def test_entries_beyond_two_to_the_31() -> None:
     assert counts.sum() == size
     locked = ops.lock_([importance], [0], None, [0], torch.tensor([16.0], device="cuda"), None, "triton")
     assert locked.tolist() == [[2, 2, 0]]
-
-
-SANITIZED = """
-import torch
-from torch.nn import Parameter
-from epi_kernels import EPIAdamW, ops
-params = [Parameter(torch.randn(size, device="cuda")) for size in (1, 37, 4096, 9001)]
-params += [Parameter(torch.randn(5000, device="cuda").bfloat16())]
-for p in params:
-    p.grad = torch.randn_like(p)
-optimizer = EPIAdamW(params, layers="tensor", isolation_ratio=0.1, mask_interval=2, amsgrad=True)
-for _ in range(4):
-    optimizer.step()
-p, indices = torch.randn(1000, device="cuda"), torch.arange(0, 1000, 7, device="cuda")
-state = [torch.zeros(len(indices), device="cuda") for _ in range(2)]
-ops.sparse_adamw_([p], [p.clone()], [indices], *([s] for s in state), torch.ones(1, 11).double(), [0], "triton")
-sums = [torch.zeros(9001, device="cuda") for _ in range(2)]
-ops.gradient_sums_(*([s] for s in sums), [params[3].grad], "triton")
-torch.cuda.synchronize()
-print("done")
-"""
-
-
-def test_compute_sanitizer_finds_nothing() -> None:
-    if shutil.which("compute-sanitizer") is None:
-        pytest.skip("compute-sanitizer is not on PATH")
-    # torch and triton ask the driver for what may not be there, which is no error of a kernel
-    options = ["--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9"]
-    command = ["compute-sanitizer", *options, sys.executable, "-c", SANITIZED]
-    # in a block of torch's cache an access beyond a tensor hits the next one
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    if "not supported" in run.stdout:
-        pytest.skip("compute-sanitizer does not know this device")
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
-    assert "done" in run.stdout
