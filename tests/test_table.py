@@ -1,8 +1,13 @@
 """Tables of tensors: pieces cover every entry once, rows go up when they change, alignment is that of every address."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
+from epi_kernels.native import LOCK_IN
+from epi_kernels.ops.masked_adamw.sweep import FIELDS, TableSweep
 from epi_kernels.ops.table import PIECE_BITS, Table, zeros
 
 CPU = torch.device("cpu")
@@ -46,6 +51,41 @@ def test_aligned_needs_every_address_to_be() -> None:
     assert table.rows()[:, 4].tolist() == [1, 1, 0, 0]
     table.point("first", [tensor[2:], tensor, tensor, tensor])
     assert table.rows()[:, 4].tolist() == [0, 1, 1, 0]
+
+
+class Launches(TableSweep):
+    """A sweep on a GPU but for the launch: keeps the rows that the kernel would get."""
+
+    rows: Tensor
+
+    def _piece(self) -> int:
+        return 4
+
+    def _launch(self, *_: Any) -> None:
+        self.rows = self._table.rows()
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("lock_in", LOCK_IN)
+def test_a_step_of_aligned_tensors_is_aligned_wherever_the_lock_is(lock_in: str, amsgrad: bool) -> None:
+    def tensors(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        memory = [torch.zeros(9, dtype=dtype, device="cpu") for _ in range(3)]
+        return [memory[0][:8], memory[1][1:], memory[2][:8]]  # the second is not aligned
+
+    lockable = [lock_in != "none", True, False]
+    locks: list[Tensor | None] = [None] * 3
+    if lock_in in ("importance", "static"):
+        states = tensors(torch.int8 if lock_in == "static" else torch.float32)
+        locks = [state if can else None for state, can in zip(states, lockable, strict=True)]
+    largest: list[Any] = tensors() if amsgrad else [None] * 3
+    lists = (tensors(), tensors(), tensors(), tensors(), largest, locks)
+    sweep = Launches(*lists, lock_in, lockable)
+    count, scalars = torch.zeros(3, dtype=torch.int64, device="cpu"), torch.zeros(1, 11, dtype=torch.float32)
+    for moved in (False, True):
+        sweep.step_(*lists, moved, count, scalars, [0] * 3, False, None, None)
+        assert sweep.rows[:, FIELDS.index("aligned")].tolist() == [1, 0, 1]
+    if lock_in != "none":
+        assert [word != 0 for word in sweep.rows[:, FIELDS.index("lock")].tolist()] == lockable
 
 
 def test_zeros_are_new_each_time() -> None:
