@@ -73,6 +73,15 @@ def located(pieces, PIECE: tl.constexpr):
 
 
 @triton.jit
+def entries_left(size, start, PIECE: tl.constexpr):
+    """Return how many entries of a piece that begins at `start` a tensor of `size` has, int32: 0 to PIECE.
+
+    Where nothing is due the size is 0, and a piece begins far behind the end: 32 bits do not hold how far.
+    """
+    return tl.maximum(tl.minimum(size - start, PIECE), 0).to(tl.int32)
+
+
+@triton.jit
 def pointer(word, start, DTYPE: tl.constexpr):
     """Return the pointer to entry `start` of the tensor whose address is at `word`.
 

@@ -18,7 +18,7 @@ from epi_kernels.ops.equations_triton import (
 )
 from epi_kernels.ops.flat import Flat
 from epi_kernels.ops.table import Table, on_device
-from epi_kernels.ops.tiles import Variant, located, pointer, read, read_as_float32, write
+from epi_kernels.ops.tiles import Variant, entries_left, located, pointer, read, read_as_float32, write
 
 # the words of a row
 FIELDS = ("size", "importance", "grad", "grad_dtype", "layer", "aligned")
@@ -46,7 +46,7 @@ def importance_kernel(
     """
     tensor, start = located(pieces, BLOCK * TILES)
     row = rows + tensor * _WIDTH
-    left = tl.minimum(tl.load(row) - start, BLOCK * TILES).to(tl.int32)
+    left = entries_left(tl.load(row), start, BLOCK * TILES)
     beta, one_minus_beta = tl.load(betas + 2 * tensor), tl.load(betas + 2 * tensor + 1)
     bad = tl.zeros([BLOCK], tl.int32)
     low = tl.full([BLOCK], INFINITE, tl.int32)
@@ -85,7 +85,11 @@ def _advance_tile(
         if grad_factor is not None:
             grad *= tl.load(grad_factor)
         importance = advanced_importance(importance, grad, beta, one_minus_beta, KEEP_FINITE)
-        bad += tl.where(is_finite(grad * grad), 0, 1)
+        wrong = is_finite(grad * grad) == 0
+        if not FULL:
+            # beyond the end zeros are read, and 0 times a factor that is not finite is NaN
+            wrong = wrong & (at < left)
+        bad += wrong.to(tl.int32)
         write(importance_at, at, importance, left, FULL)
     bits = usable_bits(importance)
     valid = bits < INFINITE
@@ -103,7 +107,7 @@ def gradient_sums_kernel(rows, pieces, BLOCK: tl.constexpr, TILES: tl.constexpr)
     """Add g and g^2 of one piece of one tensor. rows: int64 [tensors, SUMS_FIELDS]."""
     tensor, start = located(pieces, BLOCK * TILES)
     row = rows + tensor * _SUMS_WIDTH
-    left = tl.minimum(tl.load(row) - start, BLOCK * TILES).to(tl.int32)
+    left = entries_left(tl.load(row), start, BLOCK * TILES)
     if (left == BLOCK * TILES) & (tl.load(row + 5) != 0):
         for tile in range(TILES):
             _add_tile(row, start, tile * BLOCK, left, BLOCK, True)

@@ -20,7 +20,7 @@ from epi_kernels.ops.equations_triton import (
     second_moment,
 )
 from epi_kernels.ops.masked_adamw.sweep import FIELDS, TableSweep
-from epi_kernels.ops.tiles import Variant, located, pointer, read, write
+from epi_kernels.ops.tiles import Variant, entries_left, located, pointer, read, write
 
 _WIDTH = tl.constexpr(len(FIELDS))
 
@@ -53,7 +53,7 @@ def masked_adamw_kernel(
     """
     tensor, start = located(pieces, BLOCK * TILES)
     row = rows + tensor * _WIDTH
-    left = tl.minimum(tl.load(row) - start, BLOCK * TILES).to(tl.int32)
+    left = entries_left(tl.load(row), start, BLOCK * TILES)
     full = (left == BLOCK * TILES) & (tl.load(row + 8) != 0)
     if found_inf is not None:
         left = tl.where(tl.load(found_inf) == 0, left, 0)
@@ -132,6 +132,9 @@ def _step_tile(
         counted = lockable
         if refreshed is not None:
             counted = lockable & (tl.load(refreshed) == 0)
+        if not FULL:
+            # beyond the end zeros are read, and 0 times a factor that is not finite is NaN
+            counted = counted & (at < left)
         bad += tl.where(counted & (is_finite(grad * grad) == 0), 1, 0)
 
     m = first_moment(m, grad, tl.load(s + 3))

@@ -12,7 +12,7 @@ from epi_kernels.ops.equations_triton import first_moment, moved, second_moment
 from epi_kernels.ops.flat import Flat
 from epi_kernels.ops.sparse_adamw.offsets import Offsets
 from epi_kernels.ops.table import Table, on_device
-from epi_kernels.ops.tiles import Variant, located, read, scattered, write
+from epi_kernels.ops.tiles import Variant, entries_left, located, read, scattered, write
 
 # the words of a row; `size` counts the selected entries
 FIELDS = ("size", "param", "grad", "param_offsets", "grad_offsets", "exp_avg", "exp_avg_sq", "scalars")
@@ -37,7 +37,7 @@ def sparse_adamw_kernel(
     tensor, start = located(pieces, BLOCK * TILES)
     row = rows + tensor * _WIDTH
     s = scalars + tl.load(row + 7) * 11
-    left = tl.minimum(tl.load(row) - start, BLOCK * TILES).to(tl.int32)
+    left = entries_left(tl.load(row), start, BLOCK * TILES)
     param_at = tl.load(row + 1).to(tl.pointer_type(PARAM))
     grad_at = tl.load(row + 2).to(tl.pointer_type(GRAD))
     exp_avg_at = scattered(row + 5, start, tl.float32)

@@ -13,7 +13,7 @@ from epi_kernels.ops.equations_triton import bits_of, float_of, is_locked, score
 from epi_kernels.ops.flat import Flat
 from epi_kernels.ops.table import zeros
 from epi_kernels.ops.threshold.rows import FIELDS, table_of
-from epi_kernels.ops.tiles import Variant, located, pointer, read, scattered, write
+from epi_kernels.ops.tiles import Variant, entries_left, located, pointer, read, scattered, write
 
 _WIDTH = tl.constexpr(len(FIELDS))
 
@@ -43,7 +43,7 @@ def score_histogram_kernel(
     """
     tensor, start = located(pieces, BLOCK * TILES)
     row = rows + tensor * _WIDTH
-    left = tl.minimum(tl.load(row) - start, BLOCK * TILES).to(tl.int32)
+    left = entries_left(tl.load(row), start, BLOCK * TILES)
     budget = tl.load(row + 3)
     prefix = tl.load(selection + 2 * budget).to(tl.int32)
     histogram = counts + ((tl.program_id(0) % COPIES) * BUDGETS + budget) * (1 << DIGIT_BITS)
@@ -108,7 +108,7 @@ def lock_kernel(rows, pieces, ranges, thresholds, counts, BLOCK: tl.constexpr, T
     """
     tensor, start = located(pieces, BLOCK * TILES)
     row = rows + tensor * _WIDTH
-    left = tl.minimum(tl.load(row) - start, BLOCK * TILES).to(tl.int32)
+    left = entries_left(tl.load(row), start, BLOCK * TILES)
     at = pointer(row + 1, start, tl.float32)
     low, high = _range(ranges, tl.load(row + 2))
     threshold = tl.load(thresholds + tl.load(row + 3))
