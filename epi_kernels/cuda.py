@@ -7,6 +7,7 @@ import ctypes
 import functools
 
 import torch
+from torch import Tensor
 
 from epi_kernels import library
 
@@ -62,19 +63,22 @@ def histogram_piece() -> int:
     return int(_library().epi_cuda_histogram_piece())
 
 
-def call(function: str, device: torch.device, *arguments: int | None) -> None:
+def call(function: str, device: torch.device, *arguments: int | Tensor | None) -> None:
     """Launch a kernel on the current stream of a device, and do not wait for it.
 
     Args:
         function: one of the functions of csrc/epi_cuda.h that launch.
         device: where it runs.
-        arguments: its arguments but the stream; addresses are in the memory of the device, None is NULL.
+        arguments: its arguments but the stream. A tensor stands for its address, in the memory of the device, and lives
+            until the kernel is launched: memory freed before may be given away, whatever the order of the stream. None
+            is NULL.
 
     Raises:
         RuntimeError: there is no library, or the kernel was not launched.
     """
+    words = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments]
     with torch.cuda.device(device):
-        error = getattr(_library(), function)(*arguments, torch.cuda.current_stream().cuda_stream)
+        error = getattr(_library(), function)(*words, torch.cuda.current_stream().cuda_stream)
     if error:
         raise RuntimeError(f"{function} was not launched: CUDA error {error}")
 

@@ -33,14 +33,14 @@ def score_histogram(
     cuda.call(
         "epi_cuda_score_histogram",
         selection.device,
-        table.rows(due).data_ptr(),
-        table.pieces.data_ptr(),
+        table.rows(due),
+        table.pieces,
         table.pieces.numel(),
-        None if ranges is None else ranges.data_ptr(),
-        selection.data_ptr(),
+        ranges,
+        selection,
         shift,
         bins.bit_length() - 1,
-        counts.data_ptr(),
+        counts,
     )
     return counts
 
