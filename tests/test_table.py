@@ -1,5 +1,7 @@
 """Tables of tensors: pieces cover every entry once, rows go up when they change, alignment is that of every address."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -8,7 +10,7 @@ from torch import Tensor
 
 from epi_kernels.native import LOCK_IN
 from epi_kernels.ops.masked_adamw.sweep import FIELDS, TableSweep
-from epi_kernels.ops.table import PIECE_BITS, Table, zeros
+from epi_kernels.ops.table import PIECE_BITS, Table, Uploads, zeros
 
 CPU = torch.device("cpu")
 
@@ -92,3 +94,43 @@ def test_zeros_are_new_each_time() -> None:
     first = zeros((2, 3), torch.int64, CPU)
     first += 1
     assert not zeros((2, 3), torch.int64, CPU).any()
+
+
+def test_steps_in_two_threads_keep_what_each_has_sent() -> None:
+    steps = [Uploads(), Uploads()]
+    turn = threading.Barrier(2, timeout=60)
+
+    def first() -> None:
+        with steps[0].step(capturing=False):
+            turn.wait()
+            turn.wait()  # the second has begun
+            assert Uploads.current() is steps[0]
+            Table(("size",), [1], 4, CPU)
+        assert Uploads.current() is None
+        turn.wait()  # and goes on when this one has ended
+
+    def second() -> None:
+        turn.wait()
+        assert Uploads.current() is None
+        with steps[1].step(capturing=False):
+            turn.wait()
+            turn.wait()
+            assert Uploads.current() is steps[1]
+            Table(("size",), [2], 4, CPU)
+            Table(("size",), [3], 4, CPU)
+        assert Uploads.current() is None
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(first), pool.submit(second)]:
+            done.result()
+    assert Uploads.current() is None
+    assert [len(step._used) for step in steps] == [1, 2]
+
+
+def test_a_step_that_raises_inside_of_another_gives_back_the_outer_one() -> None:
+    outer, inner = Uploads(), Uploads()
+    with outer.step(capturing=False):
+        with pytest.raises(ZeroDivisionError), inner.step(capturing=False):
+            raise ZeroDivisionError
+        assert Uploads.current() is outer
+    assert Uploads.current() is None

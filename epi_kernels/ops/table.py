@@ -6,6 +6,7 @@ without waiting, and only when they differ from what is there already.
 """
 
 import functools
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -39,8 +40,9 @@ class Table:
 
     def __init__(self, fields: Sequence[str], sizes: Sequence[int], piece: int, device: torch.device) -> None:
         self.pieces = _pieces(tuple(sizes), piece, device)
-        if Uploads.current is not None:
-            Uploads.current.keep(self.pieces)
+        uploads = Uploads.current()
+        if uploads is not None:
+            uploads.keep(self.pieces)
         self._columns = {name: i for i, name in enumerate(fields)}
         self._host = np.zeros((len(sizes), len(fields)), np.int64)
         self._addresses: set[int] = set()  # columns
@@ -70,7 +72,7 @@ class Table:
                 addresses = self._host[:, sorted(self._addresses)]
                 self._host[:, self._columns["aligned"]] = (addresses % ALIGNMENT == 0).all(1)
             values = torch.from_numpy(self._host)
-            uploads = None if self._device.type == "cpu" else Uploads.current
+            uploads = None if self._device.type == "cpu" else Uploads.current()
             self._there = on_device(values, self._device) if uploads is None else uploads.of(values, self._device)
         if due is None:
             return self._there
@@ -83,8 +85,9 @@ def on_device(values: Tensor, device: torch.device) -> Tensor:
     """Return a copy on `device` of values on the CPU; an accelerator is not waited for."""
     if device.type == "cpu":
         return values.clone()
-    if Uploads.current is not None:
-        return Uploads.current.of(values, device).clone()
+    uploads = Uploads.current()
+    if uploads is not None:
+        return uploads.of(values, device).clone()
     # the pinned memory is freed at once: its allocator keeps it until the copy is over
     return values.pin_memory().to(device, non_blocking=True)
 
@@ -97,24 +100,26 @@ class Uploads:
     equal to something of the last step is not sent again.
     """
 
-    # of the optimizer that is stepping, in this process: a step is not run by two threads at once
-    current: "Uploads | None" = None
-
     def __init__(self) -> None:
         self._now: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
         self._before: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
         self._used: list[object] = []
         self._captured: list[object] = []
 
+    @staticmethod
+    def current() -> "Uploads | None":
+        """Return the uploads of the optimizer that steps in this thread; None where none keeps any."""
+        return _stepping.uploads
+
     @contextmanager
     def step(self, capturing: bool) -> Iterator[None]:
         """Return a context in which all that `on_device` and `Table` send up is kept here."""
         self._before, self._now, self._used = self._now, {}, []
-        outer, Uploads.current = Uploads.current, self
+        outer, _stepping.uploads = _stepping.uploads, self
         try:
             yield
         finally:
-            Uploads.current = outer
+            _stepping.uploads = outer
             if capturing:
                 self._captured += [self._now, self._used]
 
@@ -131,6 +136,15 @@ class Uploads:
         return self._now[key][1]
 
 
+class _Stepping(threading.local):
+    """The optimizer that steps: one in each thread, for optimizers may step at once in several."""
+
+    uploads: Uploads | None = None
+
+
+_stepping = _Stepping()
+
+
 def current(device: torch.device) -> AbstractContextManager[object]:
     """Return a context in which launches go to `device`, and not to the one that the process last chose."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
@@ -138,7 +152,7 @@ def current(device: torch.device) -> AbstractContextManager[object]:
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return zeros on `device`, brought there by a copy: a refresh is counted in launches, and a fill is one."""
-    if device.type == "cpu" or Uploads.current is not None:
+    if device.type == "cpu" or Uploads.current() is not None:
         return torch.zeros(shape, dtype=dtype, device=device)
     return _pinned_zeros(shape, dtype).to(device, non_blocking=True)
 
