@@ -127,14 +127,14 @@ def _step_tile(
     if grad_factor is not None:
         factor *= tl.load(grad_factor)
     grad *= factor
+    if not FULL:
+        # beyond the end zeros were read, and 0 times a factor that is not finite is NaN, which would be counted
+        grad = tl.where(at < left, grad, 0.0)
     bad = tl.zeros([BLOCK], tl.int32)
     if (LOCK_IN == IMPORTANCE or LOCK_IN == EXP_AVG_SQ) and not ADVANCED:
         counted = lockable
         if refreshed is not None:
             counted = lockable & (tl.load(refreshed) == 0)
-        if not FULL:
-            # beyond the end zeros are read, and 0 times a factor that is not finite is NaN
-            counted = counted & (at < left)
         bad += tl.where(counted & (is_finite(grad * grad) == 0), 1, 0)
 
     m = first_moment(m, grad, tl.load(s + 3))
