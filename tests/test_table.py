@@ -1,7 +1,11 @@
 """Tables of tensors: pieces cover every entry once, rows go up when they change, alignment is that of every address."""
 
+import gc
 import threading
+import weakref
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +13,7 @@ import torch
 from torch import Tensor
 
 from epi_kernels.native import LOCK_IN
+from epi_kernels.ops import table as table_module
 from epi_kernels.ops.masked_adamw.sweep import FIELDS, TableSweep
 from epi_kernels.ops.table import PIECE_BITS, Table, Uploads, zeros
 
@@ -105,7 +110,7 @@ def test_steps_in_two_threads_keep_what_each_has_sent() -> None:
             turn.wait()
             turn.wait()  # the second has begun
             assert Uploads.current() is steps[0]
-            Table(("size",), [1], 4, CPU)
+            Table(("size",), [1], 4, CPU).rows()
         assert Uploads.current() is None
         turn.wait()  # and goes on when this one has ended
 
@@ -116,8 +121,8 @@ def test_steps_in_two_threads_keep_what_each_has_sent() -> None:
             turn.wait()
             turn.wait()
             assert Uploads.current() is steps[1]
-            Table(("size",), [2], 4, CPU)
-            Table(("size",), [3], 4, CPU)
+            Table(("size",), [2], 4, CPU).rows()
+            Table(("size",), [3], 4, CPU).rows()
         assert Uploads.current() is None
 
     with ThreadPoolExecutor(2) as pool:
@@ -134,3 +139,85 @@ def test_a_step_that_raises_inside_of_another_gives_back_the_outer_one() -> None
             raise ZeroDivisionError
         assert Uploads.current() is outer
     assert Uploads.current() is None
+
+
+class Device:
+    """A GPU for tables and uploads, in the memory of the host; counts copies, knows a stream and a capture."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.device = torch.device("cuda", 0)
+        self.stream, self.capturing = 0, False
+        self.pinned, self.copies = 0, 0
+        to = Tensor.to
+
+        def pin_memory(values: Tensor) -> Tensor:
+            self.pinned += 1
+            return values.clone()
+
+        def sent(values: Tensor, *arguments: Any, **others: Any) -> Tensor:
+            if arguments != (self.device,):
+                return to(values, *arguments, **others)
+            self.copies += 1
+            return values.clone()
+
+        monkeypatch.setattr(Tensor, "pin_memory", pin_memory)
+        monkeypatch.setattr(Tensor, "to", sent)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=self.stream))
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+        table_module._pieces.cache_clear()
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+    yield Device(monkeypatch)
+    table_module._pieces.cache_clear()
+
+
+@pytest.mark.parametrize("due", [None, torch.ones(1, dtype=torch.float32, device="cpu")], ids=["always", "due"])
+def test_what_a_captured_step_reads_lives_on_after_an_eager_step_with_other_gradients(
+    gpu: Device, due: Tensor | None
+) -> None:
+    uploads = Uploads()
+    with uploads.step(capturing=False):
+        table = Table(("size", "grad"), [3], 4, gpu.device)
+        table.set("grad", [1])
+        table.rows(due)
+    for capturing in (False, True):  # the second has nothing to send
+        with uploads.step(capturing=capturing):
+            table.rows(due)
+    read = weakref.ref(table._there), weakref.ref(table.pieces)
+    for address in (2, 3):
+        with uploads.step(capturing=False):
+            table.set("grad", [address])
+            table.rows(due)
+    del table
+    table_module._pieces.cache_clear()
+    gc.collect()
+    assert all(tensor() is not None for tensor in read)
+
+
+def test_what_the_step_before_has_sent_is_neither_pinned_nor_sent_again(gpu: Device) -> None:
+    uploads, values = Uploads(), torch.arange(5, dtype=torch.float32, device="cpu")
+    for _ in range(3):
+        with uploads.step(capturing=False):
+            assert uploads.of(values.clone(), gpu.device).tolist() == values.tolist()
+    assert (gpu.pinned, gpu.copies) == (1, 1)
+    with uploads.step(capturing=False):
+        uploads.of(values + 1, gpu.device)
+    assert (gpu.pinned, gpu.copies) == (2, 2)
+
+
+def test_pieces_are_shared_within_a_stream_alone_and_not_out_of_a_capture(gpu: Device) -> None:
+    def pieces() -> Tensor:
+        return Table(("size",), [9], 4, gpu.device).pieces
+
+    first = pieces()
+    assert pieces() is first
+    gpu.stream = 1
+    other = pieces()
+    assert other is not first
+    assert other.tolist() == first.tolist()
+    gpu.stream, gpu.capturing = 2, True
+    captured = pieces()
+    gpu.capturing = False
+    assert pieces() is not captured

@@ -39,10 +39,7 @@ class Table:
     """
 
     def __init__(self, fields: Sequence[str], sizes: Sequence[int], piece: int, device: torch.device) -> None:
-        self.pieces = _pieces(tuple(sizes), piece, device)
-        uploads = Uploads.current()
-        if uploads is not None:
-            uploads.keep(self.pieces)
+        self.pieces = _pieces_of(tuple(sizes), piece, device)
         self._columns = {name: i for i, name in enumerate(fields)}
         self._host = np.zeros((len(sizes), len(fields)), np.int64)
         self._addresses: set[int] = set()  # columns
@@ -74,6 +71,9 @@ class Table:
             values = torch.from_numpy(self._host)
             uploads = None if self._device.type == "cpu" else Uploads.current()
             self._there = on_device(values, self._device) if uploads is None else uploads.of(values, self._device)
+        uploads = Uploads.current()
+        if uploads is not None:  # they may have been sent up in a step long before
+            uploads.keep((self.pieces, self._there))
         if due is None:
             return self._there
         rows = self._there.clone()
@@ -131,8 +131,11 @@ class Uploads:
         """Return values of the CPU on `device`, to be read alone."""
         key = (device, values.dtype, values.shape, values.numpy().tobytes())
         if key not in self._now:
-            pinned = values.pin_memory()
-            self._now[key] = self._before.get(key) or (pinned, pinned.to(device, non_blocking=True))
+            known = self._before.get(key)
+            if known is None:
+                pinned = values.pin_memory()
+                known = pinned, pinned.to(device, non_blocking=True)
+            self._now[key] = known
         return self._now[key][1]
 
 
@@ -162,9 +165,21 @@ def _pinned_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.zeros(shape, dtype=dtype, device="cpu", pin_memory=True)
 
 
+def _pieces_of(sizes: tuple[int, ...], piece: int, device: torch.device) -> Tensor:
+    """Return int64 [pieces], tensor << PIECE_BITS | number, for the pieces of every tensor in order.
+
+    Tables of the same sizes share it, within a stream: another may run ahead of the copy. While a graph is captured
+    nothing is copied yet, and what is shared would stay unfilled for those that have no part in the graph.
+    """
+    if device.type != "cuda":
+        return _pieces(sizes, piece, device, 0)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    make = _pieces.__wrapped__ if torch.cuda.is_current_stream_capturing() else _pieces
+    return make(sizes, piece, device, stream)
+
+
 @functools.lru_cache(maxsize=16)
-def _pieces(sizes: tuple[int, ...], piece: int, device: torch.device) -> Tensor:
-    """Return int64 [pieces], tensor << PIECE_BITS | number, for the pieces of every tensor in order."""
+def _pieces(sizes: tuple[int, ...], piece: int, device: torch.device, stream: int) -> Tensor:
     counts = -(-np.asarray(sizes, np.int64) // piece)
     ends = counts.cumsum()
     tensors = np.repeat(np.arange(len(sizes), dtype=np.int64), counts)
