@@ -125,9 +125,17 @@ def lock_kernel(rows, pieces, ranges, thresholds, counts, BLOCK: tl.constexpr, T
             locked, newly, released = _lock_tile(
                 at, low, high, threshold, tile * BLOCK, left, locked, newly, released, ranges is not None, BLOCK, False
             )
-    tl.atomic_add(counts + 3 * tensor, tl.sum(locked).to(tl.int64), sem="relaxed")
-    tl.atomic_add(counts + 3 * tensor + 1, tl.sum(newly).to(tl.int64), sem="relaxed")
-    tl.atomic_add(counts + 3 * tensor + 2, tl.sum(released).to(tl.int64), sem="relaxed")
+    # most pieces have nothing to add, and where nothing is due none has: all of a tensor would queue for three words
+    _add(counts + 3 * tensor, tl.sum(locked))
+    _add(counts + 3 * tensor + 1, tl.sum(newly))
+    _add(counts + 3 * tensor + 2, tl.sum(released))
+
+
+@triton.jit
+def _add(count, more):
+    """Add to a count on the device, if there is anything to add."""
+    if more > 0:
+        tl.atomic_add(count, more.to(tl.int64), sem="relaxed")
 
 
 @triton.jit
