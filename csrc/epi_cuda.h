@@ -82,7 +82,7 @@ EPI_EXPORT int32_t epi_cuda_masked_adamw(const int64_t* rows, const int64_t* pie
  * ranges: [layers][2] on the device; NULL: the score is S itself.
  * selection: [budgets][2] on the device: the prefix, and a rank that is not read.
  * digit_bits: 1 to 12.
- * counts: [budgets][1 << digit_bits] on the device, added to; a budget has fewer than 2^32 entries. */
+ * counts: [budgets][1 << digit_bits] on the device, added to. */
 EPI_EXPORT int32_t epi_cuda_score_histogram(const int64_t* rows, const int64_t* pieces, int64_t piece_count,
                                             const float* ranges, const int64_t* selection, int32_t shift,
                                             int32_t digit_bits, int64_t* counts, void* stream);

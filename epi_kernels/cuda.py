@@ -5,6 +5,7 @@ That header's structs are the rows of `epi_kernels.ops.masked_adamw.sweep` and `
 
 import ctypes
 import functools
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -36,15 +37,16 @@ def load() -> ctypes.CDLL | str:
 
 
 @functools.cache
-def obstacle() -> str:
-    """Return why the kernels cannot run here and what to do about it; empty if they can.
+def obstacle(device: torch.device | None = None) -> str:
+    """Return why the kernels cannot run on a device and what to do about it; empty if they can.
 
-    Asks the current device, once, which makes its context if there was none.
+    Asks the device, the current one if none is given, once, which makes its context if there was none.
     """
     loaded = load()
     if isinstance(loaded, str):
         return loaded
-    error = loaded.epi_cuda_device_error()
+    with nullcontext() if device is None else torch.cuda.device(device):
+        error = loaded.epi_cuda_device_error()
     return f"CUDA error {error}: it needs a driver and a GPU of compute capability 8.0 or later" if error else ""
 
 

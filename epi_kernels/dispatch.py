@@ -58,16 +58,17 @@ class Choice(NamedTuple):
 @functools.cache
 def choose(
     operation: str,
-    device_type: str,
+    device: torch.device | str,
     requested: str,
     values: frozenset[torch.dtype] = FLOAT32,
     states: frozenset[torch.dtype] = FLOAT32,
 ) -> Choice:
-    """Return the backend that runs `operation`, one of STEMS, on tensors of `device_type`.
+    """Return the backend that runs `operation`, one of STEMS, on tensors of `device`.
 
     Args:
         operation: a key of STEMS.
-        device_type: "cpu", "cuda", ...
+        device: the tensors' own, or its type: GPUs of one machine differ, and "cuda" is the current one at the first
+            call.
         requested: "auto", or one of BACKENDS, which then runs or raises: never a quiet fallback.
         values: the dtypes of the parameters and gradients.
         states: the dtypes of the moments and importances.
@@ -78,17 +79,18 @@ def choose(
         RuntimeError: the requested backend cannot run this here; the message says why and what to do.
     """
     check(requested, operation)
+    device = torch.device(device)
     order = sorted(BACKENDS, key=lambda backend: backend != _FIRST.get(operation))
     for backend in order if requested == "auto" else (requested,):
-        if not _is_built(operation, backend) or (requested == "auto" and (backend, device_type) == _ON_REQUEST):
+        if not _is_built(operation, backend) or (requested == "auto" and (backend, device.type) == _ON_REQUEST):
             continue
-        obstacle = _obstacle(backend, device_type, values, states)
+        obstacle = _obstacle(backend, device, values, states)
         if not obstacle:
             module = importlib.import_module(f"epi_kernels.ops.{STEMS[operation]}.{backend}")
             # what it finds by itself, on the device
-            obstacle = module.obstacle() if hasattr(module, "obstacle") else ""
+            obstacle = module.obstacle(device) if hasattr(module, "obstacle") else ""
         if not obstacle:
-            reason = "requested" if requested == backend else f"the fastest here for {device_type}"
+            reason = "requested" if requested == backend else f"the fastest here for {device.type}"
             return Choice(backend, reason, module)
         if requested == backend:
             raise RuntimeError(
@@ -122,7 +124,7 @@ def explain(device: torch.device, requested: str, dtype: torch.dtype = torch.flo
         RuntimeError: the requested backend cannot run there; see `choose`.
     """
     values, states = frozenset({dtype}), frozenset({arithmetic_dtype(dtype)})
-    choices = {operation: choose(operation, device.type, requested, values, states).backend for operation in STEMS}
+    choices = {operation: choose(operation, device, requested, values, states).backend for operation in STEMS}
     if len(set(choices.values())) == 1:
         return next(iter(choices.values()))
     return ", ".join(f"{operation} {backend}" for operation, backend in choices.items())
@@ -142,7 +144,9 @@ def _say_slow() -> None:
     )
 
 
-def _obstacle(backend: str, device_type: str, values: frozenset[torch.dtype], states: frozenset[torch.dtype]) -> str:
+def _obstacle(
+    backend: str, device: torch.device, values: frozenset[torch.dtype], states: frozenset[torch.dtype]
+) -> str:
     """Return why a backend cannot run on these tensors; empty if it can."""
     if backend == "reference":
         return ""
@@ -151,23 +155,29 @@ def _obstacle(backend: str, device_type: str, values: frozenset[torch.dtype], st
     if not states <= FLOAT32:
         return f"its moments and importance are float32 and not {_names(states - FLOAT32)}"
     if backend == "triton":
-        return _triton_obstacle(device_type)
+        return _triton_obstacle(device)
     if backend == "cuda":
-        return "" if device_type == "cuda" else f"it runs on CUDA GPUs and the tensors are on {device_type}"
-    if device_type != "cpu":
-        return f"it runs on the CPU and the tensors are on {device_type}"
+        return _gpu_obstacle(device)
+    if device.type != "cpu":
+        return f"it runs on the CPU and the tensors are on {device.type}"
     return native.obstacle()
 
 
-def _triton_obstacle(device_type: str) -> str:
+def _triton_obstacle(device: torch.device) -> str:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install triton"
-    if device_type == "cpu":
+    if device.type == "cpu":
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         return "" if interpreted else "it runs on a GPU, and on the CPU only with TRITON_INTERPRET=1, for tests"
-    if device_type != "cuda":
-        return f"it runs on CUDA GPUs and the tensors are on {device_type}"
-    capability = torch.cuda.get_device_capability()
+    return _gpu_obstacle(device)
+
+
+def _gpu_obstacle(device: torch.device) -> str:
+    if device.type != "cuda":
+        return f"it runs on CUDA GPUs and the tensors are on {device.type}"
+    if torch.version.hip is not None:  # where torch calls AMD's GPUs "cuda" too
+        return f"it runs on CUDA GPUs and this torch is built for ROCm {torch.version.hip}"
+    capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST_GPU:
         found, needed = (".".join(map(str, version)) for version in (capability, OLDEST_GPU))
         return f"it needs compute capability {needed} and this GPU has {found}"

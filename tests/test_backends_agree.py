@@ -11,6 +11,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -190,6 +191,23 @@ def test_gradient_factor(backend: str, lock_in: str, grad_dtype: torch.dtype) ->
     assert differing(plain["exp_avgs"][-1], half["exp_avgs"][-1]) > 60_000
     assert_steps_agree(backend, lists, lock_in, {"grad_factor": torch.tensor(0.3)})
     assert_steps_agree(backend, lists, lock_in, {"grad_factor": torch.tensor(2.0**-16)}, maximize=True)
+
+
+@pytest.mark.parametrize("factor", [math.nan, math.inf])
+@pytest.mark.parametrize("all_lockable", [True, False])
+@pytest.mark.parametrize("lock_in", ["importance", "exp_avg_sq"])
+def test_under_a_factor_that_is_not_finite_the_entries_of_a_tensor_are_counted_and_no_more(
+    backend: str, lock_in: str, all_lockable: bool, factor: float
+) -> None:
+    sizes = (1, 5, 4096, 4097, 8192, 8195)  # tiles and pieces that end with their tensor, and that do not
+    params, grads = ([torch.randn(size) for size in sizes] for _ in range(2))
+    lists = step_lists(params, grads, lock_in, False)
+    changes: dict[str, Any] = {"grad_factor": torch.tensor(factor)}
+    if not all_lockable:
+        changes["lockable"] = [i != 1 for i in range(len(sizes))]
+        lists["locks"] = [held if i != 1 else None for i, held in enumerate(lists["locks"])]
+    counted = step(lists, backend, lock_in, changes)["nonfinite"][0].tolist()
+    assert counted == [0 if i == 1 and not all_lockable else size for i, size in enumerate(sizes)]
 
 
 @pytest.mark.parametrize("lock_in", ["none", "importance", "exp_avg_sq", "static"])

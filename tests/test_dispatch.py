@@ -10,7 +10,8 @@ import torch
 from conftest import AVAILABLE
 from torch.nn import Parameter
 
-from epi_kernels import EPIAdamW, __version__, dispatch, native
+from epi_kernels import EPIAdamW, __version__, cuda, dispatch, native
+from epi_kernels.ops import functional
 
 needs_native = pytest.mark.skipif(bool(native.obstacle()), reason=native.obstacle() or "it is built")
 
@@ -102,8 +103,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     obstacles = dict.fromkeys(("masked_adamw", "threshold"), "")
     for stem in obstacles:
         module = importlib.import_module(f"epi_kernels.ops.{stem}.cuda")
-        monkeypatch.setattr(module, "obstacle", lambda stem=stem: obstacles[stem])
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+        monkeypatch.setattr(module, "obstacle", lambda device, stem=stem: obstacles[stem])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     dispatch.choose.cache_clear()
     yield obstacles
     dispatch.choose.cache_clear()
@@ -143,6 +144,87 @@ def test_without_triton_cuda_steps_and_the_reference_does_the_rest(
 
 
 def test_an_older_gpu_is_named(gpu: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with pytest.raises(RuntimeError, match=r"it needs compute capability 8.0 and this GPU has 7.5"):
         dispatch.choose("lock_", "cuda", "triton")
+
+
+def test_each_gpu_is_judged_by_itself_and_not_by_the_current_one(
+    gpu: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the second is old; the third does not agree with the reference, which its own look at it says
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5) if device.index == 1 else (9, 0))
+    threshold = importlib.import_module("epi_kernels.ops.threshold.cuda")
+    monkeypatch.setattr(threshold, "obstacle", lambda device: "its counts differ" if device.index == 2 else "")
+    devices = [torch.device("cuda", i) for i in range(3)]
+    assert [dispatch.choose("lock_", device, "auto").backend for device in devices] == ["triton", "reference", "triton"]
+    backends = [dispatch.choose("score_histogram", device, "auto").backend for device in devices]
+    assert backends == ["cuda", "reference", "triton"]
+    for backend in ("triton", "cuda"):
+        assert dispatch.choose("masked_adamw_", devices[0], backend).backend == backend
+        with pytest.raises(RuntimeError, match="compute capability 8.0 and this GPU has 7.5"):
+            dispatch.choose("masked_adamw_", devices[1], backend)
+    assert dispatch.explain(devices[1], "auto") == "reference"
+    assert dispatch.explain(devices[0], "auto") != "reference"
+
+
+def test_the_cuda_library_asks_each_gpu_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    current = [0]
+
+    class On:
+        def __init__(self, device: torch.device) -> None:
+            self.index = device.index
+
+        def __enter__(self) -> None:
+            current.append(self.index)
+
+        def __exit__(self, *_: object) -> None:
+            current.pop()
+
+    class Library:
+        def epi_cuda_device_error(self) -> int:
+            asked.append(current[-1])
+            return 209 if current[-1] == 1 else 0
+
+    monkeypatch.setattr(cuda, "load", Library)
+    monkeypatch.setattr(torch.cuda, "device", On)
+    cuda.obstacle.cache_clear()
+    try:
+        for _ in range(2):
+            assert cuda.obstacle(torch.device("cuda", 0)) == ""
+            assert "CUDA error 209" in cuda.obstacle(torch.device("cuda", 1))
+    finally:
+        cuda.obstacle.cache_clear()
+    assert asked == [0, 1]
+
+
+@pytest.mark.parametrize("operation", dispatch.STEMS)
+def test_a_torch_for_rocm_is_refused_with_the_reason_and_auto_takes_the_reference(
+    gpu: dict[str, str], monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.4.1")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))  # of an MI300
+    assert dispatch.choose(operation, torch.device("cuda", 0), "auto").backend == "reference"
+    for backend in ("triton", "cuda"):
+        if backend == "triton" or operation in ("masked_adamw_", "score_histogram"):
+            with pytest.raises(RuntimeError, match="this torch is built for ROCm 6.4.1; or use backend='auto'"):
+                dispatch.choose(operation, torch.device("cuda", 0), backend)
+
+
+def test_operations_ask_for_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    choose = dispatch.choose
+
+    def noted(operation: str, device: torch.device | str, *arguments: object, **others: object) -> dispatch.Choice:
+        asked.append(device)
+        return choose(operation, device, *arguments, **others)
+
+    monkeypatch.setattr(functional, "choose", noted)
+    param = Parameter(torch.ones(4, dtype=torch.float32, device="cpu"))
+    param.grad = torch.ones_like(param)
+    optimizer = EPIAdamW([param], layers="tensor", isolation_ratio=0.5, mask_interval=1)
+    for _ in range(2):
+        optimizer.step()
+    assert len(asked) > 4
+    assert set(asked) == {param.device}

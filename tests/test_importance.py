@@ -152,3 +152,17 @@ def test_nothing_changes_where_it_is_not_due(backend: str) -> None:
     ranges, counts = run(backend, importances, grads, due=torch.tensor(1.0))
     assert (importances[0].tolist(), counts.tolist()) == ([1.0, -1.75], [1, 0])
     assert ranges.tolist() == [[1.0, 3.0]]
+
+
+@pytest.mark.parametrize("factor", [math.nan, math.inf])
+def test_under_a_factor_that_is_not_finite_the_entries_of_a_tensor_are_counted_and_no_more(
+    backend: str, factor: float
+) -> None:
+    sizes = (1, 5, 4096, 4097, 8192, 8195, 3)  # tiles and pieces that end with their tensor, and that do not
+    grads: list[Tensor | None] = [torch.randn(size) for size in sizes]
+    grads[-1] = None
+    importances = [torch.rand(size) for size in sizes]
+    before = [importance.clone() for importance in importances]
+    counts = run(backend, importances, grads, grad_factor=torch.tensor(factor))[1]
+    assert counts.tolist() == [*sizes[:-1], 0]
+    assert all(map(torch.equal, importances, before))

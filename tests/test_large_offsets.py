@@ -2,6 +2,9 @@
 
 The address in the table lies 2^31 entries below real memory, and the only piece is the one whose entries are real. A
 kernel that computes an offset in 32 bits reads somewhere else.
+
+Where nothing is due, every size is 0, and a piece behind 2^31 does nothing. The one looked at begins a piece before
+2^32: a kernel that computes in 32 bits how many entries are left finds a full piece there, of real memory.
 """
 
 import math
@@ -23,14 +26,14 @@ def only_triton(backend: str) -> None:
         pytest.skip("native has such a tensor in test_native")
 
 
-def displaced(fields: tuple[str, ...], entries: int, tensors: dict[str, Tensor]) -> Table:
-    """Return a table of one tensor of 2^31 + `entries` entries, of which only the last `entries` have memory."""
+def displaced(fields: tuple[str, ...], entries: int, tensors: dict[str, Tensor], beyond: int = BEYOND) -> Table:
+    """Return a table of one tensor of `beyond` + `entries` entries, of which only the last `entries` have memory."""
     from epi_kernels.ops import tiles
 
-    table = Table(fields, [BEYOND + entries], tiles.PIECE, torch.device("cpu"))
+    table = Table(fields, [beyond + entries], tiles.PIECE, torch.device("cpu"))
     for field, tensor in tensors.items():
-        table.set(field, [tensor.data_ptr() - BEYOND * tensor.element_size()])
-    assert table.pieces[-1] == BEYOND // tiles.PIECE
+        table.set(field, [tensor.data_ptr() - beyond * tensor.element_size()])
+    assert table.pieces[-1] == beyond // tiles.PIECE
     assert int(table.pieces[-1]) >> PIECE_BITS == 0
     table.pieces = table.pieces[-1:]
     return table
@@ -132,3 +135,92 @@ def test_selected_entries() -> None:
     )  # fmt: skip
     assert param.tolist() == [0.0, -1.0, 0.0, 0.0, -1.0]
     assert exp_avg.tolist() == [1.0, 4.0]
+
+
+@pytest.fixture(params=[0, 1], ids=["masked", "aligned"])
+def aligned(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+def not_due(fields: tuple[str, ...], tensors: dict[str, Tensor], aligned: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return the rows and the piece of a tensor that would wrap, where nothing is due."""
+    from epi_kernels.ops import tiles
+
+    table = displaced(fields, tiles.PIECE, tensors, (1 << 32) - tiles.PIECE)
+    if aligned is not None:
+        table.set("aligned", [aligned])
+    return table.rows(torch.zeros(1)), table.pieces
+
+
+def test_a_step_that_is_not_due_does_nothing(aligned: int) -> None:
+    from epi_kernels.ops import tiles
+    from epi_kernels.ops.masked_adamw import triton as kernels
+
+    names = ("param", "grad", "exp_avg", "exp_avg_sq", "lock")
+    tensors = {name: torch.ones(tiles.PIECE) for name in names}
+    nonfinite = torch.zeros(1, dtype=torch.int64)
+    kernels.masked_adamw_kernel[(1,)](
+        *not_due(kernels.FIELDS, tensors, aligned), torch.tensor([ROW]), nonfinite, None, torch.tensor(math.nan), None,
+        tiles.DTYPES[torch.float32], tiles.DTYPES[torch.float32], 1, False, False, tiles.BLOCK, tiles.TILES,
+    )  # fmt: skip
+    assert all(torch.equal(tensor, torch.ones(tiles.PIECE)) for tensor in tensors.values())
+    assert nonfinite.tolist() == [0]
+
+
+def test_importance_and_sums_that_are_not_due_do_nothing(aligned: int) -> None:
+    from epi_kernels.ops import tiles
+    from epi_kernels.ops.importance import triton as kernels
+
+    tensors = {name: torch.ones(tiles.PIECE) for name in ("importance", "grad")}
+    ranges, nonfinite = torch.tensor([[math.inf, -math.inf]]), torch.zeros(1, dtype=torch.int64)
+    kernels.importance_kernel[(1,)](
+        *not_due(kernels.FIELDS, tensors, aligned), torch.tensor([[0.5, 1.0]]), ranges.view(torch.int32), nonfinite,
+        torch.tensor(math.nan), False, tiles.BLOCK, tiles.TILES,
+    )  # fmt: skip
+    assert torch.equal(tensors["importance"], torch.ones(tiles.PIECE))
+    assert (ranges.tolist(), nonfinite.tolist()) == ([[math.inf, -math.inf]], [0])
+
+    tensors = {name: torch.ones(tiles.PIECE) for name in ("sum", "square_sum", "grad")}
+    kernels.gradient_sums_kernel[(1,)](*not_due(kernels.SUMS_FIELDS, tensors, aligned), tiles.BLOCK, tiles.TILES)
+    assert all(torch.equal(tensor, torch.ones(tiles.PIECE)) for tensor in tensors.values())
+
+
+def test_histogram_and_lock_that_are_not_due_do_nothing(aligned: int) -> None:
+    from epi_kernels.ops import tiles
+    from epi_kernels.ops.threshold import triton as kernels
+
+    importance = torch.ones(tiles.PIECE)
+    rows = not_due(kernels.FIELDS, {"importance": importance}, aligned)
+    counts = torch.zeros(kernels.COPIES, 1, 4096, dtype=torch.int64)
+    kernels.score_histogram_kernel[(1,)](
+        *rows, None, torch.tensor([[0, 1]]), counts, 1, kernels.COPIES, 19, 12, tiles.BLOCK, tiles.TILES
+    )
+    assert counts.sum() == 0
+    locked = torch.zeros(1, 3, dtype=torch.int64)
+    kernels.lock_kernel[(1,)](*rows, None, torch.tensor([0.5]), locked, tiles.BLOCK, tiles.TILES)
+    assert locked.tolist() == [[0, 0, 0]]
+    assert torch.equal(importance, torch.ones(tiles.PIECE))
+
+
+def test_selected_entries_that_are_not_due_do_not_move() -> None:
+    import triton.language as tl
+
+    from epi_kernels.ops import tiles
+    from epi_kernels.ops.sparse_adamw import triton as kernels
+
+    param, grad = torch.zeros(tiles.PIECE), torch.ones(tiles.PIECE)
+    offsets = torch.arange(tiles.PIECE)
+    tensors = {
+        "param_offsets": offsets,
+        "grad_offsets": offsets,
+        "exp_avg": torch.zeros(tiles.PIECE),
+        "exp_avg_sq": torch.zeros(tiles.PIECE),
+    }
+    rows, pieces = not_due(kernels.FIELDS, tensors)
+    for field, tensor in {"param": param, "grad": grad}.items():
+        rows[:, kernels.FIELDS.index(field)] = tensor.data_ptr()
+    kernels.sparse_adamw_kernel[(1,)](
+        rows, pieces, torch.tensor([ROW]),
+        tiles.DTYPES[torch.float32], tiles.DTYPES[torch.float32], tl.int64, tiles.BLOCK, tiles.TILES,
+    )  # fmt: skip
+    assert param.count_nonzero() == tensors["exp_avg"].count_nonzero() == 0

@@ -110,3 +110,26 @@ def test_opcheck(backend: str) -> None:
     params, grads = ([torch.ones(4), torch.ones(2, 3)] for _ in "pg")
     call = arguments(backend, params, grads, [torch.tensor([1, 2]), torch.tensor([5])])
     torch.library.opcheck(torch.ops.epi_kernels.sparse_adamw_.default, (), call)
+
+
+def test_triton_gives_each_tile_of_selected_entries_a_program_of_its_own(backend: str) -> None:
+    if backend != "triton":
+        pytest.skip("programs are Triton's")
+    from epi_kernels.ops import tiles
+    from epi_kernels.ops.sparse_adamw.triton import Sweep
+
+    counts = [2 * tiles.BLOCK + 1, 0, tiles.BLOCK, 1]
+    params = [torch.randn(3 * tiles.BLOCK) for _ in counts]
+    indices = [torch.randperm(3 * tiles.BLOCK)[:count].sort().values for count in counts]
+    call = arguments(backend, params, [torch.randn_like(p) for p in params], indices)
+    sweep = Sweep(params, call["grads"], indices, call["exp_avgs"], call["exp_avg_sqs"])
+    assert sweep._table.pieces.numel() == 3 + 0 + 1 + 1
+    expected = [
+        dense(*of_one)
+        for of_one in zip(params, call["grads"], call["exp_avgs"], call["exp_avg_sqs"], indices, strict=True)
+    ]
+    ops.sparse_adamw_(**call)
+    for i, (theta, m, v) in enumerate(expected):
+        assert torch.equal(params[i].take(indices[i]), theta)
+        assert torch.equal(call["exp_avgs"][i], m)
+        assert torch.equal(call["exp_avg_sqs"][i], v)

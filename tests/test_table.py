@@ -1,9 +1,21 @@
 """Tables of tensors: pieces cover every entry once, rows go up when they change, alignment is that of every address."""
 
+import gc
+import threading
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
-from epi_kernels.ops.table import PIECE_BITS, Table, zeros
+from epi_kernels.native import LOCK_IN
+from epi_kernels.ops import table as table_module
+from epi_kernels.ops.masked_adamw.sweep import FIELDS, TableSweep
+from epi_kernels.ops.table import PIECE_BITS, Table, Uploads, zeros
 
 CPU = torch.device("cpu")
 
@@ -48,7 +60,164 @@ def test_aligned_needs_every_address_to_be() -> None:
     assert table.rows()[:, 4].tolist() == [0, 1, 1, 0]
 
 
+class Launches(TableSweep):
+    """A sweep on a GPU but for the launch: keeps the rows that the kernel would get."""
+
+    rows: Tensor
+
+    def _piece(self) -> int:
+        return 4
+
+    def _launch(self, *_: Any) -> None:
+        self.rows = self._table.rows()
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("lock_in", LOCK_IN)
+def test_a_step_of_aligned_tensors_is_aligned_wherever_the_lock_is(lock_in: str, amsgrad: bool) -> None:
+    def tensors(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        memory = [torch.zeros(9, dtype=dtype, device="cpu") for _ in range(3)]
+        return [memory[0][:8], memory[1][1:], memory[2][:8]]  # the second is not aligned
+
+    lockable = [lock_in != "none", True, False]
+    locks: list[Tensor | None] = [None] * 3
+    if lock_in in ("importance", "static"):
+        states = tensors(torch.int8 if lock_in == "static" else torch.float32)
+        locks = [state if can else None for state, can in zip(states, lockable, strict=True)]
+    largest: list[Any] = tensors() if amsgrad else [None] * 3
+    lists = (tensors(), tensors(), tensors(), tensors(), largest, locks)
+    sweep = Launches(*lists, lock_in, lockable)
+    count, scalars = torch.zeros(3, dtype=torch.int64, device="cpu"), torch.zeros(1, 11, dtype=torch.float32)
+    for moved in (False, True):
+        sweep.step_(*lists, moved, count, scalars, [0] * 3, False, None, None)
+        assert sweep.rows[:, FIELDS.index("aligned")].tolist() == [1, 0, 1]
+    if lock_in != "none":
+        assert [word != 0 for word in sweep.rows[:, FIELDS.index("lock")].tolist()] == lockable
+
+
 def test_zeros_are_new_each_time() -> None:
     first = zeros((2, 3), torch.int64, CPU)
     first += 1
     assert not zeros((2, 3), torch.int64, CPU).any()
+
+
+def test_steps_in_two_threads_keep_what_each_has_sent() -> None:
+    steps = [Uploads(), Uploads()]
+    turn = threading.Barrier(2, timeout=60)
+
+    def first() -> None:
+        with steps[0].step(capturing=False):
+            turn.wait()
+            turn.wait()  # the second has begun
+            assert Uploads.current() is steps[0]
+            Table(("size",), [1], 4, CPU).rows()
+        assert Uploads.current() is None
+        turn.wait()  # and goes on when this one has ended
+
+    def second() -> None:
+        turn.wait()
+        assert Uploads.current() is None
+        with steps[1].step(capturing=False):
+            turn.wait()
+            turn.wait()
+            assert Uploads.current() is steps[1]
+            Table(("size",), [2], 4, CPU).rows()
+            Table(("size",), [3], 4, CPU).rows()
+        assert Uploads.current() is None
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(first), pool.submit(second)]:
+            done.result()
+    assert Uploads.current() is None
+    assert [len(step._used) for step in steps] == [1, 2]
+
+
+def test_a_step_that_raises_inside_of_another_gives_back_the_outer_one() -> None:
+    outer, inner = Uploads(), Uploads()
+    with outer.step(capturing=False):
+        with pytest.raises(ZeroDivisionError), inner.step(capturing=False):
+            raise ZeroDivisionError
+        assert Uploads.current() is outer
+    assert Uploads.current() is None
+
+
+class Device:
+    """A GPU for tables and uploads, in the memory of the host; counts copies, knows a stream and a capture."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.device = torch.device("cuda", 0)
+        self.stream, self.capturing = 0, False
+        self.pinned, self.copies = 0, 0
+        to = Tensor.to
+
+        def pin_memory(values: Tensor) -> Tensor:
+            self.pinned += 1
+            return values.clone()
+
+        def sent(values: Tensor, *arguments: Any, **others: Any) -> Tensor:
+            if arguments != (self.device,):
+                return to(values, *arguments, **others)
+            self.copies += 1
+            return values.clone()
+
+        monkeypatch.setattr(Tensor, "pin_memory", pin_memory)
+        monkeypatch.setattr(Tensor, "to", sent)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=self.stream))
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+        table_module._pieces.cache_clear()
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+    yield Device(monkeypatch)
+    table_module._pieces.cache_clear()
+
+
+@pytest.mark.parametrize("due", [None, torch.ones(1, dtype=torch.float32, device="cpu")], ids=["always", "due"])
+def test_what_a_captured_step_reads_lives_on_after_an_eager_step_with_other_gradients(
+    gpu: Device, due: Tensor | None
+) -> None:
+    uploads = Uploads()
+    with uploads.step(capturing=False):
+        table = Table(("size", "grad"), [3], 4, gpu.device)
+        table.set("grad", [1])
+        table.rows(due)
+    for capturing in (False, True):  # the second has nothing to send
+        with uploads.step(capturing=capturing):
+            table.rows(due)
+    read = weakref.ref(table._there), weakref.ref(table.pieces)
+    for address in (2, 3):
+        with uploads.step(capturing=False):
+            table.set("grad", [address])
+            table.rows(due)
+    del table
+    table_module._pieces.cache_clear()
+    gc.collect()
+    assert all(tensor() is not None for tensor in read)
+
+
+def test_what_the_step_before_has_sent_is_neither_pinned_nor_sent_again(gpu: Device) -> None:
+    uploads, values = Uploads(), torch.arange(5, dtype=torch.float32, device="cpu")
+    for _ in range(3):
+        with uploads.step(capturing=False):
+            assert uploads.of(values.clone(), gpu.device).tolist() == values.tolist()
+    assert (gpu.pinned, gpu.copies) == (1, 1)
+    with uploads.step(capturing=False):
+        uploads.of(values + 1, gpu.device)
+    assert (gpu.pinned, gpu.copies) == (2, 2)
+
+
+def test_pieces_are_shared_within_a_stream_alone_and_not_out_of_a_capture(gpu: Device) -> None:
+    def pieces() -> Tensor:
+        return Table(("size",), [9], 4, gpu.device).pieces
+
+    first = pieces()
+    assert pieces() is first
+    gpu.stream = 1
+    other = pieces()
+    assert other is not first
+    assert other.tolist() == first.tolist()
+    gpu.stream, gpu.capturing = 2, True
+    captured = pieces()
+    gpu.capturing = False
+    assert pieces() is not captured

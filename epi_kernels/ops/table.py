@@ -6,6 +6,7 @@ without waiting, and only when they differ from what is there already.
 """
 
 import functools
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -38,9 +39,7 @@ class Table:
     """
 
     def __init__(self, fields: Sequence[str], sizes: Sequence[int], piece: int, device: torch.device) -> None:
-        self.pieces = _pieces(tuple(sizes), piece, device)
-        if Uploads.current is not None:
-            Uploads.current.keep(self.pieces)
+        self.pieces = _pieces_of(tuple(sizes), piece, device)
         self._columns = {name: i for i, name in enumerate(fields)}
         self._host = np.zeros((len(sizes), len(fields)), np.int64)
         self._addresses: set[int] = set()  # columns
@@ -70,8 +69,11 @@ class Table:
                 addresses = self._host[:, sorted(self._addresses)]
                 self._host[:, self._columns["aligned"]] = (addresses % ALIGNMENT == 0).all(1)
             values = torch.from_numpy(self._host)
-            uploads = None if self._device.type == "cpu" else Uploads.current
+            uploads = None if self._device.type == "cpu" else Uploads.current()
             self._there = on_device(values, self._device) if uploads is None else uploads.of(values, self._device)
+        uploads = Uploads.current()
+        if uploads is not None:  # they may have been sent up in a step long before
+            uploads.keep((self.pieces, self._there))
         if due is None:
             return self._there
         rows = self._there.clone()
@@ -83,8 +85,9 @@ def on_device(values: Tensor, device: torch.device) -> Tensor:
     """Return a copy on `device` of values on the CPU; an accelerator is not waited for."""
     if device.type == "cpu":
         return values.clone()
-    if Uploads.current is not None:
-        return Uploads.current.of(values, device).clone()
+    uploads = Uploads.current()
+    if uploads is not None:
+        return uploads.of(values, device).clone()
     # the pinned memory is freed at once: its allocator keeps it until the copy is over
     return values.pin_memory().to(device, non_blocking=True)
 
@@ -97,24 +100,26 @@ class Uploads:
     equal to something of the last step is not sent again.
     """
 
-    # of the optimizer that is stepping, in this process: a step is not run by two threads at once
-    current: "Uploads | None" = None
-
     def __init__(self) -> None:
         self._now: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
         self._before: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
         self._used: list[object] = []
         self._captured: list[object] = []
 
+    @staticmethod
+    def current() -> "Uploads | None":
+        """Return the uploads of the optimizer that steps in this thread; None where none keeps any."""
+        return _stepping.uploads
+
     @contextmanager
     def step(self, capturing: bool) -> Iterator[None]:
         """Return a context in which all that `on_device` and `Table` send up is kept here."""
         self._before, self._now, self._used = self._now, {}, []
-        outer, Uploads.current = Uploads.current, self
+        outer, _stepping.uploads = _stepping.uploads, self
         try:
             yield
         finally:
-            Uploads.current = outer
+            _stepping.uploads = outer
             if capturing:
                 self._captured += [self._now, self._used]
 
@@ -126,9 +131,21 @@ class Uploads:
         """Return values of the CPU on `device`, to be read alone."""
         key = (device, values.dtype, values.shape, values.numpy().tobytes())
         if key not in self._now:
-            pinned = values.pin_memory()
-            self._now[key] = self._before.get(key) or (pinned, pinned.to(device, non_blocking=True))
+            known = self._before.get(key)
+            if known is None:
+                pinned = values.pin_memory()
+                known = pinned, pinned.to(device, non_blocking=True)
+            self._now[key] = known
         return self._now[key][1]
+
+
+class _Stepping(threading.local):
+    """The optimizer that steps: one in each thread, for optimizers may step at once in several."""
+
+    uploads: Uploads | None = None
+
+
+_stepping = _Stepping()
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:
@@ -138,7 +155,7 @@ def current(device: torch.device) -> AbstractContextManager[object]:
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return zeros on `device`, brought there by a copy: a refresh is counted in launches, and a fill is one."""
-    if device.type == "cpu" or Uploads.current is not None:
+    if device.type == "cpu" or Uploads.current() is not None:
         with torch.inference_mode(False):  # they may be counted on outside of it
             return torch.zeros(shape, dtype=dtype, device=device)
     return _pinned_zeros(shape, dtype).to(device, non_blocking=True)
@@ -149,9 +166,21 @@ def _pinned_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.zeros(shape, dtype=dtype, device="cpu", pin_memory=True)
 
 
+def _pieces_of(sizes: tuple[int, ...], piece: int, device: torch.device) -> Tensor:
+    """Return int64 [pieces], tensor << PIECE_BITS | number, for the pieces of every tensor in order.
+
+    Tables of the same sizes share it, within a stream: another may run ahead of the copy. While a graph is captured
+    nothing is copied yet, and what is shared would stay unfilled for those that have no part in the graph.
+    """
+    if device.type != "cuda":
+        return _pieces(sizes, piece, device, 0)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    make = _pieces.__wrapped__ if torch.cuda.is_current_stream_capturing() else _pieces
+    return make(sizes, piece, device, stream)
+
+
 @functools.lru_cache(maxsize=16)
-def _pieces(sizes: tuple[int, ...], piece: int, device: torch.device) -> Tensor:
-    """Return int64 [pieces], tensor << PIECE_BITS | number, for the pieces of every tensor in order."""
+def _pieces(sizes: tuple[int, ...], piece: int, device: torch.device, stream: int) -> Tensor:
     counts = -(-np.asarray(sizes, np.int64) // piece)
     ends = counts.cumsum()
     tensors = np.repeat(np.arange(len(sizes), dtype=np.int64), counts)

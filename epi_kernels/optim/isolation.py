@@ -324,8 +324,9 @@ class Isolation(Named):
             self._records.add(record, {found.counts.device, *(c.importance.device for c in plan.candidates)})
         else:
             written = self._records.add_where(due, record)
-            if Uploads.current is not None:  # a graph writes into it, for as long as there is the graph
-                Uploads.current.keep(written)
+            uploads = Uploads.current()
+            if uploads is not None:  # a graph writes into it, for as long as there is the graph
+                uploads.keep(written)
 
     def _plan(self, grads: dict[Tensor, Tensor], clock: int | Tensor) -> _Plan:
         """Return who competes for protection, in which layer and for which budget."""

@@ -73,8 +73,9 @@ class NonfiniteCounts:
         self._recent[key] = user
         if len(self._recent) > _RECENT:
             self._recent.pop(next(iter(self._recent)))
-        if Uploads.current is not None:
-            Uploads.current.keep(user)
+        uploads = Uploads.current()
+        if uploads is not None:
+            uploads.keep(user)
         return user
 
     def counters(self) -> list[Tensor]:

@@ -344,7 +344,7 @@ def real_gradient(param: Tensor) -> Tensor:
     return as_real(local_gradient(param))
 
 
-def moment_dtypes(state: Mapping[str, Any]) -> tuple[torch.dtype, ...]:
-    """Return the dtypes of the moments in a parameter's state."""
+def moment_dtypes(state: Mapping[str, Any]) -> frozenset[torch.dtype]:
+    """Return the dtypes of the moments in a parameter's state: those of AMSGrad are one launch with the others."""
     moments = [state.get(key) for key, dtype in STATE_DTYPES.items() if dtype is None]
-    return tuple(moment.dtype for moment in moments if isinstance(moment, Tensor))
+    return frozenset(moment.dtype for moment in moments if isinstance(moment, Tensor))

@@ -45,22 +45,22 @@ class Sweep(TableSweep):
 
 
 @functools.cache
-def obstacle() -> str:
-    """Return why the kernel cannot be used on this GPU; empty if it can. Takes a step and compares it, once."""
-    if cuda.obstacle():
-        return cuda.obstacle()
+def obstacle(device: torch.device) -> str:
+    """Return why the kernel cannot be used on a GPU; empty if it can. Takes a step and compares it, once."""
+    if cuda.obstacle(device):
+        return cuda.obstacle(device)
     s = Scalars(-1.0, 0.99, 0.9, 0.1, 0.999, 0.001, 1e-3, 0.1, 1e-8, 0.9, 0.1)
     generator = torch.Generator("cpu").manual_seed(0)
     p, g, m, v, raw = torch.randn(
         5, 3 * cuda.sweep_piece() // 2, generator=generator, dtype=torch.float32, device="cpu"
     )
     v, signed = v.square(), lock.with_lock(raw.abs(), raw < 0)
-    ours = [tensor.cuda() for tensor in (p, g, m, v, signed)]
+    ours = [tensor.to(device) for tensor in (p, g, m, v, signed)]
     params, grads, exp_avgs, exp_avg_sqs, locks = ([tensor] for tensor in ours)
     lists = (params, grads, exp_avgs, exp_avg_sqs, [None], locks)
     sweep = Sweep(*lists, "importance", [True])
     scalars = torch.tensor([s], dtype=torch.float64, device="cpu")
-    count = torch.zeros(1, dtype=torch.int64, device="cuda")
+    count = torch.zeros(1, dtype=torch.int64, device=device)
     sweep.step_(*lists, False, count, scalars, [0], False, None, None)
     m = first_moment(m, -g, s.one_minus_beta1)
     v = second_moment(v, g, s.beta2, s.one_minus_beta2)

@@ -18,6 +18,10 @@ from epi_kernels.ops.tiles import Variant, left_of, located, read, scattered, wr
 FIELDS = ("size", "param", "grad", "param_offsets", "grad_offsets", "exp_avg", "exp_avg_sq", "scalars")
 _WIDTH = tl.constexpr(len(FIELDS))
 
+# A tile waits for its offsets, then for what lies there: pieces of several tiles would do that one after the other,
+# and of few entries leave most of a GPU idle.
+TILES = 1
+
 
 @triton.jit
 def sparse_adamw_kernel(
@@ -56,15 +60,17 @@ def sparse_adamw_kernel(
         tl.store(here, theta.to(PARAM), mask=at < left)
 
 
-def _variant(name: str, dtype: Any, offset: Any, size: int) -> Variant:
+def _variant(name: str, dtype: Any, offset: Any, size: int, instructions: int | None = 108, **changes: Any) -> Variant:
     dtypes = {"PARAM": dtype, "GRAD": dtype, "OFFSET": offset}
-    arguments = {"rows": "*i64", "pieces": "*i64", "scalars": "*fp32", **dtypes}
+    arguments = {"rows": "*i64", "pieces": "*i64", "scalars": "*fp32", **dtypes, **changes}
     # a scatter: each entry of p and g is a sector of 32 bytes, which no width helps
-    return Variant(name, sparse_adamw_kernel, arguments, size, 108, {}, {})
+    return Variant(name, sparse_adamw_kernel, arguments, size, instructions, {}, {})
 
 
-# bytes: p g m v and an offset, p m v; a gradient of the parameter's strides has the parameter's offsets
+# bytes: p g m v and an offset, p m v; a gradient of the parameter's strides has the parameter's offsets. Instructions
+# are counted in a loop, and one tile leaves none: it is the same code, once
 VARIANTS = (
+    _variant("selected entries, float32, as launched", tl.float32, tl.int32, 32, None, TILES=TILES),
     _variant("selected entries, float32", tl.float32, tl.int32, 32),
     _variant("selected entries, bfloat16", tl.bfloat16, tl.int32, 26),
     _variant("selected entries beyond 2^31, float32", tl.float32, tl.int64, 36),
@@ -86,7 +92,7 @@ class Sweep:
         self._strided = flat.strided
         offsets = Offsets(params, grads, indices)
         self._device = params[0].device
-        self._table = Table(FIELDS, [chosen.numel() for chosen in indices], tiles.PIECE, self._device)
+        self._table = Table(FIELDS, [chosen.numel() for chosen in indices], tiles.BLOCK * TILES, self._device)
         for field, tensors in (
             ("param", params),
             ("param_offsets", offsets.of_params),
@@ -129,6 +135,6 @@ class Sweep:
                 on_device(scalars.float(), self._device),
                 *self._dtypes,
                 tiles.BLOCK,
-                tiles.TILES,
+                TILES,
             )
         flat.write_back()

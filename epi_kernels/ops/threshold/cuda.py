@@ -46,10 +46,10 @@ def score_histogram(
 
 
 @functools.cache
-def obstacle() -> str:
-    """Return why the kernel cannot be used on this GPU; empty if it can. Counts some scores and compares, once."""
-    if cuda.obstacle():
-        return cuda.obstacle()
+def obstacle(device: torch.device) -> str:
+    """Return why the kernel cannot be used on a GPU; empty if it can. Counts some scores and compares, once."""
+    if cuda.obstacle(device):
+        return cuda.obstacle(device)
     values = 10 ** torch.linspace(-12, 0, 3 * cuda.histogram_piece() // 2, dtype=torch.float32, device="cpu")
     values[: values.numel() // 3] = 0.0
     layer_range = torch.tensor([[0.0, 0.7]], dtype=torch.float32, device="cpu")
@@ -57,8 +57,8 @@ def obstacle() -> str:
     for prefix, shift, bins in ((0, 19, 4096), (int(keys[-1]) >> 19, 9, 1024)):
         counted = keys[keys >> shift >> (bins.bit_length() - 1) == prefix]
         expected = torch.bincount((counted >> shift) % bins, minlength=bins)
-        selection = torch.tensor([[prefix, 1]], dtype=torch.int64, device="cuda")
-        found = score_histogram([values.cuda()], [0], layer_range.cuda(), [0], selection, shift, bins, None)
+        selection = torch.tensor([[prefix, 1]], dtype=torch.int64, device=device)
+        found = score_histogram([values.to(device)], [0], layer_range.to(device), [0], selection, shift, bins, None)
         if not torch.equal(found[0, 0].cpu(), expected):
             return "on this GPU its counts differ from the reference's; please report it"
     return ""
