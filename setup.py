@@ -30,12 +30,9 @@ KERNELS = ["masked_adamw", "importance", "threshold", "sparse_adamw", "level"]
 SHARED = ["entries", "parallel"]
 
 # the same arithmetic by nvcc: no contraction, IEEE division and roots, subnormals. Machine code for A100, H100 and
-# B200, and PTX of the last for what comes after it
-CUDA_FLAGS = (
-    "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -fmad=false -prec-div=true -prec-sqrt=true -ftz=false "
-    "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 "
-    "-gencode arch=compute_100,code=[sm_100,compute_100]"
-)
+# B200, of those that nvcc knows, and PTX of the last for what comes after it
+CUDA_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -fmad=false -prec-div=true -prec-sqrt=true -ftz=false"
+CUDA_ARCHITECTURES = ("80", "90", "100")
 CUDA_KERNELS = ["masked_adamw", "threshold"]
 
 NATIVE = Extension("epi_kernels._native", [f"csrc/cpu/{name}.cpp" for name in (*KERNELS, *SHARED)], optional=True)
@@ -88,12 +85,30 @@ def _cuda_commands() -> tuple[list[list[str]], list[str]]:
         FileNotFoundError: there is no nvcc.
     """
     home = os.environ.get("CUDA_HOME")
-    nvcc = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
+    # some set CUDA_HOME to a toolkit's libraries alone
+    nvcc = (shutil.which("nvcc", path=os.path.join(home, "bin")) if home else None) or shutil.which("nvcc")
     if nvcc is None:
-        raise FileNotFoundError(f"no nvcc in {home or 'PATH'}")
-    commands = [[nvcc, *CUDA_FLAGS.split(), "-c", f"csrc/cuda/{name}.cu"] for name in CUDA_KERNELS]
+        raise FileNotFoundError(f"no nvcc in {f'{home}/bin and ' if home else ''}PATH")
+    flags = [*CUDA_FLAGS.split(), *_code_of(nvcc)]
+    commands = [[nvcc, *flags, "-c", f"csrc/cuda/{name}.cu"] for name in CUDA_KERNELS]
     # the runtime is linked in: the library needs a driver and nothing else
     return commands, [nvcc, "-shared", "-cudart", "static"]
+
+
+def _code_of(nvcc: str) -> list[str]:
+    """Return the options for CUDA_ARCHITECTURES: nvcc refuses the whole file for one that it does not know.
+
+    Raises:
+        FileNotFoundError: it knows none of them.
+        CalledProcessError: it does not say which it knows.
+    """
+    run = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True)
+    known = [name for name in CUDA_ARCHITECTURES if f"compute_{name}" in run.stdout.split()]
+    if not known:
+        raise FileNotFoundError(f"{nvcc} knows none of the architectures {', '.join(CUDA_ARCHITECTURES)}")
+    codes = [f"sm_{name}" for name in known[:-1]] + [f"[sm_{known[-1]},compute_{known[-1]}]"]
+    pairs = zip(known, codes, strict=True)
+    return [word for name, code in pairs for word in ("-gencode", f"arch=compute_{name},code={code}")]
 
 
 class PlatformWheel(bdist_wheel):
