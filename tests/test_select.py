@@ -153,9 +153,9 @@ def test_a_named_backend_runs_every_operation(backend: str, normalize: Any, monk
     asked: list[tuple[str, str]] = []
     choose = functional.choose
 
-    def spy(operation: str, device_type: str, requested: str, *dtypes: Any) -> Any:
+    def spy(operation: str, device_type: str, requested: str, *dtypes: Any, **named: Any) -> Any:
         asked.append((operation, requested))
-        return choose(operation, device_type, requested, *dtypes)
+        return choose(operation, device_type, requested, *dtypes, **named)
 
     monkeypatch.setattr(functional, "choose", spy)
     top_k({"a": torch.rand(40), "b": torch.rand(9)}, 0.3, normalize=normalize, backend=backend)
