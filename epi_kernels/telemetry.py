@@ -173,6 +173,14 @@ class Records:
         self.on_device = record.kept_where(due, self.on_device)
         return self.on_device
 
+    def kept(self) -> tuple[list[Numbers], list[tuple[Record, list[torch.Event]]]]:
+        """Return what `bring_back` takes."""
+        return list(self._done), list(self._under_way)
+
+    def bring_back(self, kept: tuple[list[Numbers], list[tuple[Record, list[torch.Event]]]]) -> None:
+        """Have the records again that there were when `kept` was asked."""
+        self._done, self._under_way = deque(kept[0], maxlen=RECORDS), deque(kept[1], maxlen=RECORDS)
+
     def read(self) -> list[dict[str, Any]]:
         """Return every record as `EPIAdamW.telemetry` documents it, oldest first; it waits for the devices."""
         self._settle(wait=True)

@@ -2,15 +2,18 @@
 
 - Off, a run is the base's, bit for bit; on, protected entries stay and the others move as the base moves them.
 - Its masks are EPIAdamW's, given the same gradients.
-- Schedulers, scalers, checkpoints, pickling and groups work as with the base.
+- Schedulers, scalers, checkpoints, pickling and groups work as with the base, whatever form its state has.
+- The base sees the state that it made, and a step in which it raises has chosen no masks.
 """
 
+import contextlib
 import copy
 import functools
 import gc
 import io
 import pickle
 import weakref
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,8 +26,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn import Parameter
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from epi_kernels import EPIAdamW, IsolatedOptimizer
+from epi_kernels import EPIAdamW, IsolatedOptimizer, lock
 
 SHAPES = {"h.0.weight": (30, 7), "h.0.bias": (30,), "head.weight": (11, 5), "head.scale": ()}
 BASES: dict[str, Any] = {
@@ -365,7 +369,8 @@ def test_a_state_after_a_scheduler_and_with_settings_of_the_user_s_loads() -> No
 def test_the_old_importances_are_gone_before_new_ones_are_made() -> None:
     params = parameters()
     optimizer = isolated(params, BASES["SGD"])
-    old = [weakref.ref(optimizer._importances[param]) for param in params.values()]
+    train(params, optimizer, 1, 1)
+    old = [weakref.ref(optimizer.state[param]["importance"]) for param in params.values()]
     seen = []
 
     class OnAnotherDevice(Tensor):
@@ -463,17 +468,6 @@ def test_a_group_that_was_added_to_the_base_itself_is_taken_over() -> None:
     assert optimizer.param_groups[1]["isolation_ratio"] == 0.3
 
 
-def test_a_step_in_which_no_parameter_has_a_gradient_is_not_counted() -> None:
-    params = parameters()
-    optimizer = isolated(params, BASES["SGD"], mask_interval=2)
-    train(params, optimizer, 1, 1)
-    optimizer.zero_grad()
-    optimizer.step()
-    assert optimizer.telemetry() == []
-    train(params, optimizer, 2, 2)
-    assert [record["step"] for record in optimizer.telemetry()] == [2]
-
-
 def test_what_cannot_be_isolated_is_refused_with_a_reason() -> None:
     param = Parameter(torch.ones(4))
     with pytest.raises(TypeError, match="base is a list; pass a torch.optim.Optimizer"):
@@ -491,3 +485,408 @@ def test_what_cannot_be_isolated_is_refused_with_a_reason() -> None:
     with pytest.raises(RuntimeError, match="weight has a sparse gradient"):
         optimizer.step()
     assert torch.equal(table.weight, before)
+
+
+# The base's state, groups and methods -----------------------------------------------------------------------------
+
+
+class Recorder(torch.optim.SGD):
+    """A base that keeps what its state was when it was asked to do something, and makes entries of its own kinds."""
+
+    def __init__(self, params: Any, entry: Any = None, **kwargs: Any) -> None:
+        super().__init__(params, **{"lr": 0.1, **kwargs})
+        self.entry = entry
+        self.seen: list[dict[Tensor, Any]] = []
+
+    def see(self) -> None:
+        self.seen.append({param: copy.copy(entry) for param, entry in self.state.items()})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self.see()
+        for param in self.param_groups[0]["params"]:
+            if self.entry is not None and param not in self.state:
+                self.state[param] = copy.copy(self.entry)
+            if param.grad is not None:
+                param.sub_(param.grad, alpha=self.param_groups[0]["lr"])
+
+    def train(self, mode: bool = True) -> str:
+        self.see()
+        for param in self.param_groups[0]["params"]:
+            param.data = param.data + 1.0  # as some replace what a parameter has
+        return f"train {mode}"
+
+    def refuse(self) -> None:
+        for param in self.param_groups[0]["params"]:
+            param.data.add_(1.0)
+        raise KeyError("of the base")
+
+    number = 7
+
+
+@pytest.mark.parametrize("entry", [None, {}, {"own": 1}], ids=str)
+def test_the_base_sees_the_state_that_it_made(entry: Any) -> None:
+    params = parameters()
+    optimizer = isolated(params, functools.partial(Recorder, entry=entry))
+    base = optimizer.base
+    train(params, optimizer, 1, 3)
+    optimizer.train()
+    base.state_dict = lambda: base.see() or {"of": "its own"}  # type: ignore[assignment]
+    optimizer.state_dict()
+    expected = {} if entry is None else dict.fromkeys(params.values(), entry)
+    assert base.seen[0] == {}
+    assert base.seen[1:] == [expected] * 4
+    assert all(optimizer.state[p].keys() == {*(entry or ()), "importance"} for p in params.values())
+
+
+def test_a_base_may_replace_its_state_and_keep_it_elsewhere() -> None:
+    class Replaces(Recorder):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:
+            super().step()
+            self.state = {"elsewhere": 1}  # type: ignore[dict-item,assignment]
+
+    class Stateless(Recorder):
+        @property  # type: ignore[override]
+        def state(self) -> Any:
+            raise AttributeError("there is none")
+
+        @state.setter
+        def state(self, state: Any) -> None: ...
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:
+            for param in self.param_groups[0]["params"]:
+                if param.grad is not None:
+                    param.sub_(param.grad, alpha=self.param_groups[0]["lr"])
+
+        def state_dict(self) -> Any:
+            return {"mine": 1}
+
+    params = {kind: parameters() for kind in (Recorder, Replaces, Stateless)}
+    optimizers = [isolated(these, kind) for kind, these in params.items()]
+    for these, optimizer in zip(params.values(), optimizers, strict=True):
+        train(these, optimizer, 1, 9)
+    assert optimizers[1].base.state["elsewhere"] == 1
+    for name in SHAPES:
+        assert torch.equal(params[Recorder][name], params[Replaces][name])
+        assert torch.equal(params[Recorder][name], params[Stateless][name])
+    assert optimizers[2].state[params[Stateless]["head.weight"]]["importance"].any()
+
+
+def test_deleted_importance_starts_over_and_entries_of_the_program_s_own_do_no_harm() -> None:
+    params = parameters()
+    optimizer = isolated(params, BASES["AdamW"])
+    train(params, optimizer, 1, 4)
+    param = params["h.0.weight"]
+    assert optimizer.isolation_mask(param).any()
+    optimizer.state[param]["tag"] = 1.0
+    del optimizer.state[param]["importance"]
+    before = param.detach().clone()
+    train(params, optimizer, 6, 6)
+    assert not optimizer.isolation_mask(param).any()
+    assert (param != before).all()
+    assert optimizer.importance(param).any()
+    other = isolated(parameters(), BASES["AdamW"])
+    other.load_state_dict(optimizer.state_dict())
+    assert other.state[other.param_groups[0]["params"][0]]["tag"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda s: s[:3], lambda s: s.double(), lambda s: s.to("meta"), lambda s: s.tolist()],
+    ids=["shape", "dtype", "device", "kind"],
+)
+def test_an_importance_that_is_not_the_parameter_s_is_named_and_changes_nothing(change: Any) -> None:
+    params = parameters()
+    optimizer = isolated(params, BASES["AdamW"])
+    train(params, optimizer, 1, 3)
+    entry = optimizer.state[params["h.0.weight"]]
+    own = entry["importance"]
+    saved = copy.deepcopy(optimizer.state_dict())
+    before = [p.detach().clone() for p in params.values()]
+    entry["importance"] = change(own)
+    with pytest.raises(ValueError, match=r'state\[p\]\["importance"\] of h.0.weight is '):
+        optimizer.step()
+    entry["importance"] = own
+    assert same_state(optimizer.state_dict(), saved)
+    assert same_state([p.detach() for p in params.values()], before)
+
+
+@pytest.mark.parametrize("how", ["another tensor", "in place", "by a checkpoint", "by refresh"])
+def test_a_mask_that_changed_between_two_refreshes_holds_at_the_next_step(how: str) -> None:
+    params = parameters()
+    optimizer = isolated(params, BASES["SGD"], mask_interval=None)
+    train(params, optimizer, 1, 3)
+    param = params["h.0.weight"]
+    mask = torch.rand(param.shape) < 0.5
+    signed = optimizer.state[param]["importance"]
+    changed = lock.with_lock(signed, mask)
+    if how == "another tensor":
+        optimizer.state[param]["importance"] = changed
+    elif how == "in place":
+        signed.copy_(changed)
+    elif how == "by a checkpoint":
+        saved = optimizer.state_dict()
+        saved["state"][0]["importance"] = changed
+        optimizer.load_state_dict(saved)
+    else:
+        optimizer.refresh()
+        mask = optimizer.isolation_mask(param)
+    before = param.detach().clone()
+    train(params, optimizer, 4, 4)
+    assert torch.equal(param == before, mask)
+
+
+def test_what_a_program_assigns_holds() -> None:
+    params = parameters()
+    optimizer = isolated(params, BASES["AdamW"])
+    train(params, optimizer, 1, 5)
+    optimizer.state = defaultdict(dict)
+    assert optimizer.base.state == {}
+    optimizer.param_groups = [
+        {"params": list(params.values()), "param_names": list(params), **optimizer.defaults, "lr": 0.5}
+    ]
+    assert optimizer.base.param_groups[0]["lr"] == 0.5
+    optimizer.defaults = {**optimizer.defaults, "lr": 0.25}
+    assert optimizer.base.defaults["lr"] == 0.25
+    train(params, optimizer, 6, 7)
+    assert not any(optimizer.isolation_mask(param).any() for param in params.values())
+    assert int(optimizer.base.state[params["h.0.weight"]]["step"]) == 2
+    assert optimizer.param_groups[0]["isolation_clock"] == 7
+    train(params, optimizer, 8, 8)
+    assert optimizer.isolation_mask(params["h.0.weight"]).any()
+
+
+def test_asking_for_the_groups_changes_nothing() -> None:
+    params = parameters()
+    items = list(params.items())
+    optimizer = IsolatedOptimizer(torch.optim.SGD(items[:2], lr=0.1))
+    optimizer.base.add_param_group({"params": items[2:]})
+    before = dict(optimizer.base.param_groups[1])
+    assert optimizer.param_groups[1] == before
+    assert optimizer.state_dict()["param_groups"][1]["isolation_ratio"] == 0.01
+
+
+def test_methods_of_the_base_are_passed_on_and_protected_entries_keep_their_bits() -> None:
+    params = parameters()
+    optimizer = isolated(params, Recorder)
+    train(params, optimizer, 1, 4)
+    before = {name: p.detach().clone() for name, p in params.items()}
+    assert optimizer.train(False) == "train False"
+    with pytest.raises(KeyError, match="of the base"):
+        optimizer.refuse()
+    for name, param in params.items():
+        assert torch.equal(param == before[name], optimizer.isolation_mask(param))
+    assert optimizer.number == 7
+    plain = isolated(parameters(), BASES["SGD"])
+    for one in (plain, copy.deepcopy(plain), pickle.loads(pickle.dumps(plain))):
+        assert not hasattr(one, "train")
+        with pytest.raises(AttributeError, match="'IsolatedOptimizer' object has no attribute 'eval'"):
+            one.eval()
+    assert not hasattr(IsolatedOptimizer.__new__(IsolatedOptimizer), "anything")
+
+
+class OfItsOwnForm(torch.optim.Optimizer):
+    """A base around another, whose state_dict has a form of its own, as pytorch_optimizer's Lookahead."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer_step_pre_hooks: Any = {}
+        self._optimizer_step_post_hooks: Any = {}
+        self._patch_step_function()
+        self.optimizer, self.defaults = optimizer, dict(optimizer.defaults)
+        self.state = defaultdict(dict)
+        for param in self.param_groups[0]["params"]:
+            self.state[param]["slow"] = param.detach().clone()
+
+    @property
+    def param_groups(self) -> Any:
+        return self.optimizer.param_groups
+
+    def state_dict(self) -> Any:
+        slow = {(0, i): dict(self.state[p]) for i, p in enumerate(self.param_groups[0]["params"])}
+        return {"slow": slow, "inner": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.optimizer.load_state_dict(state["inner"])
+        for i, param in enumerate(self.param_groups[0]["params"]):
+            self.state[param] = dict(state["slow"][0, i])
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self.optimizer.step()
+        for param in self.param_groups[0]["params"]:
+            param.lerp_(self.state[param]["slow"], 0.5)
+            self.state[param]["slow"].copy_(param)
+
+
+class WithHiddenDefaults(torch.optim.SGD):
+    """A base whose groups have what its states do not, as heavyball's."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, lr=0.1, momentum=0.9)
+        self.defaults["__class__"] = type(self)
+        for group in self.param_groups:
+            group["__class__"] = type(self)
+
+    def state_dict(self) -> Any:
+        packed = super().state_dict()
+        for group in packed["param_groups"]:
+            group.pop("__class__", None)
+        return packed
+
+
+@pytest.mark.parametrize("make", [lambda p: OfItsOwnForm(BASES["SGD"](p)), WithHiddenDefaults])
+@pytest.mark.parametrize("of_the_base", [False, True])
+def test_states_of_a_form_of_the_base_s_own_go_on_bit_for_bit(make: Any, of_the_base: bool) -> None:
+    straight, first = parameters(), parameters()
+    settings = {"isolation_ratio": 0.0} if of_the_base else {}
+    theirs = isolated(straight, make, **settings)
+    train(straight, theirs, 1, 12)
+    before = isolated(first, make, **settings)
+    train(first, before, 1, 6)
+    second = {name: Parameter(p.detach().clone()) for name, p in first.items()}
+    after = isolated(second, make, **settings)
+    after.load_state_dict(copy.deepcopy((before.base if of_the_base else before).state_dict()))
+    train(second, after, 7, 12)
+    for name in SHAPES:
+        assert torch.equal(second[name], straight[name]), name
+    assert same_state(after.state_dict(), theirs.state_dict())
+
+
+def test_a_state_of_a_form_of_its_own_that_does_not_load_changes_nothing() -> None:
+    params = parameters()
+    optimizer = isolated(params, lambda p: OfItsOwnForm(BASES["SGD"](p)))
+    train(params, optimizer, 1, 6)
+    before, wrong = (copy.deepcopy(optimizer.state_dict()) for _ in range(2))
+    del wrong["base"]["slow"][0, 2]  # found after the inner one and two entries were loaded
+    with pytest.raises(KeyError):
+        optimizer.load_state_dict(wrong)
+    assert same_state(optimizer.state_dict(), before)
+    del wrong["base"]
+    with pytest.raises(ValueError, match="the state has no 'base': it is not of IsolatedOptimizer around OfItsOwnForm"):
+        optimizer.load_state_dict(wrong)
+    assert same_state(optimizer.state_dict(), before)
+
+
+# What raises in a step ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("last", [0, 2, 3, 7], ids=["the first step", "between refreshes", "at the first", "at one"])
+def test_where_the_base_raises_clock_masks_telemetry_and_protected_entries_are_as_before(
+    last: int, backend: str
+) -> None:
+    class Raises(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            super().step()
+            if getattr(self, "out_of_memory", False):
+                raise MemoryError("of the base")
+
+    params = parameters()
+    optimizer = isolated(params, functools.partial(Raises, lr=0.1, momentum=0.9), backend=backend)
+    train(params, optimizer, 1, last)
+    masks = {name: optimizer.isolation_mask(param) for name, param in params.items()}
+    before = {name: param.detach().clone() for name, param in params.items()}
+    saved = copy.deepcopy(optimizer.state_dict())
+    telemetry = optimizer.telemetry()
+    optimizer.base.out_of_memory = True  # type: ignore[attr-defined]
+    with pytest.raises(MemoryError, match="of the base"):
+        train(params, optimizer, last + 1, last + 1)
+    optimizer.base.out_of_memory = False  # type: ignore[attr-defined]
+    for name, param in params.items():
+        assert torch.equal(optimizer.isolation_mask(param), masks[name])
+        assert torch.equal(param[masks[name]], before[name][masks[name]])
+    assert optimizer.state_dict()["param_groups"] == saved["param_groups"]
+    assert optimizer.telemetry() == telemetry
+    if not last:
+        assert not any(optimizer.importance(param).any() for param in params.values())
+    train(params, optimizer, last + 1, last + 1)
+    assert [record["step"] for record in optimizer.telemetry()] == [n for n in (4, 8) if n <= last + 1]
+    after = {name: param.detach().clone() for name, param in params.items()}
+    train(params, optimizer, last + 2, last + 2)
+    for name, param in params.items():
+        mask = optimizer.isolation_mask(param)
+        assert torch.equal(param[mask], after[name][mask])
+
+
+def test_where_the_closure_raises_nothing_has_changed() -> None:
+    params = parameters()
+    optimizer = isolated(params, BASES["SGD"])
+    train(params, optimizer, 1, 3)
+    before = copy.deepcopy((optimizer.state_dict(), list(params.values()), optimizer.telemetry()))
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(lambda: 1 / 0)
+    assert same_state((optimizer.state_dict(), list(params.values()), optimizer.telemetry()), before)
+
+
+def test_flat_partitions_in_the_place_of_named_parameters_are_refused() -> None:
+    params = parameters()
+    optimizer = isolated(params, BASES["SGD"])
+    flat = Parameter(torch.cat([p.detach().view(-1) for p in params.values()]))
+    optimizer.param_groups[0]["params"] = [flat]  # as DeepSpeed's ZeRO does it
+    flat.grad = torch.ones_like(flat)
+    before = flat.detach().clone()
+    with pytest.raises(RuntimeError, match="DeepSpeed ZeRO has put flat partitions in their place"):
+        optimizer.step()
+    assert torch.equal(flat, before)
+
+
+# The steady path ----------------------------------------------------------------------------------------------------
+
+
+def test_between_refreshes_nothing_waits_for_a_device(backend: str) -> None:
+    class Waits(TorchDispatchMode):
+        """Raises at the operations that would wait for an accelerator, or index by a mask."""
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            assert func.overloadpacket.__name__ not in ("nonzero", "masked_scatter_", "masked_select"), func
+            if func.overloadpacket.__name__ in ("index", "index_put_", "_index_put_impl_"):
+                assert all(one is None or one.dtype == torch.int64 for one in args[1]), func
+            return func(*args, **(kwargs or {}))
+
+    params = {n: p for n, p in parameters().items() if p.dim()}
+    params["strided"] = Parameter(torch.randn(6, 10)[:, ::2])
+    optimizer = isolated(params, BASES["plain SGD"], mask_interval=3, backend=backend)
+    for step in range(1, 10):
+        for param in params.values():
+            param.grad = torch.randn(param.shape)
+        with contextlib.nullcontext() if step % 3 == 0 else Waits():
+            optimizer.step()
+    assert any(optimizer.isolation_mask(param).any() for param in params.values())
+    optimizer.refresh()
+    with pytest.raises(AssertionError, match="nonzero"), Waits():
+        optimizer.step()
+
+
+def test_positions_keep_no_state_alive_that_a_program_moved_away() -> None:
+    params = parameters()
+    optimizer = isolated(params, BASES["SGD"])
+    train(params, optimizer, 1, 5)
+    gone = [weakref.ref(optimizer.state[param]["importance"]) for param in params.values()]
+    for param in params.values():
+        optimizer.state[param]["importance"] = optimizer.state[param]["importance"].clone()
+    gc.collect()
+    assert all(one() is None for one in gone)
+
+
+# Parameters without entries yet -------------------------------------------------------------------------------------
+
+
+def test_lazy_parameters_join_once_they_have_entries() -> None:
+    model = torch.nn.Sequential(torch.nn.LazyLinear(4), torch.nn.Linear(4, 4))
+    optimizer = IsolatedOptimizer(
+        torch.optim.SGD(model.named_parameters(), lr=0.1), isolation_ratio=0.5, mask_interval=1
+    )
+    assert "4 tensors in 2 layers by 'block'" in repr(optimizer)
+    optimizer.step()
+    model(torch.randn(3, 5)).square().sum().backward()
+    optimizer.step()
+    assert optimizer.telemetry()[-1]["eligible"] == 5 * 4 + 4 + 20
+
+
+def test_a_parameter_without_values_is_named() -> None:
+    model = torch.nn.Linear(3, 3, device="meta")
+    optimizer = IsolatedOptimizer(torch.optim.SGD(model.named_parameters(), lr=0.1), mask_interval=1)
+    model(torch.empty(2, 3, device="meta")).sum().backward()
+    with pytest.raises(RuntimeError, match="weight is on the meta device and has no values; materialise the model"):
+        optimizer.step()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from epi_kernels import contract, dispatch, lock
 from epi_kernels.distributed import (
@@ -167,7 +168,7 @@ class Isolation(Named):
     def _isolation_text(self) -> str:
         """Return one line on the grouping and the backend in force."""
         layers = self._grouping.of(self.param_groups)
-        kinds = sorted({(param.device, as_real(param.detach()).dtype) for param in layers}, key=str)
+        kinds = sorted({(p.device, as_real(p.detach()).dtype) for p in layers if not is_lazy(p)}, key=str)
         chosen = [f"{dispatch.explain(device, self._backend, dtype)} on {device}" for device, dtype in kinds]
         backends = "; ".join(dict.fromkeys(chosen))
         return (
@@ -181,10 +182,12 @@ class Isolation(Named):
         """Return how many steps this optimizer has taken; waits for the device where the clock runs there."""
         if self._clock_there is not None:
             return int(self._clock_there)
-        return int(self._clocked_groups()[0].get(CLOCK, 0))
+        # groups that a program has put in the place of others may not have it
+        return int(self._clocked_groups()[0].get(CLOCK, self._turns().clock))
 
     def _keep_clock(self, clock: int) -> None:
         """Set the number of steps that this optimizer has taken."""
+        self._turns().clock = clock
         for group in self._clocked_groups():
             group[CLOCK] = clock
         if self._clock_there is not None:
@@ -210,8 +213,9 @@ class Isolation(Named):
         else:
             now.known |= now.stepped
             now.stepped, now.clock = here, self._latest_clock() + 1
-        self._keep_clock(now.clock)
-        return now.clock
+        clock = now.clock
+        self._keep_clock(clock)
+        return clock
 
     def _turns(self) -> _Iteration:
         """Return the calls of `step` that are one iteration; a copy of an optimizer begins anew."""
@@ -463,7 +467,8 @@ class Isolation(Named):
         seen = set()
         for group in self.param_groups:
             for param in group["params"]:
-                if group["isolation_ratio"] > 0 and param.requires_grad and param not in seen:
+                shaped = not is_lazy(param)  # a lazy module gives it entries in its first forward pass
+                if group["isolation_ratio"] > 0 and param.requires_grad and shaped and param not in seen:
                     seen.add(param)
                     yield param, group
 
