@@ -115,8 +115,13 @@ class PlatformWheel(bdist_wheel):
     """Tags the wheel with the platform and with no Python version: the library knows none."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        """Return py3-none-<platform>."""
-        return ("py3", "none", super().get_tag()[2])
+        """Return py3-none-<platform>, or py3-none-any where no library was built.
+
+        pip keeps a wheel that it has built, and of two takes that of the platform: one without a library must not pass
+        for one with it.
+        """
+        built = Path(self.get_finalized_command("build_ext").build_lib, "epi_kernels").glob("*.so")
+        return ("py3", "none", super().get_tag()[2] if any(built) else "any")
 
 
 def _compiler() -> list[str]:

@@ -23,7 +23,11 @@ def load(
     """
     paths = sorted(Path(__file__).parent.glob(f"{stem}*.so"))
     if not paths:
-        return f"it was not built; install the package again where there is {needs}"
+        # without the first command, pip installs the wheel that it has kept
+        return (
+            f"it was not built; where there is {needs}, run `pip cache remove epi_kernels` and "
+            "`pip install --force-reinstall --no-deps epi-kernels`"
+        )
     try:
         library = ctypes.CDLL(str(paths[0]))
     except OSError as error:

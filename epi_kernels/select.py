@@ -86,7 +86,9 @@ def top_k(
 
     own = {name: values for name, values in single.items() if name in agreed.owned}
     ranges = _ranges(single, layer_of, len(agreed.layers), ranks, backend) if normalize else None
-    thresholds = _thresholds(own, layer_of, budget_of, ranges, counts, ranks, backend)
+    # a backend that was named may run nowhere else than where the scores are
+    home = torch.device("cpu") if backend == "auto" else next(iter(single.values())).device
+    thresholds = _thresholds(own, layer_of, budget_of, ranges, counts, ranks, backend, home)
     scored = {
         name: _Scored(values, thresholds[budget_of[name]], None if ranges is None else ranges[layer_of[name]])
         for name, values in single.items()
@@ -210,8 +212,9 @@ def _thresholds(
     counts: list[int],
     ranks: Ranks | None,
     backend: str,
+    home: torch.device,
 ) -> Tensor:
-    """Return the k-th largest score of each budget, float32 [budgets] on the CPU."""
+    """Return the k-th largest score of each budget, float32 [budgets] on the CPU; `home` is where it is looked for."""
 
     def histogram(selection: Tensor, shift: int, bins: int) -> Tensor:
         found = [torch.zeros(len(counts), bins, dtype=torch.int64, device="cpu")]
@@ -229,9 +232,9 @@ def _thresholds(
             )
             found.append(part.sum(0).cpu())
         here = torch.stack(found).sum(0)
-        return (here if ranks is None else ranks.sum(here))[None]
+        return (here if ranks is None else ranks.sum(here))[None].to(home)
 
-    return ops.find_threshold(histogram, counts, exact=True, backend=backend if backend != "triton" else "auto")
+    return ops.find_threshold(histogram, counts, exact=True, device=home, backend=backend).cpu()
 
 
 def _by_device(scores: Mapping[str, Tensor]) -> list[tuple[torch.device, list[str]]]:

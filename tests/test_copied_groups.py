@@ -117,7 +117,7 @@ def test_a_copy_of_an_optimizer_that_deepspeed_steps_is_bound_again(
 
     def bind(one: EPIAdamW) -> None:
         owner = one.param_groups[0]["params"][0]
-        monkeypatch.setattr(epi, "segments_of", lambda _: [Segment(owner, 0, "blocks.0.w", 0, 16, 16)])
+        monkeypatch.setattr(epi, "segments_of", lambda *_: [Segment(owner, 0, "blocks.0.w", 0, 16, 16)])
         one.bind_deepspeed(object())
 
     bind(optimizer)

@@ -14,6 +14,7 @@ from conftest import skip_unless_it_takes
 from torch import Tensor
 
 from epi_kernels import lock, ops
+from epi_kernels.importance import fisher
 
 
 def run(backend: str, importances: list[Tensor], grads: list[Tensor | None], **changes: Any) -> tuple[Tensor, Tensor]:
@@ -166,3 +167,18 @@ def test_under_a_factor_that_is_not_finite_the_entries_of_a_tensor_are_counted_a
     counts = run(backend, importances, grads, grad_factor=torch.tensor(factor))[1]
     assert counts.tolist() == [*sizes[:-1], 0]
     assert all(map(torch.equal, importances, before))
+
+
+@pytest.mark.xfail(strict=True, reason="issue 16: one operation keeps both sums, and fisher reads the squares alone")
+def test_fisher_of_single_examples_keeps_no_sum_of_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[int] = []
+    gradient_sums_ = ops.gradient_sums_
+
+    def spy(sums: list[Tensor], *others: Any) -> None:
+        kept.append(sum(total.numel() for total in sums))
+        gradient_sums_(sums, *others)
+
+    monkeypatch.setattr(ops, "gradient_sums_", spy)
+    model = torch.nn.Linear(4, 2)
+    fisher(model, [torch.randn(8, 4)], lambda model, batch: model(batch).square().mean(), progress=False)
+    assert sum(kept) == 0

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from epi_kernels import select
+from epi_kernels.ops import functional
 from epi_kernels.select import top_k
 
 
@@ -145,3 +146,18 @@ def test_scores_are_left_as_they_were() -> None:
 def test_what_makes_no_sense_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         top_k(**{"scores": {"w": torch.ones(3)}, "ratio": 0.5, **changes})
+
+
+@pytest.mark.parametrize("normalize", [None, "layer"])
+def test_a_named_backend_runs_every_operation(backend: str, normalize: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+    choose = functional.choose
+
+    def spy(operation: str, device_type: str, requested: str, *dtypes: Any, **named: Any) -> Any:
+        asked.append((operation, requested))
+        return choose(operation, device_type, requested, *dtypes, **named)
+
+    monkeypatch.setattr(functional, "choose", spy)
+    top_k({"a": torch.rand(40), "b": torch.rand(9)}, 0.3, normalize=normalize, backend=backend)
+    assert {requested for _, requested in asked} == {backend}
+    assert {"score_histogram", "select_digit_"} <= {operation for operation, _ in asked}

@@ -172,8 +172,12 @@ class EPIAdamW(Isolation, LockedAdamW):
 
         Args:
             engine: as deepspeed.initialize returns it.
+
+        Raises:
+            TypeError: `engine` is not an engine.
+            ValueError: it steps another optimizer, or its pieces do not lie in the partitions that this one has.
         """
-        segments = list(segments_of(engine))
+        segments = segments_of(engine, self)
         self._segments = segments or None  # stage 0 leaves the parameters as they are
         self._every_group = self.param_groups
         if segments:
