@@ -675,7 +675,31 @@ class IsolatedOptimizer(Isolation, Optimizer):
                 importances[param] = shard_of(entry["importance"], param)
             if rest:  # some bases take an entry that is there for one of their own
                 entries[number] = rest
+        if _is_torchs(self.base):
+            for i, (ours, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
+                members = zip(saved["params"], ours["params"], strict=True)
+                with named(f"parameter group {i} of the state"):
+                    self._check_goes_on(ours, saved, {p: entries[n] for n, p in members if n in entries})
         return entries
+
+    def _check_goes_on(
+        self, ours: dict[str, Any], saved: dict[str, Any], entries: dict[Tensor, dict[str, Any]]
+    ) -> None:
+        """Check that the base, one of torch's, can take a step from a saved group and saved entries.
+
+        An optimizer of its kind tries it with tensors of one value.
+
+        Raises:
+            ValueError: it cannot; the message names the setting or the parameter.
+        """
+        for key, value in self.base.defaults.items():
+            if (isinstance(value, bool) or key in ("foreach", "fused")) and not isinstance(saved.get(key), bool | None):
+                raise ValueError(f"Invalid {key}: {saved[key]!r}; it is a flag")
+        if not ours["params"] or not _goes_on(self.base, ours, ours["params"][0], {}):
+            return  # its kind cannot be tried that way
+        _goes_on(self.base, {**ours, **saved}, ours["params"][0], {}, "the settings")
+        for param, entry in entries.items():
+            _goes_on(self.base, {**ours, **saved}, param, entry, f"the state of {self._name(param)}")
 
     def _of_base(self, key: str, value: Any, param: Tensor, name: str) -> Any:
         """Check an item of the base's state, and return it: of a whole tensor this rank's shard."""
@@ -732,6 +756,50 @@ def _as_before(base: Optimizer) -> Iterator[None]:
 
 def _is_torchs(base: Optimizer) -> bool:
     return type(base).__module__.startswith("torch.optim.")
+
+
+def _goes_on(
+    base: Optimizer, group: dict[str, Any], param: Tensor, entry: dict[str, Any], what: str | None = None
+) -> bool:
+    """Return whether an optimizer of the kind of `base` takes a step of one value by these settings and this state.
+
+    Raises:
+        ValueError: it does not, and there is a name of `what` it takes.
+    """
+
+    def small(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return torch.zeros((1,) * value.dim(), dtype=value.dtype, device="cpu")
+        return value
+
+    def on_cpu(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(on_cpu, value))
+        return value.detach().cpu() if isinstance(value, Tensor) else value
+
+    shape = (1,) * (0 if is_lazy(param) else param.dim())
+    one = torch.zeros(shape, dtype=param.dtype, device="cpu", requires_grad=True)
+    one.grad = torch.zeros(shape, dtype=param.dtype, device="cpu")
+    settings = {key: on_cpu(group[key]) for key in base.defaults if key in group}
+    # of the places where a step runs, the one that every kind has
+    flags = {
+        key: value for key, value in (("foreach", False), ("fused", False), ("capturable", False)) if key in settings
+    }
+    differentiable = {"differentiable": False} if "differentiable" in settings else {}
+    try:
+        with torch.no_grad(), torch.device("cpu"):
+            stand_in = type(base)([one])  # type: ignore[call-arg]
+            stand_in.param_groups[0].update({**settings, **flags, **differentiable})
+            if entry:
+                stand_in.state[one] = {key: small(value) for key, value in entry.items()}
+            inspect.unwrap(type(base).step)(stand_in)  # without the hooks that a program has for every optimizer
+    except Exception as error:
+        if what is None:
+            return False
+        raise ValueError(
+            f"{type(base).__name__}, the base, cannot go on from {what}: {type(error).__name__}: {error}"
+        ) from error
+    return True
 
 
 def _check_base(base: object) -> None:
