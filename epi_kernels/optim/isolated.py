@@ -140,7 +140,7 @@ class IsolatedOptimizer(Isolation, Optimizer):
         self._nonfinite = NonfiniteCounts()
         self._own_state: defaultdict[Tensor, Any] = defaultdict(dict)
         self._emptied: set[Tensor] = set()
-        self._positions: dict[Tensor, _Positions] = {}
+        self._positions: dict[int, _Positions] = {}  # by id of the parameter
         # it makes the hooks of an optimizer; what it assigns else is lost, since there is no base yet that it could
         # belong to
         super().__init__([{"params": []}], {})
@@ -228,6 +228,7 @@ class IsolatedOptimizer(Isolation, Optimizer):
         params = [id(param) for group in groups for param in group["params"]]
         if params != self._taken:
             self._taken = params
+            self._positions.clear()
             self._part()
 
     def _take_group(self, group: dict[str, Any]) -> None:
@@ -306,7 +307,7 @@ class IsolatedOptimizer(Isolation, Optimizer):
                     self._put_importance(param, signed)
                     if (seen := _seen(signed)) is not None:  # nothing is protected: no need to ask the device
                         nothing = torch.empty(0, dtype=torch.int64, device=param.device)
-                        self._positions[param] = _Positions(weakref.ref(signed), seen, nothing)
+                        self._positions[id(param)] = _Positions(weakref.ref(signed), seen, nothing)
                     made.append(param)
         return made
 
@@ -372,19 +373,19 @@ class IsolatedOptimizer(Isolation, Optimizer):
 
     def _positions_of(self, param: Tensor, signed: Tensor) -> Tensor:
         """Return where the protected entries of a parameter are."""
-        known, seen = self._positions.get(param), _seen(signed)
+        known, seen = self._positions.get(id(param)), _seen(signed)
         if known is None or seen is None or known.signed() is not signed or known.seen != seen:
             found = lock.is_locked(local(signed)).flatten().nonzero().squeeze(1)
             if seen is None:
                 return found
-            known = self._positions[param] = _Positions(weakref.ref(signed), seen, found)
+            known = self._positions[id(param)] = _Positions(weakref.ref(signed), seen, found)
         return known.positions
 
     def _same_masks(self, param: Tensor, signed: Tensor) -> None:
         """Say that this class has written the importance of a parameter, and no sign of it."""
-        known, seen = self._positions.get(param), _seen(signed)
+        known, seen = self._positions.get(id(param)), _seen(signed)
         if known is not None and seen is not None and known.signed() is signed:
-            self._positions[param] = known._replace(seen=seen)
+            self._positions[id(param)] = known._replace(seen=seen)
 
     @torch.no_grad()
     def _put_back(self, kept: Sequence[_Kept]) -> None:
