@@ -1,6 +1,6 @@
 """The processes of test_deepspeed.py: ``python tests/deepspeed_ranks.py <stage> <what> <rank> <folder>``, 2 ranks.
 
-<what> is "bound" or "unbound", of EPIAdamW, or "masked" or "sparse", of the other optimizers.
+<what> is "bound" or "unbound", of EPIAdamW, or "masked", "sparse" or "isolated", of the other optimizers.
 """
 
 import copy
@@ -20,7 +20,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from ranks import leave  # noqa: E402
 
-from epi_kernels import EPIAdamW, MaskedAdamW, SparseAdamW  # noqa: E402
+from epi_kernels import EPIAdamW, IsolatedOptimizer, MaskedAdamW, SparseAdamW  # noqa: E402
 from epi_kernels.select import top_k  # noqa: E402
 
 # an extension for one machine's processes, built when it is first asked for; gloo alone does
@@ -114,6 +114,23 @@ def fixed_masks(what: str) -> None:
         assert torch.equal(param != old, free[name]), name
 
 
+def isolated() -> None:
+    """IsolatedOptimizer protects entries at stage 0, and refuses flat partitions, each its own layer and budget."""
+    model = Net()
+    named = list(model.named_parameters())
+    groups = [{"params": named[::2]}, {"params": named[1::2], "weight_decay": 0.0}]
+    optimizer = IsolatedOptimizer(torch.optim.SGD(groups, lr=0.02), isolation_ratio=0.2, mask_interval=2)
+    try:
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=copy.deepcopy(CONFIG))
+        train(engine, 1, 3)
+    except RuntimeError as error:
+        assert STAGE, error  # noqa: PT017
+        assert "DeepSpeed ZeRO has put flat partitions in their place" in str(error), error  # noqa: PT017
+        return
+    assert not STAGE, "flat partitions were taken"
+    assert optimizer.telemetry()[-1]["protected"] == int(0.2 * sum(p.numel() for _, p in named))
+
+
 def flats_of(optimizer: EPIAdamW) -> list[torch.Tensor]:
     return [
         torch.cat([p.detach(), *[state[key] for key in sorted(state.keys() - {"step"})]])
@@ -130,6 +147,9 @@ def main() -> None:
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False)  # finds that group
     if sys.argv[2] in ("masked", "sparse"):
         fixed_masks(sys.argv[2])
+        return
+    if sys.argv[2] == "isolated":
+        isolated()
         return
     engine, optimizer = engine_of()
     if not BOUND:

@@ -2,7 +2,8 @@
 
 Bound, EPIAdamW trains, refreshes with the model's layers, every entry counted once and padding never, saves, loads and
 goes on bit for bit. Unbound, a warning says that flat partitions are layers. Masks of MaskedAdamW and SparseAdamW
-follow at stage 0, and flat partitions are refused. Run by ``make deepspeed``, which installs it.
+follow at stage 0, and flat partitions are refused, by IsolatedOptimizer too. Run by ``make deepspeed``, which installs
+it.
 """
 
 import importlib.util
@@ -25,6 +26,11 @@ def test_zero(stage: int, bound: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["masked", "sparse"])
 def test_fixed_masks_follow_or_are_refused(stage: int, kind: str, tmp_path: Path) -> None:
     run(stage, kind, tmp_path)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_an_isolated_optimizer_protects_or_refuses(stage: int, tmp_path: Path) -> None:
+    run(stage, "isolated", tmp_path)
 
 
 def run(stage: int, what: str, tmp_path: Path) -> None:

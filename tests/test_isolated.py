@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn import Parameter
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -281,6 +282,34 @@ MISFITS: dict[str, tuple[Any, str]] = {
     "a moment of another shape": (
         lambda s: s["state"][0].update(exp_avg=torch.zeros(7, 30)),
         r"exp_avg of h.0.weight has shape \(7, 30\) in the state, and \(30, 7\) here",
+    ),
+    "an entry without what the base needs": (
+        lambda s: s["state"][1].pop("exp_avg"),
+        "AdamW, the base, cannot go on from the state of h.0.bias: KeyError: 'exp_avg'",
+    ),
+    "an entry without a step": (
+        lambda s: s["state"][1].pop("step"),
+        "AdamW, the base, cannot go on from the state of h.0.bias: KeyError: 'step'",
+    ),
+    "an entry that is a text": (
+        lambda s: s["state"][2].update(exp_avg_sq="x"),
+        "AdamW, the base, cannot go on from the state of head.weight: ",
+    ),
+    "a list where a number is wanted": (
+        lambda s: s["param_groups"][0].update(lr=[0.1]),
+        "parameter group 0 of the state: AdamW, the base, cannot go on from the settings: TypeError",
+    ),
+    "a number where two are wanted": (
+        lambda s: s["param_groups"][0].update(betas=0.9),
+        "parameter group 0 of the state: AdamW, the base, cannot go on from the settings: TypeError",
+    ),
+    "a list where a flag is wanted": (
+        lambda s: s["param_groups"][0].update(capturable=[1]),
+        r"parameter group 0 of the state: Invalid capturable: \[1\]; it is a flag",
+    ),
+    "a flag that is a tensor": (
+        lambda s: s["param_groups"][0].update(foreach=torch.ones(2)),
+        "parameter group 0 of the state: Invalid foreach: ",
     ),
     "an entry that is a list": (
         lambda s: s["state"].update({1: [1]}),
@@ -890,3 +919,41 @@ def test_a_parameter_without_values_is_named() -> None:
     model(torch.empty(2, 3, device="meta")).sum().backward()
     with pytest.raises(RuntimeError, match="weight is on the meta device and has no values; materialise the model"):
         optimizer.step()
+
+
+TORCHS = [
+    kind
+    for kind in vars(torch.optim).values()
+    if isinstance(kind, type)
+    and kind.__module__.startswith("torch.optim.")
+    and kind.__name__ not in ("LBFGS", "Optimizer")
+]
+
+
+SET: dict[str, Any] = {
+    "a tensor for lr": lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.01, dtype=torch.float32, device="cpu")),
+    "foreach": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, foreach=True),
+    "amsgrad": lambda p: torch.optim.Adam(p, amsgrad=True, maximize=True),
+}
+KINDS = {**BASES, **SET, **{kind.__name__: kind for kind in TORCHS}}
+
+
+@pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_of_every_kind_of_torchs_load_and_go_on(make: Any, dtype: torch.dtype) -> None:
+    params = {name: p for name, p in parameters(dtype).items() if p.dim() == 2}
+    sparse = make is torch.optim.SparseAdam  # takes sparse gradients alone
+    optimizer = isolated(params, make, isolation_ratio=0.0 if sparse else 0.2)
+    train(params, optimizer, 1, 0 if sparse else 6)
+    twins = {name: Parameter(p.detach().clone()) for name, p in params.items()}
+    other = isolated(twins, make, isolation_ratio=0.0 if sparse else 0.2)
+    seen: list[Any] = []
+    handle = register_optimizer_step_pre_hook(lambda *_: seen.append(1))
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    handle.remove()
+    assert not seen
+    train(params, optimizer, 7, 6 if sparse else 9)
+    train(twins, other, 7, 6 if sparse else 9)
+    if dtype == torch.float32:  # of bfloat16 parameters torch itself rounds some numbers at a load
+        assert same_state(other.state_dict(), optimizer.state_dict())
+        assert all(torch.equal(param, twins[name]) for name, param in params.items())

@@ -143,7 +143,7 @@ class IsolatedOptimizer(Isolation, Optimizer):
         self._nonfinite = NonfiniteCounts()
         self._own_state: defaultdict[Tensor, Any] = defaultdict(dict)
         self._emptied: set[Tensor] = set()
-        self._positions: dict[Tensor, _Positions] = {}
+        self._positions: dict[int, _Positions] = {}  # by id of the parameter
         # it makes the hooks of an optimizer; what it assigns else is lost, since there is no base yet that it could
         # belong to
         super().__init__([{"params": []}], {})
@@ -231,6 +231,7 @@ class IsolatedOptimizer(Isolation, Optimizer):
         params = [id(param) for group in groups for param in group["params"]]
         if params != self._taken:
             self._taken = params
+            self._positions.clear()
             self._part()
 
     def _take_group(self, group: dict[str, Any]) -> None:
@@ -308,7 +309,7 @@ class IsolatedOptimizer(Isolation, Optimizer):
                     self._put_importance(param, signed)
                     if (seen := _seen(signed)) is not None:  # nothing is protected: no need to ask the device
                         nothing = torch.empty(0, dtype=torch.int64, device=param.device)
-                        self._positions[param] = _Positions(weakref.ref(signed), seen, nothing)
+                        self._positions[id(param)] = _Positions(weakref.ref(signed), seen, nothing)
                     made.append(param)
         return made
 
@@ -374,19 +375,19 @@ class IsolatedOptimizer(Isolation, Optimizer):
 
     def _positions_of(self, param: Tensor, signed: Tensor) -> Tensor:
         """Return where the protected entries of a parameter are."""
-        known, seen = self._positions.get(param), _seen(signed)
+        known, seen = self._positions.get(id(param)), _seen(signed)
         if known is None or seen is None or known.signed() is not signed or known.seen != seen:
             found = lock.is_locked(local(signed)).flatten().nonzero().squeeze(1)
             if seen is None:
                 return found
-            known = self._positions[param] = _Positions(weakref.ref(signed), seen, found)
+            known = self._positions[id(param)] = _Positions(weakref.ref(signed), seen, found)
         return known.positions
 
     def _same_masks(self, param: Tensor, signed: Tensor) -> None:
         """Say that this class has written the importance of a parameter, and no sign of it."""
-        known, seen = self._positions.get(param), _seen(signed)
+        known, seen = self._positions.get(id(param)), _seen(signed)
         if known is not None and seen is not None and known.signed() is signed:
-            self._positions[param] = known._replace(seen=seen)
+            self._positions[id(param)] = known._replace(seen=seen)
 
     @torch.no_grad()
     def _put_back(self, kept: Sequence[_Kept]) -> None:
@@ -698,7 +699,31 @@ class IsolatedOptimizer(Isolation, Optimizer):
                 importances[param] = shard_of(entry["importance"], param)
             if rest:  # some bases take an entry that is there for one of their own
                 entries[number] = rest
+        if _is_torchs(self.base):
+            for i, (ours, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
+                members = zip(saved["params"], ours["params"], strict=True)
+                with named(f"parameter group {i} of the state"):
+                    self._check_goes_on(ours, saved, {p: entries[n] for n, p in members if n in entries})
         return entries
+
+    def _check_goes_on(
+        self, ours: dict[str, Any], saved: dict[str, Any], entries: dict[Tensor, dict[str, Any]]
+    ) -> None:
+        """Check that the base, one of torch's, can take a step from a saved group and saved entries.
+
+        An optimizer of its kind tries it with tensors of one value.
+
+        Raises:
+            ValueError: it cannot; the message names the setting or the parameter.
+        """
+        for key, value in self.base.defaults.items():
+            if (isinstance(value, bool) or key in ("foreach", "fused")) and not isinstance(saved.get(key), bool | None):
+                raise ValueError(f"Invalid {key}: {saved[key]!r}; it is a flag")
+        if not ours["params"] or not _goes_on(self.base, ours, ours["params"][0], {}):
+            return  # its kind cannot be tried that way
+        _goes_on(self.base, {**ours, **saved}, ours["params"][0], {}, "the settings")
+        for param, entry in entries.items():
+            _goes_on(self.base, {**ours, **saved}, param, entry, f"the state of {self._name(param)}")
 
     def _of_base(self, key: str, value: Any, param: Tensor, name: str) -> Any:
         """Check an item of the base's state, and return it: of a whole tensor this rank's shard."""
@@ -755,6 +780,50 @@ def _as_before(base: Optimizer) -> Iterator[None]:
 
 def _is_torchs(base: Optimizer) -> bool:
     return type(base).__module__.startswith("torch.optim.")
+
+
+def _goes_on(
+    base: Optimizer, group: dict[str, Any], param: Tensor, entry: dict[str, Any], what: str | None = None
+) -> bool:
+    """Return whether an optimizer of the kind of `base` takes a step of one value by these settings and this state.
+
+    Raises:
+        ValueError: it does not, and there is a name of `what` it takes.
+    """
+
+    def small(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return torch.zeros((1,) * value.dim(), dtype=value.dtype, device="cpu")
+        return value
+
+    def on_cpu(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(on_cpu, value))
+        return value.detach().cpu() if isinstance(value, Tensor) else value
+
+    shape = (1,) * (0 if is_lazy(param) else param.dim())
+    one = torch.zeros(shape, dtype=param.dtype, device="cpu", requires_grad=True)
+    one.grad = torch.zeros(shape, dtype=param.dtype, device="cpu")
+    settings = {key: on_cpu(group[key]) for key in base.defaults if key in group}
+    # of the places where a step runs, the one that every kind has
+    flags = {
+        key: value for key, value in (("foreach", False), ("fused", False), ("capturable", False)) if key in settings
+    }
+    differentiable = {"differentiable": False} if "differentiable" in settings else {}
+    try:
+        with torch.no_grad(), torch.device("cpu"):
+            stand_in = type(base)([one])  # type: ignore[call-arg]
+            stand_in.param_groups[0].update({**settings, **flags, **differentiable})
+            if entry:
+                stand_in.state[one] = {key: small(value) for key, value in entry.items()}
+            inspect.unwrap(type(base).step)(stand_in)  # without the hooks that a program has for every optimizer
+    except Exception as error:
+        if what is None:
+            return False
+        raise ValueError(
+            f"{type(base).__name__}, the base, cannot go on from {what}: {type(error).__name__}: {error}"
+        ) from error
+    return True
 
 
 def _check_base(base: object) -> None:
