@@ -34,6 +34,9 @@ def first_moment(exp_avg: Tensor, grad: Tensor, one_minus_beta1: float) -> Tenso
     """Return m + (1 - beta1) * (g - m) of AdamW (arXiv 1711.05101), rounded as torch.optim.AdamW rounds it."""
     # lerp multiplies and adds with one rounding. With two, where g and m nearly cancel, the step of a small weight was
     # 48 ulp away from torch's
+    if one_minus_beta1 == 1.0:
+        # g, but where m is not finite. torch.lerp gives a zero either sign, by the entry's place in a vector
+        return grad - (grad - exp_avg) * 0.0
     return torch.lerp(exp_avg, grad, one_minus_beta1)
 
 

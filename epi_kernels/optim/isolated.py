@@ -738,14 +738,45 @@ class IsolatedOptimizer(Isolation, Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep."""
-        kept = ("base", "_backend", "_settings", "_grouping", "_records", "_nonfinite", "_own_state", "_emptied")
-        group = {"_process_group": given(self._process_group)}
+        kept = ("_backend", "_settings", "_grouping", "_records", "_nonfinite", "_own_state", "_emptied")
+        base, importances = self._base_without_importances()
         return {
             **{key: self.__dict__[key] for key in kept},
-            **group,
+            "base": base,
+            "_copied": importances,
+            "_process_group": given(self._process_group),
             "_positions": {},
             "_step_supports_amp_scaling": False,
         }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what `__getstate__` gave."""
+        state = dict(state)
+        copied = state.pop("_copied", {})
+        super().__setstate__(state)
+        for param, signed in copied.items():
+            self._put_importance(param, signed)
+
+    def _base_without_importances(self) -> tuple[Optimizer, dict[Tensor, Tensor]]:
+        """Return the base as it would be without this class, and the importances.
+
+        Bases of torch read the clock of the first entry of their state when they are copied.
+        """
+        state = vars(self.base).get("state")
+        if not isinstance(state, MutableMapping):
+            return self.base, {}  # which keeps its state in a way of its own
+        importances, bare = {}, copy.copy(state)
+        for param, entry in state.items():
+            if isinstance(entry, MutableMapping) and "importance" in entry:
+                importances[param] = entry["importance"]
+                rest = {key: value for key, value in entry.items() if key != "importance"}
+                if rest or param in self._emptied:
+                    bare[param] = rest
+                else:
+                    del bare[param]
+        base = object.__new__(type(self.base))
+        vars(base).update({**vars(self.base), "state": bare})
+        return base, importances
 
 
 def _seen(signed: Tensor) -> tuple[int, int] | None:

@@ -219,7 +219,10 @@ class Isolation(Named):
 
     def _turns(self) -> _Iteration:
         """Return the calls of `step` that are one iteration; a copy of an optimizer begins anew."""
-        found: _Iteration = self.__dict__.setdefault("_iteration", _Iteration())
+        found: _Iteration | None = self.__dict__.get("_iteration")
+        if found is None:
+            known = {id(param) for group in self.param_groups for param in group["params"]}
+            found = self.__dict__["_iteration"] = _Iteration(known=known)
         return found
 
     def _admit(self, group: dict[str, Any]) -> None:
