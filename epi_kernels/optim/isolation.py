@@ -69,7 +69,7 @@ class _Iteration:
     """The calls of `step` since the clock was last counted; parameters by their identities."""
 
     stepped: set[int] = field(default_factory=set)
-    known: set[int] = field(default_factory=set)  # that joined with a group, or stepped before
+    parameters: int = 0  # as many as have joined with groups
     clock: int = 0
 
 
@@ -201,17 +201,14 @@ class Isolation(Named):
         """Count a call of `step`, and return the clock.
 
         DeepSpeed calls `step` once for each group or sub-group and shows the optimizer those parameters alone. Calls
-        with parameters that had no turn yet since the last count are one iteration, and count once.
+        with some parameters, none of which has stepped since the last count, are one iteration, and count once. (All
+        parameters that have not stepped are others, which a wrapper has put in the place of those that have.)
         """
         now = self._turns()
         here = {id(param) for group in self.param_groups for param in group["params"]}
-        # other objects in the place of parameters that have stepped, which a wrapper has replaced, are another step;
-        # but ZeRO's flat partitions are all new in its first iteration
-        known = here <= now.known or now.stepped.isdisjoint(now.known)
-        if here and now.stepped and known and here.isdisjoint(now.stepped):
+        if now.stepped and 0 < len(here) < now.parameters and here.isdisjoint(now.stepped):
             now.stepped |= here
         else:
-            now.known |= now.stepped
             now.stepped, now.clock = here, self._latest_clock() + 1
         clock = now.clock
         self._keep_clock(clock)
@@ -221,14 +218,14 @@ class Isolation(Named):
         """Return the calls of `step` that are one iteration; a copy of an optimizer begins anew."""
         found: _Iteration | None = self.__dict__.get("_iteration")
         if found is None:
-            known = {id(param) for group in self.param_groups for param in group["params"]}
-            found = self.__dict__["_iteration"] = _Iteration(known=known)
+            count = sum(len(group["params"]) for group in self.param_groups)
+            found = self.__dict__["_iteration"] = _Iteration(parameters=count)
         return found
 
     def _admit(self, group: dict[str, Any]) -> None:
-        """Give a group that joins the clock, which is one for all, and know its parameters."""
+        """Give a group that joins the clock, which is one for all, and count the parameters that there are now."""
         group[CLOCK] = self._latest_clock()
-        self._turns().known.update(map(id, group["params"]))
+        self._turns().parameters = sum(len(one["params"]) for one in self.param_groups)
 
     def _count_step_on(self, device: torch.device, found_inf: Tensor | None) -> tuple[Tensor, Tensor]:
         """Count a step on a device that alone knows whether it is skipped, and wait for nothing.
