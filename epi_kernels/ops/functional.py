@@ -218,7 +218,9 @@ def importance_(
         backend: "auto" or the name of one.
 
     Raises:
-        ValueError: lists do not belong together, or the backend is unknown.
+        ValueError: lists do not belong together, a tensor beside them has another shape, layout or device, a layer has
+            no row in `ranges`, or the backend is unknown.
+        TypeError: a tensor has another dtype.
         RuntimeError: the backend cannot run on these tensors.
     """
     check_lists(importances=importances, grads=grads)
@@ -301,6 +303,9 @@ def score_histogram(
     Returns:
         int64 [parts, budgets, bins]; the histogram is the sum over the parts, as many as a backend likes. The same
         integers on every backend, so that sums over shards are exact.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `importance_`; or `shift` and `bins` are no digit of a key.
     """
     _check_scored(importances, layers, ranges, budgets, due, "selection", len(selection), selection.device)
     check_tensor("selection", selection, torch.int64, (len(selection), 2), selection.device)
@@ -342,6 +347,9 @@ def select_digit_(counts: Tensor, selection: Tensor, shift: int, backend: str) -
     Returns:
         float32 [budgets], the smallest score that has the digits found. 0 where there are fewer than k scores;
         infinity where k is 0.
+
+    Raises:
+        ValueError, TypeError: `counts` or `selection` has another shape, layout, device or dtype.
     """
     check_tensor("selection", selection, torch.int64, (len(selection), 2), selection.device)
     if counts.dim() != 3:
@@ -380,6 +388,9 @@ def lock_(
 
     Returns:
         int64 [tensors, 3]: entries locked now, of these not locked before, and released.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `importance_`.
     """
     _check_scored(importances, layers, ranges, budgets, due, "thresholds", len(thresholds), thresholds.device)
     check_tensor("thresholds", thresholds, torch.float32, (len(thresholds),), thresholds.device)

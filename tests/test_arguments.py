@@ -1,0 +1,176 @@
+"""What an operation hands to compiled code is checked first: a wrong argument is refused, and nothing is written.
+
+Compiled code goes by the dtype and shape that the documentation names. A float64 tensor in a float32's place, or one
+row too few, would be read or written beyond its memory.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from agreement import gradient, signed, step_arguments, step_lists
+from torch import Tensor
+
+from epi_kernels import ops
+
+Change = Callable[[dict[str, Any]], Any]
+
+
+def importance_arguments() -> dict[str, Any]:
+    return {
+        "importances": [signed((5,)), signed((3, 4))],
+        "grads": [gradient((5,)), None],
+        "ranges": torch.tensor([[torch.inf, -torch.inf]]).repeat(2, 1),
+        "nonfinite": torch.zeros(2, dtype=torch.int64),
+        "betas": torch.tensor([(0.9, 0.1)] * 2, dtype=torch.float64),
+        "layers": [0, 1],
+        "keep_finite": True,
+        "grad_factor": torch.ones(()),
+        "due": torch.ones(1),
+    }
+
+
+def histogram_arguments() -> dict[str, Any]:
+    return {
+        "importances": [signed((5,)), signed((3, 4))],
+        "layers": [0, 1],
+        "ranges": torch.tensor([[0.0, 1.0]] * 2),
+        "budgets": [0, 1],
+        "selection": torch.tensor([[0, 3], [0, 2]]),
+        "shift": 19,
+        "bins": 4096,
+        "due": torch.ones(()),
+    }
+
+
+def digit_arguments() -> dict[str, Any]:
+    counts = torch.zeros(1, 2, 4096, dtype=torch.int64)
+    counts[:, :, 7] = 9
+    return {"counts": counts, "selection": torch.tensor([[0, 3], [0, 2]]), "shift": 19}
+
+
+def lock_arguments() -> dict[str, Any]:
+    kept = {key: value for key, value in histogram_arguments().items() if key not in ("selection", "shift", "bins")}
+    return {**kept, "thresholds": torch.tensor([0.1, 0.2])}
+
+
+def masked_arguments() -> dict[str, Any]:
+    arguments = step_arguments(step_lists([torch.ones(5)], [gradient((5,))], "importance", False), "importance")
+    return {**arguments, "grad_factor": torch.ones(()), "found_inf": torch.zeros(())}
+
+
+def sparse_arguments() -> dict[str, Any]:
+    return {
+        "params": [torch.ones(4, 3)],
+        "grads": [gradient((4, 3))],
+        "indices": [torch.tensor([1, 5])],
+        "exp_avgs": [torch.zeros(2)],
+        "exp_avg_sqs": [torch.zeros(2)],
+        "scalars": torch.ones(1, 11, dtype=torch.float64),
+        "rows": [0],
+    }
+
+
+OPERATIONS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
+    "importance_": (ops.importance_, importance_arguments),
+    "score_histogram": (ops.score_histogram, histogram_arguments),
+    "select_digit_": (ops.select_digit_, digit_arguments),
+    "lock_": (ops.lock_, lock_arguments),
+    "masked_adamw_": (ops.masked_adamw_, masked_arguments),
+    "sparse_adamw_": (ops.sparse_adamw_, sparse_arguments),
+}
+
+# operation -> its small tensors, and those of its numbers that are positions in one of them
+TENSORS = {
+    "importance_": ("ranges", "nonfinite", "betas", "grad_factor", "due"),
+    "score_histogram": ("ranges", "selection", "due"),
+    "select_digit_": ("counts", "selection"),
+    "lock_": ("ranges", "thresholds", "due"),
+    "masked_adamw_": ("nonfinite", "scalars", "grad_factor", "found_inf"),
+    "sparse_adamw_": ("scalars",),
+}
+POSITIONS = {
+    "importance_": ("layers",),
+    "score_histogram": ("layers", "budgets"),
+    "lock_": ("layers", "budgets"),
+    "masked_adamw_": ("rows",),
+    "sparse_adamw_": ("rows",),
+}
+OTHER = {torch.float32: torch.float64, torch.float64: torch.float32, torch.int64: torch.int32}
+
+WRONG: dict[str, Change] = {
+    "of another dtype": lambda tensor: tensor.to(OTHER[tensor.dtype]),
+    "of half the bytes": lambda tensor: tensor.to(torch.bfloat16 if tensor.is_floating_point() else torch.int16),
+    "longer": lambda tensor: torch.cat([tensor.reshape(1) if tensor.dim() == 0 else tensor] * 2, -1),
+    "shorter": lambda tensor: tensor.reshape(1)[:0] if tensor.dim() == 0 else tensor[..., :-1],
+    "not contiguous": lambda tensor: torch.stack([tensor, tensor], -1)[..., 0],
+}
+
+
+def tensors_of(arguments: Any) -> list[Tensor]:
+    if isinstance(arguments, Tensor):
+        return [arguments]
+    if isinstance(arguments, dict):
+        arguments = list(arguments.values())
+    return [t for one in arguments for t in tensors_of(one)] if isinstance(arguments, (list, tuple)) else []
+
+
+def assert_refused(operation: str, arguments: dict[str, Any], backend: str, match: str) -> None:
+    call, _ = OPERATIONS[operation]
+    here = [tensor for tensor in tensors_of(arguments) if tensor.device.type == "cpu"]
+    before = [tensor.clone() for tensor in here]
+    with pytest.raises((TypeError, ValueError), match=match):
+        call(**arguments, backend=backend)
+    for tensor, copy in zip(here, before, strict=True):
+        assert torch.equal(tensor.nan_to_num(), copy.nan_to_num())
+
+
+# what is no mistake: a threshold that no tensor asks for, digits of any number of values, and numbers that are copied
+RIGHT = {("thresholds", "longer"), ("counts", "longer"), ("counts", "shorter"), ("scalars", "not contiguous")}
+CASES = [
+    (operation, name, wrong)
+    for operation, names in TENSORS.items()
+    for name in names
+    for wrong in WRONG
+    if (name, wrong) not in RIGHT
+    # of one value there is one layout
+    and not (name in ("grad_factor", "due", "found_inf", "nonfinite") and wrong == "not contiguous")
+]
+
+
+@pytest.mark.parametrize(("operation", "name", "wrong"), CASES, ids=lambda value: str(value))
+def test_a_wrong_tensor_is_refused_and_nothing_is_written(operation: str, name: str, wrong: str, backend: str) -> None:
+    arguments = OPERATIONS[operation][1]()
+    arguments[name] = WRONG[wrong](arguments[name])
+    assert_refused(operation, arguments, backend, name)
+
+
+@pytest.mark.parametrize(
+    ("operation", "name"), [(o, n) for o, names in POSITIONS.items() for n in names], ids=lambda value: str(value)
+)
+@pytest.mark.parametrize("position", [-1, 2, 10**6])
+def test_a_position_out_of_range_is_refused(operation: str, name: str, position: int, backend: str) -> None:
+    arguments = OPERATIONS[operation][1]()
+    arguments[name] = [*arguments[name][:-1], position]
+    assert_refused(operation, arguments, backend, name)
+
+
+@pytest.mark.parametrize(
+    ("operation", "name"), [(o, n) for o, names in POSITIONS.items() for n in names], ids=lambda value: str(value)
+)
+def test_a_position_for_each_tensor(operation: str, name: str, backend: str) -> None:
+    arguments = OPERATIONS[operation][1]()
+    arguments[name] = arguments[name] * 2
+    assert_refused(operation, arguments, backend, name)
+
+
+@pytest.mark.parametrize(("bins", "shift"), [(4095, 19), (0, 19), (1 << 20, 0), (4096, -1), (4096, 31)])
+def test_digits_that_no_key_has_are_refused(bins: int, shift: int, backend: str) -> None:
+    assert_refused("score_histogram", {**histogram_arguments(), "bins": bins, "shift": shift}, backend, "bins")
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_the_right_arguments_are_taken(operation: str, backend: str) -> None:
+    call, arguments = OPERATIONS[operation]
+    call(**arguments(), backend=backend)
