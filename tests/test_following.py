@@ -71,8 +71,8 @@ def moved_by_a_step(model: nn.Module, optimizer: Any, seed: int = 0) -> dict[str
         grad = torch.randn(p.shape, generator=generator)
         p.grad = distribute_tensor(grad, p.device_mesh, p.placements) if hasattr(p, "device_mesh") else grad
     optimizer.step()
-    found = {n: p.detach() != before[n] for n, p in model.named_parameters()}
-    return {n: whole(moved) for n, moved in found.items()}
+    found = {n: whole(p.detach()) != whole(before[n]) for n, p in model.named_parameters()}
+    return found
 
 
 def whole(tensor: Any) -> Tensor:
