@@ -37,7 +37,9 @@ def test_a_wheel_without_a_library_is_for_any_platform(compiler: bool, tmp_path:
     script = tmp_path / "compiler"
     script.write_text(COMPILER)
     script.chmod(0o755)
-    environment = {**os.environ, "CXX": str(script if compiler else tmp_path / "missing"), "CUDA_HOME": str(tmp_path)}
+    # no compiler on PATH either, nvcc included
+    environment = {**os.environ, "CXX": str(script if compiler else tmp_path / "missing"), "PATH": "/nonexistent"}
+    environment.pop("CUDA_HOME", None)
     done = subprocess.run(
         [sys.executable, "setup.py", "-q", "bdist_wheel"], cwd=source, env=environment, capture_output=True, text=True
     )

@@ -10,7 +10,7 @@ import triton.language as tl
 _SIGN = tl.constexpr(-(1 << 31))
 _MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 _SMALLEST_NORMAL = tl.constexpr(0x00800000)
-_NEGLIGIBLE = tl.constexpr(0x01000000)
+_NEGLIGIBLE = tl.constexpr(2.0**-125)
 INFINITE = tl.constexpr(0x7F800000)  # the bits of +inf; above them are the NaNs
 MINUS_INFINITE = tl.constexpr(-0x00800000)  # the bits of -inf, as int32
 
@@ -53,7 +53,8 @@ def is_finite(value):
 
 @triton.jit
 def noticed(value):
-    return tl.where(bits_of(value) < _NEGLIGIBLE, 0.0, value)
+    # as floats: the bits of a NaN with the sign bit would be below those of any number
+    return tl.where(value < _NEGLIGIBLE, 0.0, value)
 
 
 @triton.jit
