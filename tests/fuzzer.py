@@ -603,7 +603,8 @@ class Case:
 
     def _step(self, how: str, state: str | None) -> None:
         made_there = state == "inference" or (state == "meta" and self.isolated)
-        if made_there and not all(self.ours.optimizer.state.get(p) for p in self.ours.params):
+        made = all(set(self.ours.optimizer.state.get(p, ())) - {"importance"} for p in self.ours.params)
+        if made_there and not made and self.kind != "Isolated SGD":
             state = None  # as with torch's, a state that is made there is of no use elsewhere
         grads = [None if p.grad is None else whole(p.grad).clone() for p in self.ours.params]
         before = [whole(p).clone() for p in self.ours.params]
@@ -815,6 +816,16 @@ class Case:
             return False  # torch makes the state by a step of zeros, in which torch's optimizers divide 0 by 0
         if any(not p.requires_grad and not state.get(p) for p in self.ours.params):
             return False
+        if self.kind == "Isolated Adagrad" and any("sum" not in state.get(p, ()) for p in self.ours.params):
+            return False  # torch's Adagrad makes a state when it is constructed, and none for what is added
+        if self.isolated and any(
+            g["isolation_ratio"] and p.requires_grad and "importance" not in state.get(p, ())
+            for g in self.ours.optimizer.param_groups
+            for p in g["params"]
+        ):
+            return False
+        if self.kind == "Isolated SGD" and not all(state.get(p) for p in trained):
+            return False  # torch loads the states of all or of none
         if any(isinstance(v, Tensor) for g in self.ours.optimizer.param_groups for v in (g["lr"],)):
             return False
         moments = all(

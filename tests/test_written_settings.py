@@ -82,6 +82,53 @@ def test_what_is_written_into_all_groups_holds_as_if_constructed_with(
 
 
 @every_kind
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_group_that_is_added_has_what_was_written_into_all_before_any_further_step(
+    build: Callable[..., Any], steps: int
+) -> None:
+    optimizer, params = built(build)
+    train(optimizer, params, 1, steps)
+    write(optimizer, mask_interval=3, scope="layer")
+    added = {"params": [("h.2.a", Parameter(torch.ones(SHAPE, dtype=torch.float32)))]}
+    optimizer.add_param_group(added)
+    assert (optimizer.param_groups[-1]["mask_interval"], optimizer.param_groups[-1]["scope"]) == (3, "layer")
+    optimizer.state_dict()
+    optimizer.step()
+
+
+@every_kind
+def test_a_group_is_not_added_while_one_group_alone_has_a_setting(build: Callable[..., Any]) -> None:
+    optimizer, params = built(build)
+    optimizer.param_groups[1]["mask_interval"] = 3
+    added = {"params": [("h.2.a", Parameter(torch.ones(SHAPE, dtype=torch.float32)))]}
+    with pytest.raises(ValueError, match="mask_interval=3 in parameter group 1, and 4 in group 0"):
+        optimizer.add_param_group(dict(added))
+    assert len(optimizer.param_groups) == 2
+    write(optimizer, mask_interval=3)
+    optimizer.add_param_group(added)
+    assert len(optimizer.param_groups) == 3
+    train(optimizer, params, 1, 2)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_learning_rate_that_becomes_a_tensor_is_refused_where_the_constructor_refuses_it(
+    steps: int, copied: bool
+) -> None:
+    optimizer, params = built(lambda named: EPIAdamW(named, lr=0.1, isolation_ratio=0.2, foreach=True))
+    train(optimizer, params, 1, steps)
+    write(optimizer, lr=torch.tensor(0.1))
+    if copied:
+        optimizer, params = copy.deepcopy((optimizer, params))
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(ValueError, match="lr as a Tensor is not supported for capturable=False and foreach=True"):
+        train(optimizer, params, 3, 3)
+    assert all(map(torch.equal, params, before))
+    write(optimizer, foreach=None)
+    train(optimizer, params, 3, 3)
+
+
+@every_kind
 @pytest.mark.parametrize(
     ("setting", "value"),
     [

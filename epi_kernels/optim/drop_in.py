@@ -38,6 +38,9 @@ _HEALTH_CHECK = next(
 # the settings of torch's
 _TORCHS = [name for name in inspect.signature(AdamW).parameters if name != "params"]
 
+# those of torch's that say how a step is taken
+_FLAGS = [name for name in _TORCHS if name not in ("lr", "betas", "eps", "weight_decay")]
+
 # of which `_check_options` may say that a parameter cannot have them
 _OPTIONS = ("fused", "capturable", "differentiable", "clip_grad_norm")
 
@@ -226,10 +229,13 @@ class DropInAdamW(Named, AdamW):
         """Add a group as torch does; what it brings of its own is checked as the constructor's arguments are.
 
         Raises:
-            ValueError: a setting is out of its range, or differs where it is one for all groups.
+            ValueError: a setting is out of its range, or differs where it is one for all groups; of the groups that are
+                there too.
             NotImplementedError: a parameter is of a kind or dtype that is not taken.
             RuntimeError: the backend that was named cannot run on a parameter.
         """
+        if "_number" in self.__dict__:  # constructed: what was written into every group since holds for this one too
+            self._take_written()
         # torch's constructor calls this once for each group and knows nothing of the subclass's defaults
         for key, value in self._settings.items():
             self.defaults.setdefault(key, value)
@@ -292,6 +298,9 @@ class DropInAdamW(Named, AdamW):
         """
         keys = [key for key in dict.fromkeys((*self._settings, *self._SHARED)) if key not in self._COUNTED]
         written = [{key: group[key] for key in keys if key in group} for group in self.param_groups]
+        for ours, group in zip(written, self.param_groups, strict=True):
+            # a schedule writes a learning rate at every step: only whether it is a Tensor is looked at
+            ours["flags"] = [*map(group.get, _FLAGS), type(group["lr"])]
         if written == self._written:
             return
         fixed = self._fixed()

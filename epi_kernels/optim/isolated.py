@@ -210,10 +210,13 @@ class IsolatedOptimizer(Isolation, Optimizer):
         """Add a group to the base; it may bring ``isolation_ratio`` and ``importance_beta``.
 
         Raises:
-            ValueError: a setting is out of its range, or differs where it is one for all groups.
+            ValueError: a setting is out of its range, or differs where it is one for all groups; of the groups that are
+                there too.
         """
         if "base" not in vars(self):  # torch's constructor adds an empty one
             return
+        self._take_groups()
+        self._take_written()  # what was written into every group holds for this one too
         with self._set_aside():
             self.base.add_param_group(param_group)
         try:
