@@ -814,6 +814,8 @@ class Case:
             return False
         if self.isolated and any(p.dtype == torch.float16 for p in self.ours.params):
             return False  # torch makes the state by a step of zeros, in which torch's optimizers divide 0 by 0
+        if self.isolated and not all(bool(whole(p).isfinite().all()) for p in self.ours.params):
+            return False  # with lr=0 too, torch's SGD moves what is infinite, by 0 times infinity
         if any(not p.requires_grad and not state.get(p) for p in self.ours.params):
             return False
         if self.kind == "Isolated Adagrad" and any("sum" not in state.get(p, ()) for p in self.ours.params):
