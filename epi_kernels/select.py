@@ -9,7 +9,8 @@ from torch import Tensor
 
 from epi_kernels import contract, ops
 from epi_kernels.distributed import Held, Ranks, agreement, group_of, is_dtensor, local, shard_key, shard_of, wrapped
-from epi_kernels.layers import block, without_wrappers
+from epi_kernels.engine.groups import without_wrappers
+from epi_kernels.isolation.layers import block
 from epi_kernels.ops.equations import score
 
 # entries looked at together

@@ -3,61 +3,34 @@
 import copy
 import functools
 import inspect
-import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, MutableMapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 
 # not by way of torch.optim, where a program may have put other classes in the place of torch's
 from torch.optim.lbfgs import LBFGS
 from torch.optim.optimizer import Optimizer
 
-from epi_kernels import dispatch, lock, native, ops
-from epi_kernels.distributed import given, local, local_gradient, shard_of
-from epi_kernels.layers import Grouping, LayersArgument, check_saved, has_names
-from epi_kernels.ops.flat import put_
-from epi_kernels.optim.base import new_state
-from epi_kernels.optim.checkpoint import check_form, check_place, check_tensor, in_our_order, named, pairs_of
-from epi_kernels.optim.complex import squared_by_importance
-from epi_kernels.optim.drop_in import DropInAdamW
-from epi_kernels.optim.groups import check_shared, check_written
-from epi_kernels.optim.isolation import CLOCK, SHARED, Isolation, check_settings
-from epi_kernels.optim.nonfinite import NonfiniteCounts
-from epi_kernels.optim.plain import plain_settings
-from epi_kernels.optim.scaling import UNSCALED, Scaling
-from epi_kernels.telemetry import Records
-
-# what torch's optimizers are constructed with, and not all of them: it tells the states of one from those of another
-_HYPERPARAMETERS = {
-    name
-    for each in vars(torch.optim).values()
-    if isinstance(each, type) and issubclass(each, Optimizer) and each.__module__.startswith("torch.optim.")
-    for name in inspect.signature(each).parameters
-} - {"params", "defaults", "foreach", "fused", "maximize", "capturable", "differentiable", "decoupled_weight_decay"}
+from epi_kernels import dispatch, native, ops
+from epi_kernels.distributed import given, local, local_gradient
+from epi_kernels.engine.checkpoint import check_form, in_our_order, pairs_of
+from epi_kernels.engine.complex import squared_by_importance
+from epi_kernels.engine.groups import has_names, name_of, params_of
+from epi_kernels.engine.optimizer import FusedOptimizer
+from epi_kernels.engine.settings import check_shared, check_written, plain_settings
+from epi_kernels.isolation.based import as_before, checked_entries, in_torchs_form
+from epi_kernels.isolation.guest import Guest
+from epi_kernels.isolation.isolating import Isolating
+from epi_kernels.isolation.isolation import Isolation
+from epi_kernels.isolation.layers import LayersArgument
+from epi_kernels.isolation.protected import Protected, lock_again, put_back
+from epi_kernels.isolation.settings import CLOCK, SETTINGS, SHARED, check_settings
 
 
-class _Kept(NamedTuple):
-    """Protected entries of a parameter, as they were."""
-
-    param: Tensor
-    positions: Tensor  # int64, in row-major order of what this rank holds
-    values: Tensor
-
-
-class _Positions(NamedTuple):
-    """Where the protected entries of a parameter are, and what tells that they still are there."""
-
-    signed: weakref.ref[Tensor]  # weak: the program may move a state away, and wants its memory then
-    seen: tuple[int, int]  # address and version of its memory
-    positions: Tensor
-
-
-class IsolatedOptimizer(Isolation, Optimizer):
+class IsolatedOptimizer(Isolating, Optimizer):
     """Any torch optimizer, kept from moving the most important entries; they are chosen again as training goes on.
 
     ::
@@ -136,14 +109,10 @@ class IsolatedOptimizer(Isolation, Optimizer):
         }
         check_settings(self._settings)
         self._settings = plain_settings(self._settings)
-        self._backend = backend
-        self._grouping = Grouping(layers)
-        self._records = Records()
-        self._process_group = process_group
-        self._nonfinite = NonfiniteCounts()
+        self.backend, self.process_group = backend, process_group
+        self._isolation = Isolation(layers)
+        self._guest, self._entries = Guest(), Protected()
         self._own_state: defaultdict[Tensor, Any] = defaultdict(dict)
-        self._emptied: set[Tensor] = set()
-        self._positions: dict[int, _Positions] = {}  # by id of the parameter
         # it makes the hooks of an optimizer; what it assigns else is lost, since there is no base yet that it could
         # belong to
         super().__init__([{"params": []}], {})
@@ -197,14 +166,16 @@ class IsolatedOptimizer(Isolation, Optimizer):
 
         @functools.wraps(found)
         def call(*args: Any, **kwargs: Any) -> Any:
-            kept = self._protected()
+            kept = self._entries.keep(self)
             try:
-                with self._set_aside():
+                with self._guest.aside(self):
                     return found(*args, **kwargs)
             finally:
-                self._put_back(kept)
+                put_back(kept)
 
         return call
+
+    # Groups ----------------------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base; it may bring ``isolation_ratio`` and ``importance_beta``.
@@ -217,7 +188,7 @@ class IsolatedOptimizer(Isolation, Optimizer):
             return
         self._take_groups()
         self._take_written()  # what was written into every group holds for this one too
-        with self._set_aside():
+        with self._guest.aside(self):
             self.base.add_param_group(param_group)
         try:
             self._take_group(self.base.param_groups[-1])
@@ -229,13 +200,13 @@ class IsolatedOptimizer(Isolation, Optimizer):
         """Take over the groups that lack our settings, and parameters that others have put into the groups."""
         groups = self.param_groups
         for group in groups:
-            if any(key not in group for key in (*self._settings, CLOCK, "layer_digest")):
+            if any(key not in group for key in (*SETTINGS, CLOCK, "layer_digest")):
                 self._take_group(group)
         params = [id(param) for group in groups for param in group["params"]]
         if params != self._taken:
             self._taken = params
-            self._positions.clear()
-            self._part()
+            self._entries.forget()
+            self._isolation.competition.part()
 
     def _take_group(self, group: dict[str, Any]) -> None:
         """Check a group of the base and write the settings that it lacks into it."""
@@ -244,77 +215,19 @@ class IsolatedOptimizer(Isolation, Optimizer):
         settings = plain_settings({key: own.get(key, value) for key, value in self._settings.items()})
         check_settings(settings)
         check_shared(SHARED, settings, self._settings)
-        self._grouping.resolve(named="param_names" in group)
+        grouping = self._isolation.grouping
+        grouping.resolve(named="param_names" in group)
         group.update(settings)
-        self._admit(group)
-        self._grouping.stamp(self.param_groups)
+        self._isolation.join(self.param_groups, group)
+        grouping.stamp(self.param_groups)
         self._make_places()
-
-    # The importance in the base's state ------------------------------------------------------------------------------
-
-    def _signed_importance(self, param: Tensor, group: dict[str, Any]) -> Tensor | None:
-        entry = self.state.get(param)
-        if not group.get("isolation_ratio", self._settings["isolation_ratio"]) or not isinstance(entry, MutableMapping):
-            return None
-        return entry.get("importance")
-
-    def _put_importance(self, param: Tensor, signed: Tensor) -> None:
-        """Put an importance into the state of a parameter.
-
-        Raises:
-            TypeError: the state of the parameter is no dict.
-        """
-        state = self.state
-        entry = state.get(param)
-        if entry is None:
-            entry = state[param] = {}
-        elif not isinstance(entry, MutableMapping):
-            raise TypeError(
-                f"the state of {self._name(param)} is a {type(entry).__name__}; the importance needs a dict"
-            )
-        elif not entry:
-            self._emptied.add(param)
-        entry["importance"] = signed
-
-    @contextmanager
-    def _set_aside(self) -> Iterator[dict[Tensor, Tensor]]:
-        """Take the importances out of the base's state while the base may look at it.
-
-        Bases make their state where a parameter has none, or an empty one: an entry that has the importance alone is no
-        entry meanwhile, unless the base itself has made an empty one.
-
-        Yields:
-            The importances; those that are in it at the end are put into the state that the base has then.
-        """
-        aside: dict[Tensor, Tensor] = {}
-        state = self.state
-        for param in [param for group in self.param_groups for param in group["params"]]:
-            entry = state.get(param)
-            if isinstance(entry, MutableMapping) and "importance" in entry:
-                aside[param] = entry.pop("importance")
-                if not entry and param not in self._emptied:
-                    del state[param]
-        self._emptied = set()
-        try:
-            yield aside
-        finally:
-            for param, signed in aside.items():
-                self._put_importance(param, signed)
 
     def _make_importances(self) -> list[Tensor]:
         """Make the importance of the parameters that can be protected and have none, and return these parameters."""
-        made = []
-        for group in self.param_groups:
-            for param in group["params"] if group["isolation_ratio"] > 0 else ():
-                stands = is_lazy(param) or param.is_meta or not (param.requires_grad or param.grad is not None)
-                if not stands and self._signed_importance(param, group) is None:
-                    signed = new_state(param, "importance")
-                    self._put_importance(param, signed)
-                    if (seen := _seen(signed)) is not None:  # nothing is protected: no need to ask the device
-                        nothing = torch.empty(0, dtype=torch.int64, device=param.device)
-                        self._positions[id(param)] = _Positions(weakref.ref(signed), seen, nothing)
-                    made.append(param)
-        return made
+        made = self._guest.make(self)
+        for param, signed in made:
+            self._entries.nothing(param, signed)
+        return [param for param, _ in made]
 
     def _make_places(self) -> None:
         """Make the importances where there is a state already: a distributed checkpoint loads what has a place in it.
@@ -323,93 +236,6 @@ class IsolatedOptimizer(Isolation, Optimizer):
         """
         if self.state and all("isolation_ratio" in group for group in self.param_groups):
             self._make_importances()
-
-    def _drop_importance(self, param: Tensor) -> None:
-        """Take an importance out of the state of a parameter, and the entry too, where it has nothing else."""
-        entry = self.state.get(param, {})
-        entry.pop("importance", None)
-        if not entry and param not in self._emptied:
-            self.state.pop(param, None)
-
-    def _check_importances(self) -> None:
-        """Check that every importance is still that of its parameter, whoever has written into the state.
-
-        Raises:
-            ValueError: it is of another shape, dtype or device; the message names the parameter.
-        """
-        for group in self.param_groups:
-            for param in group["params"]:
-                signed = self._signed_importance(param, group)
-                if signed is None:
-                    continue
-                wanted = (torch.float32, tuple(param.shape), tuple(local(param).shape), param.device)
-                if not isinstance(signed, Tensor) or wanted != (
-                    signed.dtype,
-                    tuple(signed.shape),
-                    tuple(local(signed).shape),
-                    signed.device,
-                ):
-                    what = (
-                        f"{signed.dtype} of shape {tuple(signed.shape)} on {signed.device}"
-                        if isinstance(signed, Tensor)
-                        else f"a {type(signed).__name__}"
-                    )
-                    raise ValueError(
-                        f'state[p]["importance"] of {self._name(param)} is {what}, and the parameter has shape '
-                        f"{tuple(param.shape)} on {param.device}: it must be torch.float32 of that shape there. Bring "
-                        "it into that form (0 for a new entry, which is free), or delete it, which starts over at 0 "
-                        "with nothing locked"
-                    )
-
-    # Protected entries -----------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def _protected(self) -> list[_Kept]:
-        """Return the protected entries of all parameters; it waits for no device where no mask has changed."""
-        kept = []
-        for group in self.param_groups:
-            for param in group["params"]:
-                signed = self._signed_importance(param, group)
-                if signed is not None and signed.shape == param.shape:
-                    positions = self._positions_of(param, signed)
-                    if positions.numel():
-                        kept.append(_Kept(param, positions, torch.take(local(param), positions)))
-        return kept
-
-    def _positions_of(self, param: Tensor, signed: Tensor) -> Tensor:
-        """Return where the protected entries of a parameter are."""
-        known, seen = self._positions.get(id(param)), _seen(signed)
-        if known is None or seen is None or known.signed() is not signed or known.seen != seen:
-            found = lock.is_locked(local(signed)).flatten().nonzero().squeeze(1)
-            if seen is None:
-                return found
-            known = self._positions[id(param)] = _Positions(weakref.ref(signed), seen, found)
-        return known.positions
-
-    def _same_masks(self, param: Tensor, signed: Tensor) -> None:
-        """Say that this class has written the importance of a parameter, and no sign of it."""
-        known, seen = self._positions.get(id(param)), _seen(signed)
-        if known is not None and seen is not None and known.signed() is signed:
-            self._positions[id(param)] = known._replace(seen=seen)
-
-    @torch.no_grad()
-    def _put_back(self, kept: Sequence[_Kept]) -> None:
-        """Write entries back, into whatever memory their parameters have now."""
-        for param, positions, values in kept:
-            put_(local(param), positions, values)
-
-    def _refresh(
-        self,
-        stepping: Sequence[Tensor],
-        scaling: Scaling,
-        clock: int | Tensor | None = None,
-        due: Tensor | None = None,
-    ) -> None:
-        self._take_groups()
-        try:
-            super()._refresh(stepping, scaling, clock, due)
-        finally:
-            self._positions.clear()
 
     def _take_written(self) -> None:
         """Take over the settings that a program has written into the groups: those for all must be in all of them.
@@ -420,17 +246,25 @@ class IsolatedOptimizer(Isolation, Optimizer):
         groups = self.param_groups
         for group in groups:
             check_settings(group)
-        layers = (self._grouping.name, self._settings["layers"])
+        layers = (self._isolation.grouping.name, self._settings["layers"])
         check_written(groups, SHARED, {"importance": ("ema",), "layers": layers})
         self._settings.update({key: groups[0][key] for key in SHARED if key != "layers"} if groups else {})
+
+    # The step --------------------------------------------------------------------------------------------------------
+
+    _taken: list[int] | None = None  # ids of the parameters that were in the groups when they were last looked at
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Do what the base does."""
         self.base.zero_grad(set_to_none)
 
-    # The step --------------------------------------------------------------------------------------------------------
-
-    _taken: list[int] | None = None  # ids of the parameters that were in the groups when they were last looked at
+    def refresh(self) -> None:
+        """Choose the protected entries now; see `EPIAdamW.refresh`."""
+        self._take_groups()
+        try:
+            super().refresh()
+        finally:
+            self._entries.forget()
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
@@ -456,34 +290,36 @@ class IsolatedOptimizer(Isolation, Optimizer):
         self._take_groups()
         self._take_written()
         stepping = self._stepping()
-        self._check_importances()
-        before = self._protected()
-        clocks, iteration = [(group, group[CLOCK]) for group in self.param_groups], copy.deepcopy(self._turns())
+        self._guest.check(self)
+        isolation, before = self._isolation, self._entries.keep(self)
+        clocks, iteration = [(group, group[CLOCK]) for group in self.param_groups], copy.deepcopy(isolation.iteration)
         kept, made, records = before, self._make_importances(), None
         try:
-            self._meet()
-            clock, interval = self._count_step(), self.param_groups[0]["mask_interval"]
+            isolation.competition.meet(self)
+            clock, interval = isolation.count_step(self.param_groups), self.param_groups[0]["mask_interval"]
             if interval is not None and clock % interval == 0:
-                records = self._records.kept()
-                self._refresh([param for param in stepping if param.requires_grad], UNSCALED, clock)
-                kept = self._protected()
+                records = isolation.records.kept()
+                self._entries.forget()
+                isolation.refresh(self, [param for param in stepping if param.requires_grad], clock=clock)
+                kept = self._entries.keep(self)
                 stepping = {param: group for param, group in stepping.items() if not param.requires_grad}
             self._advance(stepping)
-            with self._set_aside():
+            with self._guest.aside(self):
                 self.base.step()
         except BaseException:
-            self._put_back((*kept, *before))
+            self._entries.forget()
+            put_back((*kept, *before))
             for group, number in clocks:
                 group[CLOCK] = number
-            self._iteration = iteration
+            isolation.iteration = iteration
             for param in made:
-                self._drop_importance(param)
+                self._guest.drop(self, param)
             if records is not None:
-                self._records.bring_back(records)
-                self._lock_again(before)
+                isolation.records.bring_back(records)
+                lock_again(self, before)
             raise
-        self._put_back(kept)
-        self._nonfinite.warn(self._names)
+        put_back(kept)
+        isolation.nonfinite.warn(self.param_groups)
         return loss
 
     def _stepping(self) -> dict[Tensor, dict[str, Any]]:
@@ -505,12 +341,12 @@ class IsolatedOptimizer(Isolation, Optimizer):
                     continue
                 if param.grad.is_sparse:
                     raise RuntimeError(
-                        f"{self._name(param)} has a sparse gradient; importance needs dense ones. Give its group "
+                        f"{name_of(param, self.param_groups)} has a sparse gradient; importance needs dense ones. Give its group "
                         "isolation_ratio=0"
                     )
                 if param.is_meta:
                     raise RuntimeError(
-                        f"{self._name(param)} is on the meta device and has no values; materialise the model first, by "
+                        f"{name_of(param, self.param_groups)} is on the meta device and has no values; materialise the model first, by "
                         'model.to_empty(device="cpu") for instance, and construct the optimizer then'
                     )
                 stepping[param] = group
@@ -520,7 +356,7 @@ class IsolatedOptimizer(Isolation, Optimizer):
         """Advance the importance by the gradients."""
         for device in dict.fromkeys(param.device for param in stepping):
             here = [param for param in stepping if param.device == device]
-            if self._backend == "auto" and any(param.dtype in native.DTYPES for param in here):
+            if self.backend == "auto" and any(param.dtype in native.DTYPES for param in here):
                 dispatch.say_if_slow(device)
             signed = [self.state[param]["importance"] for param in here]
             betas = [stepping[param]["importance_beta"] for param in here]
@@ -528,34 +364,20 @@ class IsolatedOptimizer(Isolation, Optimizer):
                 [local(one) for one in signed],
                 [squared_by_importance(local_gradient(param)) for param in here],
                 torch.zeros(1, 2, dtype=torch.float32, device=device),  # nobody asks for a range between two refreshes
-                self._nonfinite.counter(here),
+                self._isolation.nonfinite.counter(here),
                 torch.tensor([(beta, 1.0 - beta) for beta in betas], dtype=torch.float64, device="cpu"),
                 [0] * len(here),
                 True,
                 None,
                 None,
-                self._backend,
+                self.backend,
             )
             for param, one in zip(here, signed, strict=True):
-                self._same_masks(param, one)
-
-    def _lock_again(self, before: Sequence[_Kept]) -> None:
-        """Let these entries be protected again, and no others."""
-        positions = {param: where for param, where, _ in before}
-        for group in self.param_groups:
-            for param in group["params"]:
-                signed = self._signed_importance(param, group)
-                if signed is not None:
-                    held = local(signed)
-                    locked = torch.zeros_like(held, dtype=torch.bool)
-                    if param in positions:
-                        ones = torch.ones(len(positions[param]), dtype=torch.bool, device=held.device)
-                        put_(locked, positions[param], ones)
-                    held.copy_(lock.with_lock(held, locked))
+                self._entries.same_masks(param, one)
 
     def __repr__(self) -> str:
         """Return the base's text and the grouping and backend in force."""
-        return f"{type(self).__name__} of {self.base!r}\n{self._isolation_text()}"
+        return f"{type(self).__name__} of {self.base!r}\n{self._isolation.text(self)}"
 
     # State -----------------------------------------------------------------------------------------------------------
 
@@ -569,9 +391,9 @@ class IsolatedOptimizer(Isolation, Optimizer):
         self._take_written()
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        with self._set_aside() as aside:
+        with self._guest.aside(self) as aside:
             packed = self.base.state_dict()
-            if not self._in_torchs_form(packed):
+            if not in_torchs_form(packed, self.param_groups):
                 packed = {"base": packed, **self._own_form()}
             state = dict(packed["state"])
             for number, param in pairs_of(packed["param_groups"], self.param_groups):
@@ -583,19 +405,11 @@ class IsolatedOptimizer(Isolation, Optimizer):
             packed = packed if changed is None else changed
         return packed
 
-    def _in_torchs_form(self, packed: Any) -> bool:
-        """Return whether a state of the base has torch's form: an entry for each parameter, which is a dict."""
-        try:
-            fits = isinstance(packed, dict) and check_form(packed, self.param_groups)
-        except ValueError:
-            return False
-        return fits and all(isinstance(entry, dict) for entry in packed["state"].values())
-
     def _own_form(self) -> dict[str, Any]:
         """Return a state of torch's form that has our settings alone."""
         groups, number = [], 0
         for group in self.param_groups:
-            keys = ("param_names", *self._settings, CLOCK, "layers_auto", "layer_digest")
+            keys = ("param_names", *SETTINGS, CLOCK, "layers_auto", "layer_digest")
             members = list(range(number, number + len(group["params"])))
             number += len(members)
             groups.append({**{key: group[key] for key in keys if key in group}, "params": members})
@@ -618,23 +432,24 @@ class IsolatedOptimizer(Isolation, Optimizer):
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
         importances: dict[Tensor, Tensor] = {}
-        with self._set_aside() as aside, _as_before(self.base):
+        with self._guest.aside(self) as aside, as_before(self.base):
             packed = self.base.state_dict()
-            plain, of_base = self._in_torchs_form(packed), state_dict
+            plain, of_base = in_torchs_form(packed, self.param_groups), state_dict
             if not plain and "base" not in state_dict and not {"state", "param_groups"} & state_dict.keys():
                 state_dict = {"base": state_dict, **self._own_form()}  # of the base alone
                 for group in state_dict["param_groups"]:
                     del group[CLOCK]
             if check_form(state_dict, self.param_groups):  # else the base says
-                state_dict = in_our_order(state_dict, self.param_groups, self._grouping)
-                of_base = {**state_dict, "state": self._checked_entries(state_dict, importances)}
+                state_dict = in_our_order(state_dict, self.param_groups, self._isolation.grouping)
+                entries = checked_entries(self.base, self.param_groups, state_dict, importances)
+                of_base = {**state_dict, "state": entries}
             if not plain:
                 if "base" not in state_dict:
                     raise ValueError(
                         f"the state has no 'base': it is not of IsolatedOptimizer around {type(self.base).__name__}"
                     )
                 of_base = state_dict["base"]
-            own = [{key: group[key] for key in (*self._settings, "layer_digest")} for group in self.param_groups]
+            own = [{key: group[key] for key in (*SETTINGS, "layer_digest")} for group in self.param_groups]
             clock = self._clock_of(state_dict)
             had = [group.keys() for group in packed["param_groups"]] if plain else []
             self.base.load_state_dict(of_base)
@@ -654,13 +469,13 @@ class IsolatedOptimizer(Isolation, Optimizer):
         for group, settings in zip(self.param_groups, own, strict=True):
             for key, value in settings.items():
                 group.setdefault(key, value)
-        self._turns().stepped.clear()
-        self._keep_clock(self.param_groups[0].get(CLOCK, clock))
+        self._isolation.start_iteration()
+        self._isolation.keep_clock(self.param_groups, self.param_groups[0].get(CLOCK, clock))
         self._settings.update({key: self.param_groups[0][key] for key in SHARED if key != "layers"})
-        self._grouping.adopt(self.param_groups)
+        self._isolation.grouping.adopt(self.param_groups)
         self._make_places()
-        self._positions.clear()
-        self._part()
+        self._entries.forget()
+        self._isolation.competition.part()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -672,83 +487,15 @@ class IsolatedOptimizer(Isolation, Optimizer):
         steps = [entry.get("step", 0) for entry in state_dict["state"].values() if isinstance(entry, dict)]
         return max((int(local(step)) if isinstance(step, Tensor) else int(step) for step in steps), default=0)
 
-    def _checked_entries(self, state_dict: dict[str, Any], importances: dict[Tensor, Tensor]) -> dict[Any, Any]:
-        """Check a saved state, put its importances aside, and return the entries that are left for the base."""
-        saved_groups = state_dict["param_groups"]
-        check_saved(saved_groups, self.param_groups)
-        own = [{key: group[key] for key in self._settings} for group in self.param_groups]
-        for i, (ours, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
-            group = {**own[i], CLOCK: 0, **saved}
-            with named(f"parameter group {i} of the state"):
-                check_settings(group)
-                check_shared(SHARED, group, {**own[0], **saved_groups[0]})
-                if group["importance"] != "ema":
-                    raise ValueError(
-                        f"importance={group['importance']!r}: a base has no place for it; only 'ema' loads"
-                    )
-                if not isinstance(group[CLOCK], int) or group[CLOCK] < 0:
-                    raise ValueError(f"Invalid {CLOCK}: {group[CLOCK]!r}; it is a number of steps, >= 0")
-                foreign = sorted((_HYPERPARAMETERS - self.base.defaults.keys()) & (saved.keys() - ours.keys()))
-                if foreign and _is_torchs(self.base):
-                    raise ValueError(f"{type(self.base).__name__}, the base, has no {', '.join(foreign)}")
-        entries = dict(state_dict["state"])
-        for number, param in pairs_of(saved_groups, self.param_groups):
-            entry, name = entries.pop(number, {}), self._name(param)
-            if not isinstance(entry, dict):
-                raise ValueError(f"the state of {name} is a {type(entry).__name__} and not a dict")
-            rest = {key: self._of_base(key, value, param, name) for key, value in entry.items() if key != "importance"}
-            if "importance" in entry:
-                check_tensor("importance", entry["importance"], param, name, tuple(param.shape))
-                importances[param] = shard_of(entry["importance"], param)
-            if rest:  # some bases take an entry that is there for one of their own
-                entries[number] = rest
-        if _is_torchs(self.base):
-            for i, (ours, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
-                members = zip(saved["params"], ours["params"], strict=True)
-                with named(f"parameter group {i} of the state"):
-                    self._check_goes_on(ours, saved, {p: entries[n] for n, p in members if n in entries})
-        return entries
-
-    def _check_goes_on(
-        self, ours: dict[str, Any], saved: dict[str, Any], entries: dict[Tensor, dict[str, Any]]
-    ) -> None:
-        """Check that the base, one of torch's, can take a step from a saved group and saved entries.
-
-        An optimizer of its kind tries it with tensors of one value.
-
-        Raises:
-            ValueError: it cannot; the message names the setting or the parameter.
-        """
-        for key, value in self.base.defaults.items():
-            if (isinstance(value, bool) or key in ("foreach", "fused")) and not isinstance(saved.get(key), bool | None):
-                raise ValueError(f"Invalid {key}: {saved[key]!r}; it is a flag")
-        if not ours["params"] or not _goes_on(self.base, ours, ours["params"][0], {}):
-            return  # its kind cannot be tried that way
-        _goes_on(self.base, {**ours, **saved}, ours["params"][0], {}, "the settings")
-        for param, entry in entries.items():
-            _goes_on(self.base, {**ours, **saved}, param, entry, f"the state of {self._name(param)}")
-
-    def _of_base(self, key: str, value: Any, param: Tensor, name: str) -> Any:
-        """Check an item of the base's state, and return it: of a whole tensor this rank's shard."""
-        if not isinstance(value, Tensor):
-            return value
-        whole = tuple(param.shape)
-        if _is_torchs(self.base):
-            # a number, an entry each, or of Adafactor's one for each row or column
-            fits = value.dim() == len(whole) and all(a in (1, b) for a, b in zip(value.shape, whole, strict=True))
-            check_place(key, value, param, name, tuple(value.shape) if fits or value.numel() == 1 else whole)
-        return shard_of(value, param) if key != "step" and tuple(value.shape) == whole else value
-
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep."""
-        kept = ("_backend", "_settings", "_grouping", "_records", "_nonfinite", "_own_state", "_emptied")
-        base, importances = self._base_without_importances()
+        kept = ("backend", "_settings", "_isolation", "_guest", "_entries", "_own_state")
+        base, importances = self._guest.base_alone(self.base)
         return {
             **{key: self.__dict__[key] for key in kept},
             "base": base,
             "_copied": importances,
-            "_process_group": given(self._process_group),
-            "_positions": {},
+            "process_group": given(self.process_group),
             "_step_supports_amp_scaling": False,
         }
 
@@ -758,112 +505,14 @@ class IsolatedOptimizer(Isolation, Optimizer):
         copied = state.pop("_copied", {})
         super().__setstate__(state)
         for param, signed in copied.items():
-            self._put_importance(param, signed)
-
-    def _base_without_importances(self) -> tuple[Optimizer, dict[Tensor, Tensor]]:
-        """Return the base as it would be without this class, and the importances.
-
-        Bases of torch read the clock of the first entry of their state when they are copied.
-        """
-        state = vars(self.base).get("state")
-        if not isinstance(state, MutableMapping):
-            return self.base, {}  # which keeps its state in a way of its own
-        importances, bare = {}, copy.copy(state)
-        for param, entry in state.items():
-            if isinstance(entry, MutableMapping) and "importance" in entry:
-                importances[param] = entry["importance"]
-                rest = {key: value for key, value in entry.items() if key != "importance"}
-                if rest or param in self._emptied:
-                    bare[param] = rest
-                else:
-                    del bare[param]
-        base = object.__new__(type(self.base))
-        vars(base).update({**vars(self.base), "state": bare})
-        return base, importances
-
-
-def _seen(signed: Tensor) -> tuple[int, int] | None:
-    """Return the address and version of the memory of an importance; None: nobody counts its versions."""
-    held = local(signed)
-    return None if held.is_inference() else (held.data_ptr(), held._version)
-
-
-@contextmanager
-def _as_before(base: Optimizer) -> Iterator[None]:
-    """Let a base that raises be as it was, with its groups, its state, and the optimizers that it holds."""
-    held = [base, *(value for value in vars(base).values() if isinstance(value, Optimizer))]
-    mappings: list[MutableMapping[Any, Any]] = [vars(one) for one in held]
-    lists: list[list[Any]] = []
-    for one in held:
-        state, groups = getattr(one, "state", None), getattr(one, "param_groups", [])
-        if isinstance(state, MutableMapping):
-            mappings += [state, *(entry for entry in state.values() if isinstance(entry, MutableMapping))]
-        mappings += groups
-        lists.append(groups)
-    contents, members = [dict(mapping) for mapping in mappings], [list(groups) for groups in lists]
-    try:
-        yield
-    except BaseException:
-        for mapping, content in zip(mappings, contents, strict=True):
-            mapping.clear()
-            mapping.update(content)
-        for groups, had in zip(lists, members, strict=True):
-            groups[:] = had
-        raise
-
-
-def _is_torchs(base: Optimizer) -> bool:
-    return type(base).__module__.startswith("torch.optim.")
-
-
-def _goes_on(
-    base: Optimizer, group: dict[str, Any], param: Tensor, entry: dict[str, Any], what: str | None = None
-) -> bool:
-    """Return whether an optimizer of the kind of `base` takes a step of one value by these settings and this state.
-
-    Raises:
-        ValueError: it does not, and there is a name of `what` it takes.
-    """
-
-    def small(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return torch.zeros((1,) * value.dim(), dtype=value.dtype, device="cpu")
-        return value
-
-    def on_cpu(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(map(on_cpu, value))
-        return value.detach().cpu() if isinstance(value, Tensor) else value
-
-    shape = (1,) * (0 if is_lazy(param) else param.dim())
-    one = torch.zeros(shape, dtype=param.dtype, device="cpu", requires_grad=True)
-    one.grad = torch.zeros(shape, dtype=param.dtype, device="cpu")
-    settings = {key: on_cpu(group[key]) for key in base.defaults if key in group}
-    # of the places where a step runs, the one that every kind has
-    flags = {
-        key: value for key, value in (("foreach", False), ("fused", False), ("capturable", False)) if key in settings
-    }
-    differentiable = {"differentiable": False} if "differentiable" in settings else {}
-    try:
-        with torch.no_grad(), torch.device("cpu"):
-            stand_in = type(base)([one])  # type: ignore[call-arg]
-            stand_in.param_groups[0].update({**settings, **flags, **differentiable})
-            if entry:
-                stand_in.state[one] = {key: small(value) for key, value in entry.items()}
-            inspect.unwrap(type(base).step)(stand_in)  # without the hooks that a program has for every optimizer
-    except Exception as error:
-        if what is None:
-            return False
-        raise ValueError(
-            f"{type(base).__name__}, the base, cannot go on from {what}: {type(error).__name__}: {error}"
-        ) from error
-    return True
+            self._guest.put(self, param, signed)
+        self._isolation.iteration.parameters = len(params_of(self.param_groups))
 
 
 def _check_base(base: object) -> None:
     if not isinstance(base, Optimizer):
         raise TypeError(f"base is a {type(base).__name__}; pass a torch.optim.Optimizer")
-    if isinstance(base, (DropInAdamW, IsolatedOptimizer)):
+    if isinstance(base, (FusedOptimizer, IsolatedOptimizer)):
         raise ValueError(f"{type(base).__name__} locks entries by itself; pass it no further optimizer around it")
     if isinstance(base, LBFGS):
         raise ValueError("LBFGS moves the parameters several times in a step, by gradients of its own closure calls")

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from epi_kernels.optim.drop_in import DropInAdamW, releases_of
+from epi_kernels.engine.groups import name_of
+from epi_kernels.engine.optimizer import FusedOptimizer
+from epi_kernels.engine.releases import releases_of
 
 
 class _Hook:
@@ -23,7 +25,7 @@ class _Hook:
 class GradientRelease:
     """What `release_gradients` has set up; `remove` takes it back."""
 
-    def __init__(self, model: torch.nn.Module, optimizer: DropInAdamW) -> None:
+    def __init__(self, model: torch.nn.Module, optimizer: FusedOptimizer) -> None:
         _check(model, optimizer)
         for group in optimizer.param_groups:
             self.check_group(group)
@@ -34,15 +36,13 @@ class GradientRelease:
             for i, group in enumerate(optimizer.param_groups)
             for param in dict.fromkeys(group["params"])
         }
-        optimizer._released = self
-        optimizer._settle()
+        optimizer._release(self)
 
     def remove(self) -> None:
         """Let gradients stay until `optimizer.step()` again, which ends the iteration that is under way, if one is."""
         for handle in self._handles.values():
             handle.remove()
-        self._optimizer._released = None
-        self._optimizer._settle()
+        self._optimizer._release(None)
         self._stepped = set()
 
     @torch.no_grad()
@@ -55,7 +55,7 @@ class GradientRelease:
         """
         if param in self._stepped:
             raise RuntimeError(
-                f"{self._optimizer._name(param)} got a second gradient before optimizer.step(): with released "
+                f"{name_of(param, self._optimizer.param_groups)} got a second gradient before optimizer.step(): with released "
                 "gradients there is nothing to accumulate into, the first is applied and gone. Call optimizer.step() "
                 "after each backward(), or remove() the release. After a backward() that raised, "
                 "optimizer.zero_grad() starts over: what has stepped keeps its step"
@@ -90,20 +90,19 @@ class GradientRelease:
                 "remove() the release"
             )
         for param in (param for group in self._optimizer.param_groups for param in group["params"]):
-            name = self._optimizer._name
             if not self._steps(param):
                 raise RuntimeError(
-                    f"{name(param)} joined the optimizer after release_gradients, and backward() does not step it; "
+                    f"{name_of(param, self._optimizer.param_groups)} joined the optimizer after release_gradients, and backward() does not step it; "
                     "remove() the release and call release_gradients anew"
                 )
             if param.grad is not None:
                 raise RuntimeError(
-                    f"{name(param)} has a gradient that backward() has not released: it was set by hand, or by "
+                    f"{name_of(param, self._optimizer.param_groups)} has a gradient that backward() has not released: it was set by hand, or by "
                     "DistributedDataParallel, which averages it after the step; nothing would apply it. remove() the "
                     "release for that"
                 )
         self._stepped = set()
-        self._optimizer._between_iterations()
+        self._optimizer._end_iteration()
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Check that the settings of a group and released gradients can be had together.
@@ -121,7 +120,7 @@ class GradientRelease:
                 raise ValueError(f"{flag}=True and released gradients cannot be had together")
 
 
-def release_gradients(model: torch.nn.Module, optimizer: DropInAdamW) -> GradientRelease:
+def release_gradients(model: torch.nn.Module, optimizer: FusedOptimizer) -> GradientRelease:
     """Let every parameter take its step during backward(), as soon as its gradient is ready, and free the gradient.
 
     The memory of the gradients goes from that of the whole model to that of the largest few tensors. The loop stays as
@@ -169,13 +168,14 @@ def release_gradients(model: torch.nn.Module, optimizer: DropInAdamW) -> Gradien
 def _hooked(param: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
     """Register a hook for when a parameter's gradient is there, which one that requires none now may have later."""
     trains = param.requires_grad
-    handle = param.requires_grad_().register_post_accumulate_grad_hook(hook)  # torch takes one of such alone
+    # torch registers this hook only on tensors that require grad, so switch it on for the call
+    handle = param.requires_grad_().register_post_accumulate_grad_hook(hook)
     param.requires_grad_(trains)
     return handle
 
 
-def _check(model: torch.nn.Module, optimizer: DropInAdamW) -> None:
-    if not isinstance(optimizer, DropInAdamW):
+def _check(model: torch.nn.Module, optimizer: FusedOptimizer) -> None:
+    if not isinstance(optimizer, FusedOptimizer):
         raise TypeError(
             f"{type(optimizer).__name__} cannot step a parameter alone; use EPIAdamW, MaskedAdamW or SparseAdamW"
         )
@@ -190,16 +190,16 @@ def _check(model: torch.nn.Module, optimizer: DropInAdamW) -> None:
     for group in optimizer.param_groups:
         for param in group["params"]:
             if param not in known:
-                raise ValueError(f"{optimizer._name(param)} is not a parameter of the model")
+                raise ValueError(f"{name_of(param, optimizer.param_groups)} is not a parameter of the model")
             if hasattr(param, "_fsdp_flattened"):
                 raise ValueError(
-                    f"{optimizer._name(param)} is a slice that FSDP1 made: it gets its gradient from FSDP after "
+                    f"{name_of(param, optimizer.param_groups)} is a slice that FSDP1 made: it gets its gradient from FSDP after "
                     "backward() has come by, and would never be stepped. Use FSDP2, or no release"
                 )
             if releases_of(param):
                 raise ValueError(
-                    f"{optimizer._name(param)} is released to another optimizer, which steps it in backward(); "
+                    f"{name_of(param, optimizer.param_groups)} is released to another optimizer, which steps it in backward(); "
                     "remove() that release first"
                 )
             if param.grad is not None:
-                raise ValueError(f"{optimizer._name(param)} has a gradient already; call optimizer.zero_grad() first")
+                raise ValueError(f"{name_of(param, optimizer.param_groups)} has a gradient already; call optimizer.zero_grad() first")

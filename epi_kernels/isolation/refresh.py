@@ -40,7 +40,7 @@ def refresh_(
     candidates: Sequence[Candidate],
     untouched: Sequence[int],
     layer_count: int,
-    budget_ranks: Sequence[int],
+    ks: Sequence[int],
     counters: Callable[[Sequence[int]], Tensor],
     *,
     normalize: bool,
@@ -60,7 +60,7 @@ def refresh_(
         candidates: at least one, or `ranks`; importances are written.
         untouched: the layers that hold entries without a state, whose importance is therefore 0.
         layer_count: layers are 0 .. layer_count - 1.
-        budget_ranks: k of each budget.
+        ks: of each budget, its number of places k.
         counters: positions of candidates -> int64 counters on their device, to which the numbers of squared gradients
             that are NaN or infinite are added.
         normalize: rank (S - mu) / (nu - mu) of each layer; False ranks the raw S.
@@ -98,11 +98,11 @@ def refresh_(
             part.histogram(score_ranges, selection, shift, bins, _on(part.device, due)).to(home) for part in parts
         ]
         if ranks is not None:
-            none = torch.zeros(1, len(budget_ranks), bins, dtype=torch.int64, device=home)
+            none = torch.zeros(1, len(ks), bins, dtype=torch.int64, device=home)
             return ranks.sum(torch.cat([none, *counts]).sum(0))[None]
         return counts[0] if len(counts) == 1 else torch.cat(counts)
 
-    thresholds = ops.find_threshold(histogram, budget_ranks, exact=exact, device=home, backend=backend)
+    thresholds = ops.find_threshold(histogram, ks, exact=exact, device=home, backend=backend)
     counts = [part.lock(score_ranges, thresholds, _on(part.device, due)).to(home) for part in parts]
     if ranks is not None:
         total = torch.zeros(len(pairs), 3, dtype=torch.int64, device=home)

@@ -1,21 +1,21 @@
 """Counts of gradients whose square is NaN or infinite, kept where the parameters are and read without waiting."""
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from epi_kernels.engine.groups import names_of
+from epi_kernels.engine.settings import Groups
 from epi_kernels.notices import warn
 from epi_kernels.ops.table import Uploads, zeros
 
 # counters kept for lists of parameters that may come again: those of a step, and of the refreshes between
 _RECENT = 8
 
-# what the optimizer calls its parameters: id -> name
-Names = Callable[[], dict[int, str]]
 
 
 @dataclass(slots=True, eq=False)
@@ -82,12 +82,12 @@ class NonfiniteCounts:
         """Return every counter itself, and the sum of those that are no more."""
         return [*self._settled(), *(counter.counts for counter in self._counters.values())]
 
-    def snapshot(self, names: Names) -> list[Tensor]:
+    def snapshot(self, groups: Groups) -> list[Tensor]:
         """Return what `counters` does, as copies on the CPU; those of an accelerator are right once it was waited for.
 
         Warns of what is known without waiting.
         """
-        self.warn(names)
+        self.warn(groups)
         copies = [
             (counter, counter.counts.to("cpu", non_blocking=True, copy=True)) for counter in self._counters.values()
         ]
@@ -96,10 +96,10 @@ class NonfiniteCounts:
         self._send(copies, final=False)
         return [*settled, *(copy for _, copy in copies)]
 
-    def warn(self, names: Names) -> None:
+    def warn(self, groups: Groups) -> None:
         """Warn of each parameter that has counted and was not named yet, as far as is known without waiting."""
         for copy in [copy for copy in self._under_way if copy.event.query()]:
-            self._warn(copy.of, copy.counts, names)
+            self._warn(copy.of, copy.counts, groups)
             if copy.final:
                 self._past += int(copy.counts.sum())
             self._under_way.remove(copy)
@@ -107,7 +107,7 @@ class NonfiniteCounts:
         for key, counter in list(self._counters.items()):
             on_cpu = counter.counts.device.type == "cpu"
             if on_cpu:
-                self._warn(counter, counter.counts, names)
+                self._warn(counter, counter.counts, groups)
             if counter.user is None or counter.user() is None:
                 del self._counters[key]
                 if on_cpu:
@@ -129,12 +129,12 @@ class NonfiniteCounts:
         past = torch.tensor([self._past], dtype=torch.int64, device="cpu")
         return [past, *(copy.counts for copy in self._under_way if copy.final)]
 
-    def _warn(self, counter: _Counter, counts: Tensor, names: Names) -> None:
+    def _warn(self, counter: _Counter, counts: Tensor, groups: Groups) -> None:
         nonzero = int(counts.count_nonzero())
         if nonzero == counter.told:
             return
         counter.told = nonzero
-        known = names()
+        known = names_of(groups)
         for param, count in zip(counter.params, counts.tolist(), strict=True):
             name = known.get(param)  # None: it has left the optimizer
             if count and name is not None and name not in self._warned:

@@ -20,7 +20,7 @@ class Budget:
     scope: str  # "global", or the name of the one layer it covers
     isolation_ratio: float
     eligible: int
-    rank: int  # k
+    k: int
 
 
 class Layout(NamedTuple):
@@ -52,7 +52,7 @@ class Numbers:
             "step": self.step,
             "protected_share": protected / eligible if eligible else 0.0,
             "eligible": eligible,
-            "budget": sum(budget.rank for budget in budgets),
+            "budget": sum(budget.k for budget in budgets),
             "protected": protected,
             "nonfinite": self.nonfinite,
             "budgets": [
@@ -60,7 +60,7 @@ class Numbers:
                     "scope": budget.scope,
                     "isolation_ratio": budget.isolation_ratio,
                     "eligible": budget.eligible,
-                    "budget": budget.rank,
+                    "budget": budget.k,
                     "threshold": threshold,
                     "protected": count,
                 }

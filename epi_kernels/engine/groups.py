@@ -1,4 +1,4 @@
-"""Parameters found and named in torch's parameter groups."""
+"""Parameters found and named in torch's parameter groups, in constant time."""
 
 import zlib
 from collections.abc import Mapping, Sequence
@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from epi_kernels.distributed import is_dtensor, is_slice
-from epi_kernels.layers import has_names
-
-Groups = Sequence[dict[str, Any]]
+from epi_kernels.engine.settings import Groups
 
 
 # what `position_of` found in the groups that were asked last: id of the groups -> id of a parameter -> position
@@ -48,10 +46,49 @@ def _walk(groups: Groups) -> dict[int, tuple[int, int]]:
     return positions
 
 
+def params_of(groups: Groups) -> list[Tensor]:
+    """Return the parameters of all groups, in their order."""
+    return [param for group in groups for param in group["params"]]
+
+
+def group_of(param: Tensor, groups: Groups) -> dict[str, Any]:
+    """Return the group of a parameter; or raise as `position_of`."""
+    return groups[position_of(param, groups)[0]]
+
+
+def has_names(group: Mapping[str, Any]) -> bool:
+    """Return whether a group has the names of its parameters.
+
+    DeepSpeed puts other parameters in their place and leaves the names: there are then more names than parameters.
+    """
+    return len(group.get("param_names", ())) == len(group["params"]) > 0
+
+
+# what wrappers put into a parameter's name: what a name is used for must not depend on how a model is wrapped
+_WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+
+
+def without_wrappers(name: str) -> str:
+    """Return a parameter's name as the bare model has it, without the components that wrappers add.
+
+    Example:
+        >>> without_wrappers("module._orig_mod.head.weight")
+        'head.weight'
+    """
+    # only leading and inner components: a module that is itself called "module" at the end keeps its name
+    *path, last = name.split(".")
+    return ".".join([component for component in path if component not in _WRAPPERS] + [last])
+
+
 def name_of(param: Tensor, groups: Groups) -> str:
     """Return the parameter's name, or "<group>.<place>" where the groups have none; or raise as `position_of`."""
     i, j = position_of(param, groups)
     return str(groups[i]["param_names"][j]) if has_names(groups[i]) else f"{i}.{j}"
+
+
+def names_of(groups: Groups) -> dict[int, str]:
+    """Return what `name_of` does for every parameter, by its identity."""
+    return {id(param): name_of(param, groups) for param in params_of(groups)}
 
 
 def masks_of(
@@ -77,7 +114,7 @@ def masks_of(
         for group in groups
         for name, param in zip(group.get("param_names", ()), group["params"], strict=False)
     }
-    params = {param for group in groups for param in group["params"]}
+    params = set(params_of(groups))
     found = {}
     for key, mask in masks.items():
         param = key if isinstance(key, Tensor) else by_name.get(key)
@@ -107,77 +144,5 @@ def masks_of(
 
 
 def digest_of(mask: Tensor) -> int:
-    """Return a number that differs where masks of whole parameters do; 0 of a DTensor, of which a rank has a part."""
+    """Return a number that differs where masks of whole parameters do; 0 of a DTensor, of which a rank has a shard."""
     return 0 if is_dtensor(mask) else zlib.crc32(mask.contiguous().cpu().numpy().data)
-
-
-def settings_of(group: dict[str, Any], others: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the settings of a group that must be equal on all ranks: torch's and, where it has them, `others`.
-
-    Equal ones have the same text too: numbers are floats, but for what counts steps or is a flag.
-    """
-    keys = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", *others)
-    found = {key: group[key] for key in keys if key in group}
-    exact = {key: value for key, value in found.items() if isinstance(value, bool) or key == "mask_interval"}
-    numbers = {key: float(value) for key, value in found.items() if isinstance(value, (int, float, Tensor))}
-    betas = {"betas": tuple(map(float, found["betas"]))} if "betas" in found else {}
-    return {**found, **numbers, **exact, **betas}
-
-
-def check_shared(keys: Sequence[str], group: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Check that a group has the settings that are one for all groups.
-
-    Raises:
-        ValueError: it brings another; the message names it and both values.
-    """
-    for key in keys:
-        if group[key] != settings[key]:
-            raise ValueError(
-                f"{key}={group[key]!r} in a parameter group; the optimizer has {settings[key]!r}, "
-                "and it is one for all groups"
-            )
-
-
-def check_written(groups: Groups, keys: Sequence[str], fixed: Mapping[str, Sequence[Any]]) -> None:
-    """Check settings that a program may have written into groups since they were added.
-
-    Args:
-        groups: torch's.
-        keys: the settings that are one for all groups: they hold once they are written into all.
-        fixed: setting -> the values that the state of the optimizer is of, the first for the message.
-
-    Raises:
-        ValueError: one differs between groups, or is not what it was; the message names it and both values.
-    """
-    for i, group in enumerate(groups):
-        for key in keys:
-            if group[key] != groups[0][key]:
-                raise ValueError(
-                    f"{key}={group[key]!r} in parameter group {i}, and {groups[0][key]!r} in group 0: it is one for "
-                    "all groups; write it into every one"
-                )
-        for key, values in fixed.items():
-            if group[key] not in values:
-                raise ValueError(
-                    f"{key} of parameter group {i} was changed to {group[key]!r}, and the optimizer was made with "
-                    f"{values[0]!r}, of which its masks are. Write {values[0]!r} back, or construct another optimizer "
-                    f"with {key}={group[key]!r}"
-                )
-
-
-class Named:
-    """An optimizer that finds its parameters and speaks of them by name."""
-
-    param_groups: list[dict[str, Any]]
-
-    def _group_of(self, param: Tensor) -> dict[str, Any]:
-        """Return the group of a parameter, or raise ValueError where it is none of this optimizer."""
-        return self.param_groups[position_of(param, self.param_groups)[0]]
-
-    def _names(self) -> dict[int, str]:
-        """Return what `_name` does for every parameter, by its identity."""
-        return {id(param): self._name(param) for group in self.param_groups for param in group["params"]}
-
-    def _name(self, param: Tensor) -> str:
-        """Return the parameter's name, or "<group>.<place>" where the optimizer was given none."""
-        return name_of(param, self.param_groups)

@@ -6,30 +6,17 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from epi_kernels.contract import FLOATING, arithmetic_dtype
 from epi_kernels.distributed import is_dtensor, local
-from epi_kernels.layers import Grouping, without_wrappers
-from epi_kernels.optim.groups import Groups, name_of
-from epi_kernels.optim.plain import is_number, plain_settings
-
-# state of ours and of torch that keeps its own dtype when loaded; None: that of the arithmetic
-STATE_DTYPES: dict[str, torch.dtype | None] = {
-    "exp_avg": None,
-    "exp_avg_sq": None,
-    "max_exp_avg_sq": None,
-    "importance": torch.float32,
-    "frozen": torch.int8,
-    "trainable": torch.uint8,
-}
-
-# what an entry of AdamW cannot be without
-_NEEDED = ("step", "exp_avg", "exp_avg_sq")
-_NEEDED_IN_GROUP = ("lr", "betas", "eps", "weight_decay", "amsgrad")
+from epi_kernels.engine.groups import name_of, without_wrappers
+from epi_kernels.engine.settings import Groups, is_number, plain_settings
+from epi_kernels.engine.state import FIXED_DTYPES
+from epi_kernels.rules import Rule
 
 # of a group, torch's and ours: what is a flag, and what is a number; a number of torch's may be in a tensor
 _FLAGS = ("amsgrad", "maximize", "capturable", "differentiable", "decoupled_weight_decay", "layers_auto")
@@ -82,19 +69,19 @@ def check_form(state_dict: dict[str, Any], groups: Groups) -> bool:
     return [len(group["params"]) for group in state_dict["param_groups"]] == [len(g["params"]) for g in groups]
 
 
-def checked_groups(saved_groups: Groups) -> list[dict[str, Any]]:
+def checked_groups(saved_groups: Groups, rule: Rule) -> list[dict[str, Any]]:
     """Return the groups of a saved state with plain values, after checking that each is what belongs there.
 
     Whether they are in their range is not looked at.
 
     Raises:
-        ValueError: a group lacks what AdamW's have; or a flag is none, or a number is none or not finite; the message
+        ValueError: a group lacks what the rule needs; or a flag is none, or a number is none or not finite; the message
             names the setting and its value.
     """
     for i, group in enumerate(saved_groups):
-        missing = [key for key in _NEEDED_IN_GROUP if key not in group]
+        missing = [key for key in rule.settings if key not in group]
         if missing:
-            raise ValueError(f"parameter group {i} of the state has no {', '.join(missing)}: it is not AdamW's")
+            raise ValueError(f"parameter group {i} of the state has no {', '.join(missing)}: it is not {rule.title}'s")
     plain = map(plain_settings, saved_groups)
     return [_checked_group(group, f"parameter group {i} of the state") for i, group in enumerate(plain)]
 
@@ -107,7 +94,7 @@ def _checked_group(group: dict[str, Any], where: str) -> dict[str, Any]:
         elif not (value is None and key in _FLAGS_OR_NONE):
             either = "True, False or None" if key in _FLAGS_OR_NONE else "True or False"
             raise ValueError(f"{where}: {key} is {said(value)}; it is {either}")
-    for key in _NUMBERS:
+    for key in filter(group.__contains__, _NUMBERS):
         _check_number(group[key], f"{where}: {key}")
     betas = group["betas"]
     if not isinstance(betas, (list, tuple)) or len(betas) != 2:
@@ -136,7 +123,14 @@ def said(value: object) -> str:
     return reprlib.repr(value)
 
 
-def in_our_order(state_dict: dict[str, Any], groups: Groups, grouping: Grouping | None = None) -> dict[str, Any]:
+class Stamps(Protocol):
+    """A grouping of parameters into layers."""
+
+    def stamp(self, groups: Groups) -> None:
+        """Write into the groups which parameters share a layer."""
+
+
+def in_our_order(state_dict: dict[str, Any], groups: Groups, grouping: Stamps | None = None) -> dict[str, Any]:
     """Return a saved state of the form and size of `groups` with its parameters in the order of the names of `groups`.
 
     It is another dict where both sides have the same names, without what wrappers add, in another order: torch goes by
@@ -193,16 +187,18 @@ def _named(group: dict[str, Any], members: Sequence[Any], key: Callable[[Any], s
 def check_state(
     state_dict: dict[str, Any],
     groups: Groups,
+    rule: Rule,
     known: Sequence[str],
     shape_of: Callable[[str, Tensor, dict[str, Any]], tuple[int, ...]],
     check_entry: Callable[[dict[str, Any], Tensor, str], None],
     complete: bool,
 ) -> None:
-    """Check that a saved state, of the form and size of `groups`, is AdamW's and fits their parameters.
+    """Check that a saved state, of the form and size of `groups`, is of this rule and fits their parameters.
 
     Args:
         state_dict: in torch's form.
         groups: the optimizer's own.
+        rule: of the optimizer: an entry must have its slots.
         known: the keys of a parameter's state that the optimizer can take.
         shape_of: (key, parameter, entry) -> the shape that it must have there.
         check_entry: (entry, parameter, its name); raises ValueError for what else is wrong.
@@ -219,7 +215,7 @@ def check_state(
                 "is a part of the gradient. Set it to True there to go on with AdamW's"
             )
     params = dict(pairs_of(saved_groups, groups))
-    amsgrad = {number for group in saved_groups if group["amsgrad"] for number in group["params"]}
+    group_of = {number: group for group in saved_groups for number in group["params"]}
     for saved_id, entry in state_dict["state"].items():
         if saved_id not in params:
             raise ValueError(
@@ -231,26 +227,26 @@ def check_state(
             raise ValueError(f"the state of {name} is a {type(entry).__name__} and not a dict")
         if entry:
             check_entry(entry, params[saved_id], name)
-            needed = (*_NEEDED, "max_exp_avg_sq") if saved_id in amsgrad else _NEEDED
-            _check_entry(entry, params[saved_id], name, needed, known, shape_of)
+            _check_keys(entry, name, rule, group_of[saved_id], known)
+            for key, value in entry.items():
+                if key != "step":
+                    check_tensor(key, value, params[saved_id], name, shape_of(key, params[saved_id], entry))
+            _check_step(entry["step"], params[saved_id], name)
     for saved_id, param in params.items():
         if complete and param.requires_grad and not state_dict["state"].get(saved_id):
             raise ValueError(f"the state has no entry for {name_of(param, groups)}, which would not train any more")
 
 
-def _check_entry(
-    entry: dict[str, Any],
-    param: Tensor,
-    name: str,
-    needed: Sequence[str],
-    known: Sequence[str],
-    shape_of: Callable[[str, Tensor, dict[str, Any]], tuple[int, ...]],
+def _check_keys(
+    entry: dict[str, Any], name: str, rule: Rule, group: dict[str, Any], known: Sequence[str]
 ) -> None:
-    missing = [key for key in needed if key not in entry]
+    wanted = [slot for slot in rule.slots if slot.wanted(group)]
+    missing = [key for key in ("step", *(slot.name for slot in wanted)) if key not in entry]
     if missing:
+        options = [slot.option for slot in wanted if slot.option is not None]
         raise ValueError(
-            f"the state of {name} has no {', '.join(missing)} and is not AdamW's"
-            f"{' with amsgrad' if needed != _NEEDED else ''}; it has {', '.join(map(str, entry))}"
+            f"the state of {name} has no {', '.join(missing)} and is not {rule.title}'s"
+            f"{f' with {options[0]}' if options else ''}; it has {', '.join(map(str, entry))}"
         )
     foreign = [key for key in entry if key != "step" and key not in known]
     if foreign:
@@ -258,10 +254,6 @@ def _check_entry(
             f"the state of {name} has {', '.join(map(str, foreign))}, which this optimizer has not: the state is of "
             f"another one. Take these out of it to go on with the rest"
         )
-    for key, value in entry.items():
-        if key != "step":
-            check_tensor(key, value, param, name, shape_of(key, param, entry))
-    _check_step(entry["step"], param, name)
 
 
 def _check_step(step: Any, param: Tensor, name: str) -> None:
@@ -351,12 +343,12 @@ def taken(
 
 
 def moments_of(
-    entry: dict[str, Any], param: Tensor, live: Mapping[str, torch.dtype]
+    entry: dict[str, Any], rule: Rule, param: Tensor, live: Mapping[str, torch.dtype]
 ) -> Iterator[tuple[str, torch.dtype]]:
-    """Yield the moments in a saved entry and the dtype in which `taken` takes each."""
-    for key, dtype in STATE_DTYPES.items():
-        if dtype is None and key in entry:
-            yield key, _dtype_of(key, param, entry[key], live)
+    """Yield the slots in a saved entry and the dtype in which `taken` takes each."""
+    for slot in rule.slots:
+        if slot.name in entry:
+            yield slot.name, _dtype_of(slot.name, param, entry[slot.name], live)
 
 
 def _writable(value: Tensor) -> Tensor:
@@ -376,7 +368,7 @@ def _dtype_of(key: str, param: Tensor, value: Tensor, live: Mapping[str, torch.d
     """
     if key == "indices":
         return value.dtype
-    fixed, usual = STATE_DTYPES[key], arithmetic_dtype(param.dtype)
+    fixed, usual = FIXED_DTYPES.get(key), arithmetic_dtype(param.dtype)
     if fixed is not None:
         return fixed
     if live.get(key) in (*FLOATING, usual) and live[key].is_complex == usual.is_complex:

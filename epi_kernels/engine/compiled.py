@@ -22,7 +22,7 @@ class Stepping(Protocol):
         """Take a step by the parameters' gradients."""
 
 
-# the operation's argument can be a number alone
+# A custom op cannot take a Python object; the optimizer travels as an int key into this registry.
 _optimizers: "WeakValueDictionary[int, Stepping]" = WeakValueDictionary()
 
 

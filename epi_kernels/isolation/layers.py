@@ -10,15 +10,12 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from epi_kernels.engine.groups import has_names, without_wrappers
 from epi_kernels.notices import warn
 
 LayersArgument = Literal["auto", "block", "tensor"] | Callable[[str], str]
 
 GROUPINGS = ("auto", "block", "tensor")
-
-# what wrappers put into a parameter's name: the layer must not depend on how a model is wrapped
-_WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-
 
 def block(name: str) -> str:
     """Return the layer of a parameter: its transformer block, or its module where it is in none.
@@ -34,18 +31,6 @@ def block(name: str) -> str:
         if component.isdecimal():
             return ".".join(components[: i + 1])
     return ".".join(components[:-1])
-
-
-def without_wrappers(name: str) -> str:
-    """Return a parameter's name as the bare model has it, without the components that wrappers add.
-
-    Example:
-        >>> without_wrappers("module._orig_mod.head.weight")
-        'head.weight'
-    """
-    # only leading and inner components: a module that is itself called "module" at the end keeps its name
-    *path, last = name.split(".")
-    return ".".join([component for component in path if component not in _WRAPPERS] + [last])
 
 
 class Grouping:
@@ -152,11 +137,6 @@ class Grouping:
                 f"the state was saved with layers by {saved_name!r}, and this optimizer has them by {self.name!r}: "
                 "the masks are the state's until the next refresh, which chooses by the layers here"
             )
-
-
-def has_names(group: dict[str, Any]) -> bool:
-    """Return whether a group has the names of its parameters: DeepSpeed puts others in their place, and leaves them."""
-    return len(group.get("param_names", ())) == len(group["params"]) > 0
 
 
 def check_saved(saved_groups: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]]) -> None:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epi_kernels.layers import has_names, without_wrappers
-from epi_kernels.optim.groups import Groups
-from epi_kernels.optim.prepared import PreparedAdamW
+from epi_kernels.distributed import Ranks, given, group_of, is_dtensor
+from epi_kernels.engine.groups import has_names, name_of, params_of, without_wrappers
+from epi_kernels.engine.method import Method, Owner
+from epi_kernels.engine.settings import Groups, settings_of
 
 
 @dataclass(slots=True)
@@ -130,15 +131,19 @@ class Places:
         return found
 
 
-class Following(PreparedAdamW):
-    """An optimizer with something that belongs to parameters, and follows when other objects take their places.
+class Following(Method):
+    """A method with something that belongs to parameters, and follows when other objects take their places.
 
-    Not used itself. A subclass makes `_places` before it calls the constructor, and looks at the groups after it.
+    Not used itself.
     """
 
-    _places: Places
+    def __init__(self) -> None:
+        self.places = Places()
+        self._ranks_compared = False  # reset when parameters, masks or a loaded state change
 
-    def _moved_to(self, place: Place, param: Tensor) -> tuple[Any, dict[str, Any] | None]:
+    # What a subclass says --------------------------------------------------------------------------------------------
+
+    def moved_to(self, owner: Owner, place: Place, param: Tensor) -> tuple[Any, dict[str, Any] | None]:
         """Return what belongs to `param`, which has taken a place to which something belongs; change nothing.
 
         Returns:
@@ -149,78 +154,89 @@ class Following(PreparedAdamW):
         """
         raise NotImplementedError
 
-    def _follow(self) -> None:
+    def after_move(self, owner: Owner) -> None:
+        """Do what is left once parameters have been replaced."""
+
+    def digest(self, belongs: Any) -> int | None:
+        """Return a number that is equal on ranks of equal masks."""
+        raise NotImplementedError
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def follow(self, owner: Owner) -> None:
         """Let everything follow parameters that other objects have replaced.
 
         Raises:
             ValueError: it cannot, and nothing has changed; the message names the parameter.
         """
-        if self._places.seen(self.param_groups):
+        groups = owner.param_groups
+        if self.places.seen(groups):
             return
-        moved = [(place, param) for place, param in self._places.moved(self.param_groups) if place.belongs is not None]
-        found = [self._moved_to(place, param) for place, param in moved]
+        moved = [(place, param) for place, param in self.places.moved(groups) if place.belongs is not None]
+        found = [self.moved_to(owner, place, param) for place, param in moved]
         for (place, param), (_, state) in zip(moved, found, strict=True):
             place.belongs = None
             if state is not None:
-                self.state.pop(place.param, None)
-                self.state[param] = state
-        self._places.look(self.param_groups)
+                owner.state.pop(place.param, None)
+                owner.state[param] = state
+        self.places.look(groups)
         for (_, param), (belongs, _) in zip(moved, found, strict=True):
-            self._places.put(param, belongs)
-        self._after_move()
-        self._forget()
+            self.places.put(param, belongs)
+        self.after_move(owner)
+        self.compare_anew()
 
-    def _follow_to(self, param: Tensor) -> None:
+    def follow_to(self, owner: Owner, param: Tensor) -> None:
         """Follow if `param` is an object that was not in the groups before: no look at all others, for one of them."""
-        if self._places.at(param) is None:
-            self._follow()
+        if self.places.at(param) is None:
+            self.follow(owner)
 
-    def _after_move(self) -> None:
-        """Do what a subclass does once parameters have been replaced."""
+    def compare_anew(self) -> None:
+        """Let the next step compare the ranks."""
+        self._ranks_compared = False
 
-    def _catch_up(self) -> None:
-        """Follow, and do what a step leaves for later; before anything is read or saved."""
-        self._follow()
+    def catch_up(self, owner: Owner) -> None:
+        """Follow, before anything is read, saved, loaded or copied."""
+        self.follow(owner)
 
-    def _compare_masks(self) -> None:
-        """Compare the settings and masks with those of the ranks that hold the rest, once; see `_compare_ranks`."""
-        if not self._met:
-            found = {p: self._places.get(p) for group in self.param_groups for p in group["params"]}
-            self._compare_ranks({p: belongs.digest for p, belongs in found.items() if belongs is not None})
+    def before_step(self, owner: Owner) -> None:
+        """Follow, and compare the settings and masks with those of the ranks that hold the rest, once.
 
-    def _step_alone(self, param: Tensor, group: int) -> None:
-        self._follow_to(param)
-        super()._step_alone(param, group)
+        Raises:
+            ValueError: on every rank: they differ; the message names the first that does.
+        """
+        self.follow(owner)
+        if self._ranks_compared:
+            return
+        groups = owner.param_groups
+        ranks = group_of(params_of(groups), owner.process_group)
+        if ranks is not None:
+            said = []
+            for group in groups:
+                digests = {}
+                for param in filter(is_dtensor, group["params"]):
+                    belongs = self.places.get(param)
+                    name = f"the mask of {name_of(param, groups)}"
+                    digests[name] = None if belongs is None else self.digest(belongs)
+                said.append({**settings_of(group), **digests})
+            Ranks(ranks).agree([], said)
+        self._ranks_compared = True
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group as torch does; its parameters have no mask, and take no other's place."""
-        if self.param_groups:
-            self._follow()
-        super().add_param_group(param_group)
-        self._places.look(self.param_groups)
+    def before_param(self, owner: Owner, param: Tensor) -> None:
+        """Follow to the parameter."""
+        self.follow_to(owner, param)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state in torch's form."""
-        self._catch_up()
-        return super().state_dict()
+    def before_group(self, owner: Owner) -> None:
+        """Follow, before a group is added; its parameters have no mask, and take no other's place."""
+        self.follow(owner)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state as `DropInAdamW` does."""
-        self._catch_up()
-        super().load_state_dict(state_dict)
-        self._places.look(self.param_groups)  # names may be the state's now
+    def constructed(self, owner: Owner) -> None:
+        """Remember which parameters are where; names may be a loaded state's now."""
+        self._ranks_compared = False
+        self.places.look(owner.param_groups)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what pickle and deepcopy keep."""
-        self._catch_up()
-        return super().__getstate__()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take what `__getstate__` gave, or torch a state that it loads."""
-        super().__setstate__(state)
-        self._places.look(self.param_groups)
-
-    _KEPT = (*PreparedAdamW._KEPT, "_places")
+    def process_group_of_copy(self, owner: Owner) -> Any:
+        """Return the process group for a copy in this process, and what another process has instead."""
+        return given(owner.process_group)
 
 
 def check_shape(param: Tensor, name: str, kind: str, shape: torch.Size, way_out: str) -> None:

@@ -1,0 +1,114 @@
+"""Steps of selected entries alone, whose state is as compact as the selection."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epi_kernels import ops
+from epi_kernels.engine.groups import name_of
+from epi_kernels.engine.method import Owner
+from epi_kernels.engine.plan import Bundle, Planner, Present
+from epi_kernels.engine.state import check_memory
+
+# flags of AdamW that compact states do not have yet
+REFUSED = ("amsgrad", "capturable", "differentiable")
+
+# keys of the positions in a parameter's state: a DTensor has another one
+_POSITIONS = ("indices", "trainable")
+
+
+@dataclass(slots=True)
+class _Bundle(Bundle):
+    gather: ops.Gather = field(init=False)
+
+    def tensors(self, slots: tuple[str, ...], now: Present) -> tuple[ops.Tensors, list[Tensor]]:
+        """Return the lists that the operation takes, and the positions."""
+        columns = [self.column(now, key) for key in _POSITIONS if key in now.columns]
+        positions = [next(one for one in each if one is not None) for each in zip(*columns, strict=True)]
+        return ops.Tensors(
+            self.params(now), self.grads(now), {slot: self.column(now, slot) for slot in slots}, []
+        ), positions
+
+
+class Gathering(Planner):
+    """Steps of selected entries by `epi_kernels.ops.Gather`; the state of a parameter is the method's business."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what pickle and deepcopy keep: no plan."""
+        return {"rule": self.rule, "method": self.method}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what `__getstate__` gave."""
+        self.__init__(**state)  # type: ignore[misc]
+
+    @property
+    def _slots(self) -> tuple[str, ...]:
+        return tuple(slot.name for slot in self.rule.slots if slot.option is None)
+
+    def run(self, owner: Owner) -> None:
+        """Take a step by the parameters' gradients."""
+        plan, now = self.planned(owner, [(i, group["params"]) for i, group in enumerate(owner.param_groups)])
+        if plan.bundles and plan.clocks.count({}):
+            self._update(owner, plan, now)
+
+    def run_alone(self, owner: Owner, param: Tensor, group: int) -> None:
+        """Take the step of one parameter, of that group, by its gradient."""
+        plan, now = self.planned_alone(owner, param, group)
+        if plan.bundles and plan.clocks.count({}):
+            self._update(owner, plan, now)
+
+    def _update(self, owner: Owner, plan: Any, now: Present) -> None:
+        for number, bundle in enumerate(plan.bundles):
+            scalars, rows = plan.clocks.scalars(number, bundle.groups, owner.param_groups, self.rule)
+            tensors, positions = bundle.tensors(self._slots, now)
+            bundle.gather.step_(tensors, positions, scalars, rows)
+
+    def _settings_seen(self, owner: Owner, group: dict[str, Any]) -> tuple[object, ...]:
+        return tuple(group[flag] for flag in REFUSED if flag in group)
+
+    def _kind(self, owner: Owner, param: Tensor) -> tuple[object, ...]:
+        # one tensor beyond 2^31 entries would double the offsets of all others
+        state = owner.state[param]
+        return tuple(state[key].dtype for key in _POSITIONS if key in state)
+
+    def clock_device(self, owner: Owner, param: Tensor, group: dict[str, Any]) -> torch.device | None:
+        """Return None: the clocks run on the host."""
+        return None
+
+    def check(self, owner: Owner, param: Tensor, group: dict[str, Any]) -> None:
+        """Check what a step cannot do with a parameter.
+
+        Raises:
+            NotImplementedError: a flag was set since the group was added that compact states do not have.
+            RuntimeError: entries of the parameter share memory, or are in none.
+            ValueError: the parameter has another shape than its selection.
+        """
+        check_flags(group)
+        self.method.before_check(owner, param, group)
+        check_memory(param, name_of(param, owner.param_groups))
+
+    def check_options(self, owner: Owner, param: Tensor, group: dict[str, Any]) -> None:
+        """Check nothing: a saved group that asks for an option of a dense step is refused by `check_flags`."""
+
+    def ensure_state(self, owner: Owner, param: Tensor, group: dict[str, Any]) -> None:
+        """Let the method create what a parameter lacks of state."""
+        self.method.state_made(owner, param, group)
+
+    def _bundle(self, owner: Owner, now: Present, bundle: Bundle) -> _Bundle:
+        made = _Bundle(bundle.where, bundle.groups, bundle.plain)
+        tensors, positions = made.tensors(self._slots, now)
+        made.gather = ops.Gather(self.rule, tensors, positions, owner.backend)
+        return made
+
+
+def check_flags(group: dict[str, Any]) -> None:
+    """Check that a group asks for no flag that compact states do not have.
+
+    Raises:
+        NotImplementedError: it does; the message names the flag.
+    """
+    for flag in REFUSED:
+        if group.get(flag, False):
+            raise NotImplementedError(f"{flag}={group[flag]!r} is not part of this version; leave it at False")

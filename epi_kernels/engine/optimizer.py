@@ -1,0 +1,453 @@
+"""torch's contract: groups, state, checkpoints, hooks and compilation of an optimizer whose step is ours."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from epi_kernels import dispatch
+from epi_kernels.contract import FLOATING
+from epi_kernels.distributed import given, is_dtensor, shard_of
+from epi_kernels.engine import compiled
+from epi_kernels.engine.checkpoint import (
+    check_form,
+    check_state,
+    checked_groups,
+    in_our_order,
+    moments_of,
+    named,
+    pairs_of,
+    taken,
+)
+from epi_kernels.engine.groups import group_of, name_of, params_of
+from epi_kernels.engine.method import Method
+from epi_kernels.engine.plan import Planner
+from epi_kernels.engine.settings import (
+    FLAGS,
+    check_clip_grad_norm,
+    check_shared,
+    check_torchs,
+    check_written,
+    plain_settings,
+)
+from epi_kernels.engine.state import OPTIONS
+
+# torch's complaint about a capture that its own flags do not allow; the first name is that of torch >= 2.9
+_HEALTH_CHECK = next(
+    name
+    for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
+    if hasattr(Optimizer, name)
+)
+
+
+class Released(Protocol):
+    """What steps each parameter by itself, before `step` is called."""
+
+    def end_iteration(self) -> None:
+        """Do what is left of a step."""
+
+    def start_over(self) -> None:
+        """Let every parameter step again."""
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Check a group that is added or loaded; ValueError is for the caller."""
+
+
+class FusedOptimizer(Optimizer):
+    """A torch optimizer whose step is a few fused passes; an optimizer of torch may stand behind it in the class.
+
+    Not used itself. It has a planner, which plans and takes steps, and a method, which says what entries move. Arguments
+    and settings of torch's are checked in torch's words.
+
+    Args:
+        params: as torch.optim.Optimizer takes them.
+        torchs: what the constructor of the next class of torch's is given beside `params`.
+        planner: plans and takes the steps; the rule and the method are the planner's.
+        settings: our defaults of the groups, with those of the method.
+        process_group: that the user gave, or None.
+        backend: "auto", or the name of one.
+        dtypes: of parameters that can be taken.
+        scales: whether the step can divide by the scale of a torch.amp.GradScaler.
+    """
+
+    # what takes the steps instead, parameter by parameter: see `epi_kernels.optim.release`
+    _released: Released | None = None
+
+    def __init__(
+        self,
+        params: Any,
+        torchs: dict[str, Any],
+        *,
+        planner: Planner,
+        settings: dict[str, Any],
+        process_group: Any,
+        backend: str,
+        dtypes: tuple[torch.dtype, ...] = (*FLOATING, torch.complex64, torch.complex128),
+        scales: bool = True,
+    ) -> None:
+        dispatch.check(backend)
+        self.backend, self.process_group = backend, process_group
+        self._planner, self._dtypes, self._scales = planner, dtypes, scales
+        self._ours, self._given = tuple(settings), plain_settings(settings)
+        self._written: list[dict[str, Any]] | None = None  # settings of the groups when `_take_written` last looked
+        super().__init__(params, **torchs)
+        self._given = {}  # the defaults have them now
+        self._settle()
+
+    @property
+    def _method(self) -> Method:
+        return self._planner.method
+
+    @property
+    def _shared(self) -> tuple[str, ...]:
+        """Settings that are one for all groups: they stand in every group, so that a checkpoint holds them."""
+        own = (key for key in ("differentiable", "clip_grad_norm") if key in self.defaults)
+        return *own, *self._method.shared
+
+    # The step --------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step, as torch's optimizer of this name does, except that protected entries keep their bits.
+
+        Args:
+            closure: evaluated first, with gradients enabled; its value is returned.
+
+        Raises:
+            RuntimeError: a gradient is sparse; or a graph is being captured, and the step cannot be part of it.
+            ValueError: a gradient does not fit its parameter.
+
+        Either is raised before anything has changed.
+        """
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            getattr(self, _HEALTH_CHECK)()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not compiling:
+            self._run_step()
+            return loss
+        params = [param for group in self._groups for param in group["params"]]
+        if any(map(is_dtensor, params)):
+            self._run_uncompiled()
+        else:
+            compiled.step_(params, [param.grad for param in params], self._number)
+        return loss
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # torch.compiler.disable imports the compiler
+    def _run_uncompiled(self) -> None:
+        """Take a step within a compiled one: no operation that torch would know how to shard takes DTensors."""
+        self._run_step()
+
+    def _run_step(self) -> None:
+        """Take a step by the parameters' gradients, as `step` does once it has them."""
+        self._method.before_step(self)
+        self._take_written()
+        if self._released is not None:
+            self._released.end_iteration()
+        else:
+            self._planner.run(self)
+
+    def _step_alone(self, param: Tensor, group: int) -> None:
+        """Take the step of one parameter, of that group, by its gradient."""
+        self._method.before_param(self, param)
+        self._planner.run_alone(self, param, group)
+
+    def _end_iteration(self) -> None:
+        """Do what is due after every parameter has stepped alone."""
+        self._method.between_iterations(self)
+
+    def _step_tensors(self) -> list[Tensor]:
+        """Return every parameter; of `epi_kernels.engine.compiled`."""
+        return params_of(self.param_groups)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; `param_groups` under the name too by which a compiled step follows them."""
+        super().__setattr__(name, value)
+        if name == "param_groups":
+            self.__dict__["_groups"] = value
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients as torch does; where they are released, start over: see `release_gradients`."""
+        super().zero_grad(set_to_none)
+        if self._released is not None:
+            self._released.start_over()
+
+    # Groups ----------------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group as torch does; what it brings of its own is checked as the constructor's arguments are.
+
+        Raises:
+            ValueError: a setting is out of its range, or differs where it is one for all groups; of the groups that are
+                there too.
+            NotImplementedError: a parameter is of a kind or dtype that is not taken.
+            RuntimeError: the backend that was named cannot run on a parameter.
+        """
+        if "_number" in self.__dict__:  # constructed: what was written into every group since holds for this one too
+            self._method.before_group(self)
+            self._take_written()
+        # torch's constructor calls this once for each group and knows nothing of our defaults
+        for key, value in self._given.items():
+            self.defaults.setdefault(key, value)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group.update(plain_settings(group))
+        try:
+            self._check_settings(group, self.defaults)
+            for param in group["params"]:
+                self._check_kind(param)
+            self._method.admit(self, group)
+        except Exception:
+            self.param_groups.pop()
+            raise
+        self._method.constructed(self)
+        self._method.added(self)
+
+    def _check_kind(self, param: Tensor) -> None:
+        """Check that a parameter is of a kind and dtype that is taken, and the backend can run on it."""
+        name = name_of(param, self.param_groups)
+        if param.dtype not in self._dtypes:
+            raise NotImplementedError(
+                f"{name} is {param.dtype}; this class takes {', '.join(map(str, self._dtypes))}"
+            )
+        if type(param.data) is not Tensor and not is_dtensor(param):
+            raise NotImplementedError(
+                f"{name} is a {type(param.data).__name__}; this class takes plain tensors and DTensors"
+            )
+        # raises where the backend cannot run
+        dispatch.explain(param.device, self.backend, param.dtype.to_real() if param.is_complex() else param.dtype)
+
+    def _check_settings(self, group: dict[str, Any], shared: dict[str, Any]) -> None:
+        """Check the settings of a group, of which those that are one for all are as in `shared`.
+
+        Raises:
+            ValueError, RuntimeError: they are out of their range, or not possible together; torch's with its texts.
+        """
+        self._method.check_settings(group)
+        check_clip_grad_norm(group.get("clip_grad_norm"))
+        check_torchs(group)
+        check_shared(self._shared, group, shared)
+        if self._released is not None:
+            self._released.check_group(group)
+
+    def _take_written(self) -> None:
+        """Take over the settings that a program has written into the groups: those for all must be in all of them.
+
+        Raises:
+            ValueError: one is out of its range, differs between groups or cannot change; nothing has changed then.
+        """
+        shared, counted = self._shared, self._method.counted
+        keys = [key for key in dict.fromkeys((*self._ours, *shared)) if key not in counted]
+        written = [
+            # a schedule writes a learning rate at every step: only whether it is a Tensor is looked at
+            [*map(group.get, keys), *map(group.get, FLAGS), type(group["lr"])]
+            for group in self.param_groups
+        ]
+        if written == self._written:
+            return
+        fixed = self._method.fixed(self)
+        for group in self.param_groups:
+            self._check_settings(group, group)
+        check_written(self.param_groups, shared, fixed)
+        if self.param_groups:
+            first = self.param_groups[0]
+            self.defaults.update({key: first[key] for key in shared if key not in fixed})
+        self._written = written
+
+    # State -----------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state in torch's form.
+
+        Raises:
+            ValueError: a setting that is one for all groups, or cannot change, was written into one.
+        """
+        self._method.catch_up(self)
+        self._take_written()
+        # before the hooks of the user, who shall see what a checkpoint holds
+        ours = self.register_state_dict_post_hook(
+            lambda _, packed: self._method.packed(self, packed), prepend=True
+        )
+        try:
+            return super().state_dict()
+        finally:
+            ours.remove()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state as torch does, with the dtypes of this class: torch casts every state to its parameter's.
+
+        What the state's groups lack of our settings (a plain state of torch's lacks all) stays as it is. Where
+        both sides have the same parameter names in another order, the state of each parameter goes by its name, not,
+        as with torch, by its position; where the names differ, by position.
+
+        Raises:
+            ValueError: the state is of another optimizer, of other shapes, or incomplete; the message names the entry,
+                and the optimizer is as it was.
+        """
+        self._method.catch_up(self)
+        loading = _Loading(self)
+        # The first runs after, and the last before, the hooks of the user. In between torch loads the groups and no
+        # state: it would make a copy of every tensor in the dtype of its parameter.
+        hooks = [
+            self.register_load_state_dict_pre_hook(lambda _, given: loading.checked(given)),
+            self.register_load_state_dict_post_hook(lambda _: loading.take(), prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self._method.constructed(self)
+
+    def _settle(self) -> None:
+        """Take over what the groups say now."""
+        # A scaler leaves the gradients alone where the step can divide by the scale; else it unscales and skips by
+        # itself. With released gradients a scaler would find no gradients and raise an error about that; claiming AMP
+        # support lets step() raise ours, which names the cause.
+        fused = self._scales and any(group["fused"] for group in self.param_groups)
+        self._step_supports_amp_scaling = fused or self._released is not None
+        # Dynamo special-cases `param_groups` of torch's optimizers, so compiled code reads this alias instead
+        self._groups = self.param_groups
+        self._number = compiled.register(self)
+
+    def _release(self, released: Released | None) -> None:
+        """Let something step each parameter by itself from now on; None: nothing does."""
+        self._released = released
+        self._settle()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what pickle and deepcopy keep: torch's part and our own attributes."""
+        self._method.catch_up(self)
+        kept = ("backend", "_planner", "_dtypes", "_scales", "_ours", "_given")
+        own = {key: self.__dict__[key] for key in kept}
+        return {**super().__getstate__(), **own, "process_group": self._method.process_group_of_copy(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what `__getstate__` gave, or torch the groups and the state that it loads."""
+        super().__setstate__(state)
+        self._written = None
+        for group in self.param_groups:
+            for key in self._ours:
+                group.setdefault(key, self.defaults[key])
+        self._planner.forget()
+        self._settle()
+        self._method.constructed(self)
+
+
+class _Loading:
+    """A state on its way into an optimizer: checked before torch takes any of it, and taken without a second copy."""
+
+    def __init__(self, optimizer: FusedOptimizer) -> None:
+        self._optimizer, self._method = optimizer, optimizer._method
+        groups = optimizer.param_groups
+        self._entries: dict[Tensor, dict[str, Any]] = {}
+        # a captured step has the addresses of its state; else the old one goes before the new one is made
+        captured = any(group["capturable"] for group in groups)
+        with_state = [param for param in params_of(groups) if param in optimizer.state]
+        self._before = {
+            param: self._method.captured(optimizer, optimizer.state[param]) for param in with_state if captured
+        }
+        self._live = {
+            param: {key: value.dtype for key, value in optimizer.state[param].items() if isinstance(value, Tensor)}
+            for param in with_state
+        }
+        self._settings = [dict(group) if captured else {} for group in groups]
+
+    def checked(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Check a state, keep its tensors here, and return what torch shall load: the groups.
+
+        Raises:
+            ValueError: the state does not fit; nothing has changed then.
+        """
+        optimizer, method = self._optimizer, self._method
+        own_groups, rule = optimizer.param_groups, optimizer._planner.rule
+        if not check_form(given, own_groups):
+            return given  # of other groups, as torch says in its own words
+        given = {**given, "param_groups": checked_groups(given["param_groups"], rule)}
+        given = in_our_order(given, own_groups, method.grouping)
+        known = (*(slot.name for slot in rule.slots), *method.state_keys)
+        check_state(given, own_groups, rule, known, method.state_shape, method.check_entry, complete=method.complete)
+        own = [{key: group[key] for key in optimizer._ours} for group in own_groups]
+        lacking = method.lacking(given)
+        groups = [
+            {**ours, **lacking, **theirs} for ours, theirs in zip(own, given["param_groups"], strict=True)
+        ]
+        # in a state of an old torch
+        usual = {key: optimizer.defaults[key] for key in optimizer._shared}
+        for i, group in enumerate(groups):
+            with named(f"parameter group {i} of the state"):
+                optimizer._check_settings({**usual, **group}, {**usual, **groups[0]})
+                self._check_new_options(group, own_groups[i])
+        method.check_loaded(optimizer, groups)
+        numbers = dict(pairs_of(groups, own_groups))
+        self._entries = {numbers[number]: entry for number, entry in given["state"].items() if entry}
+        self._check_moments()
+        return {**given, "state": {}, "param_groups": groups}
+
+    def take(self) -> None:
+        """Take the tensors, once torch has the groups."""
+        optimizer, method = self._optimizer, self._method
+        for param in dict.fromkeys((*self._entries, *self._before)):
+            entry = self._unpacked(self._entries[param], param) if param in self._entries else {}
+            state = taken(entry, param, self._before.get(param, {}), self._live.get(param, {}))
+            group = group_of(param, optimizer.param_groups)
+            state["step"] = optimizer._planner.clock(optimizer, state["step"], param, group)
+            optimizer.state[param] = state
+        for group, old in zip(optimizer.param_groups, self._settings, strict=True):
+            for key in ("lr", "eps", "weight_decay"):
+                if isinstance(old.get(key), Tensor):
+                    group[key] = _written(old[key], group[key])
+            group["betas"] = tuple(
+                _written(ours, beta) if isinstance(ours, Tensor) else beta
+                for ours, beta in zip(old.get("betas", (None, None)), group["betas"], strict=True)
+            )
+        first = optimizer.param_groups[0]
+        optimizer.defaults.update({key: first[key] for key in optimizer._shared})
+        optimizer._settle()
+        method.loaded(optimizer)
+
+    def _unpacked(self, entry: dict[str, Any], param: Tensor) -> dict[str, Any]:
+        unpacked = self._method.unpacked(entry, param)
+        if unpacked is not None:
+            return unpacked
+        return {key: value if key == "step" else shard_of(value, param) for key, value in entry.items()}
+
+    def _check_new_options(self, saved: dict[str, Any], own: dict[str, Any]) -> None:
+        """Check that the parameters of a group can have the options that a saved group brings and the group has not.
+
+        Raises:
+            ValueError, NotImplementedError, RuntimeError: one cannot.
+        """
+        new = [key for key in OPTIONS if saved.get(key) and not own.get(key)]
+        for param in own["params"] if new else ():
+            try:
+                self._optimizer._planner.check_options(self._optimizer, param, {**dict.fromkeys(OPTIONS), **saved})
+            except AssertionError as error:  # torch's
+                name = name_of(param, self._optimizer.param_groups)
+                raise ValueError(f"{new[0]}={saved[new[0]]!r} and {name}: {error}") from error
+
+    def _check_moments(self) -> None:
+        """Check that the backend, if one was named, can take a step with moments of the dtypes that entries bring.
+
+        Raises:
+            ValueError: it cannot; the message names the moment and the way out.
+        """
+        optimizer = self._optimizer
+        for param, entry in self._entries.items() if optimizer.backend not in ("auto", "reference") else ():
+            for key, dtype in moments_of(entry, optimizer._planner.rule, param, self._live.get(param, {})):
+                if dtype.is_complex:
+                    continue
+                with named(f"{key} of {name_of(param, optimizer.param_groups)} is {dtype}"):
+                    values = frozenset({param.dtype})
+                    dispatch.choose("masked_adamw_", param.device.type, optimizer.backend, values, frozenset({dtype}))
+
+
+def _written(tensor: Tensor, value: Any) -> Tensor:
+    """Write a number, or the one value of a tensor, into a tensor of one value, and return that."""
+    given = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu")
+    return tensor.copy_(given.reshape(tensor.shape))

@@ -1,0 +1,376 @@
+"""What a step needs that does not change from step to step: planned once, and anew where anything has changed.
+
+A step of an optimizer of this package is a look at every tensor (has it moved? has it a gradient?), one addition that
+counts all clocks, and one launch for each bundle of tensors.
+"""
+
+import weakref
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from operator import attrgetter, itemgetter
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from epi_kernels import dispatch, native
+from epi_kernels.contract import check_lists
+from epi_kernels.distributed import local, local_gradient
+from epi_kernels.engine.clocks import DeviceClocks, HostClocks
+from epi_kernels.engine.complex import as_real
+from epi_kernels.engine.groups import name_of, params_of
+from epi_kernels.engine.method import Method, Owner
+from epi_kernels.engine.releases import releases_of
+from epi_kernels.engine.state import moment_dtypes, new_clock
+from epi_kernels.notices import warn
+from epi_kernels.rules import Rule
+
+_NOTHING: dict[str, Any] = {}
+_PLAIN = {Tensor, Parameter}
+
+# plans that are kept for sets of parameters whose gradients come and go, as of blocks or of ZeRO's sub-groups
+KEPT_PLANS = 32
+
+_address, _is_neg = Tensor.data_ptr, Tensor.is_neg
+_dtype, _shape, _requires_grad = map(attrgetter, ("dtype", "shape", "requires_grad"))
+
+_T = TypeVar("_T")
+
+
+@dataclass(slots=True)
+class Present:
+    """The tensors of the parameters that take part in a step, as groups and state hold them now; gone with the step.
+
+    Nothing that outlives a step holds a tensor of theirs: a program moves states and weights to another device between
+    two steps to have their memory.
+    """
+
+    params: list[Tensor] = field(default_factory=list)
+    groups: list[int] = field(default_factory=list)  # of each parameter, the position of its group
+    grads: list[Tensor] = field(default_factory=list)  # as the parameters have them
+    held: list[Tensor] = field(default_factory=list)  # the shard of each parameter that this rank has
+    plain: bool = True  # no parameter is a DTensor or of another class of torch's
+    columns: dict[str, list[Any]] = field(default_factory=dict)  # key of a state -> the values, or shards
+    complete: bool = True  # no parameter lacks one of these states; else the value is None
+
+
+@dataclass(slots=True)
+class Bundle:
+    """The tensors of one launch, by their positions among those of a step."""
+
+    where: list[int]
+    groups: list[int]  # of each, its position in param_groups
+    plain: bool  # real tensors whose gradients are in memory, and no DTensor among them
+
+    def of(self, values: list[_T]) -> list[_T]:
+        """Return those of this bundle among `values`, of which all parameters of the step have one."""
+        # in order, and each position once
+        return values if len(values) == len(self.where) else [values[i] for i in self.where]
+
+    def params(self, now: Present) -> list[Tensor]:
+        """Return the shards of the parameters, as an operation takes them."""
+        return self.of(now.held) if self.plain else list(map(as_real, self.of(now.held)))
+
+    def grads(self, now: Present) -> list[Tensor]:
+        """Return the gradients as an operation takes them."""
+        return self.of(now.grads) if self.plain else list(map(real_gradient, self.of(now.params)))
+
+    def column(self, now: Present, key: str) -> list[Any]:
+        """Return the states `key` as an operation takes them; None where a parameter has none."""
+        values = self.of(now.columns[key])
+        return values if self.plain else [None if value is None else as_real(value) for value in values]
+
+
+@dataclass
+class Plan:
+    """What was planned for some parameters, and what it was made from; it holds no tensor of theirs."""
+
+    identities: list[object] | None = None  # of groups, parameters and states; see `Planner._identities`
+    memory: list[object] | None = None  # see `_memory_of`
+    keys: tuple[str, ...] = ()  # of the states that a step reads or writes
+    alive: list["weakref.ref[Tensor]"] = field(default_factory=list)  # the states that were seen
+    gone: list[object] = field(default_factory=list)  # not empty once one of them is: another may have its address
+    bundles: list[Any] = field(default_factory=list)  # of what a subclass's `_bundle` returns
+    clocks: HostClocks | DeviceClocks = field(default_factory=lambda: HostClocks([]))
+
+
+class Planner:
+    """Plans of the steps of an optimizer, of which a subclass says how a bundle is made and launched.
+
+    Args:
+        rule: by which parameters move.
+        method: which of their entries do.
+    """
+
+    def __init__(self, rule: Rule, method: Method) -> None:
+        self.rule, self.method = rule, method
+        self._told_of_moments = False
+        self.forget()
+
+    def forget(self) -> None:
+        """Let the next step plan anew."""
+        self._plans: OrderedDict[object, Plan] = OrderedDict()
+        self._alone: dict[int, Plan] = {}  # by the identity of a parameter
+
+    # What a subclass says --------------------------------------------------------------------------------------------
+
+    def run(self, owner: Owner) -> None:
+        """Take a step by the parameters' gradients."""
+        raise NotImplementedError
+
+    def run_alone(self, owner: Owner, param: Tensor, group: int) -> None:
+        """Take the step of one parameter, of that group, by its gradient."""
+        raise NotImplementedError
+
+    def _bundle(self, owner: Owner, now: Present, bundle: Bundle) -> Bundle:
+        """Return what a launch needs for parameters of one device and pair of dtypes."""
+        raise NotImplementedError
+
+    def _kind(self, owner: Owner, param: Tensor) -> tuple[object, ...]:
+        """Return what parameters of one bundle have in common, besides device and dtypes."""
+        raise NotImplementedError
+
+    def _settings_seen(self, owner: Owner, group: dict[str, Any]) -> tuple[object, ...]:
+        """Return the settings of a group on which a plan depends."""
+        raise NotImplementedError
+
+    def ensure_state(self, owner: Owner, param: Tensor, group: dict[str, Any]) -> None:
+        """Create what a parameter lacks of state."""
+        raise NotImplementedError
+
+    def check_options(self, owner: Owner, param: Tensor, group: dict[str, Any]) -> None:
+        """Check the options of a group that not every parameter can have."""
+        raise NotImplementedError
+
+    def clock_device(self, owner: Owner, param: Tensor, group: dict[str, Any]) -> torch.device | None:
+        """Return the device on which the clock of a parameter runs, or None: on the host."""
+        raise NotImplementedError
+
+    def check(self, owner: Owner, param: Tensor, group: dict[str, Any]) -> None:
+        """Check what a step cannot do with a parameter; called before anything is changed."""
+        raise NotImplementedError
+
+    def clock(self, owner: Owner, value: float | Tensor, param: Tensor, group: dict[str, Any]) -> Tensor:
+        """Return a ``state["step"]`` of `value`, where and in which dtype torch has it."""
+        return new_clock(value, self.clock_device(owner, param, group), bool(group["fused"]))
+
+    # A step ----------------------------------------------------------------------------------------------------------
+
+    def planned(
+        self, owner: Owner, members: Sequence[tuple[int, Sequence[Tensor]]], capturing: bool = False
+    ) -> tuple[Plan, Present]:
+        """Return the plan of a step and its tensors; planned anew if anything has changed since the last such step.
+
+        Args:
+            owner: the optimizer.
+            members: (position of a group, its parameters that may take part).
+            capturing: a graph is being captured.
+
+        Raises:
+            RuntimeError: a gradient is sparse; or a graph is being captured, and there is no plan for the step.
+        """
+        now, settings = self._look(owner, members)
+        key = tuple(map(id, now.params))
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = Plan()
+            if len(self._plans) > KEPT_PLANS:
+                self._plans.popitem(last=False)
+        else:
+            self._plans.move_to_end(key)
+        return plan, self._up_to_date(owner, plan, now, settings, capturing)
+
+    def planned_alone(self, owner: Owner, param: Tensor, group: int) -> tuple[Plan, Present]:
+        """Return the plan and the tensors of a step of one parameter; see `planned`."""
+        if len(self._alone) > 2 * len(params_of(owner.param_groups)):  # of parameters that have left
+            self._alone.clear()
+        plan = self._alone.setdefault(id(param), Plan())
+        now, settings = self._look(owner, [(group, [param])])
+        return plan, self._up_to_date(owner, plan, now, settings, capturing=False)
+
+    def _up_to_date(
+        self, owner: Owner, plan: Plan, now: Present, settings: list[object], capturing: bool
+    ) -> Present:
+        # all that a step does for each tensor is in here and in `_look`, in loops of C where there are any
+        if not plan.gone and plan.identities == self._identities(owner, plan, now, settings):
+            if plan.memory == _memory_of(now):
+                return now
+        if capturing:
+            raise RuntimeError(
+                "step() is being captured, and it is not the step of before: its tensors are not prepared, or "
+                "other parameters have a gradient now, or a state was loaded. Take a step outside of the capture "
+                "first, with the same parameters having gradients"
+            )
+        return self._plan(owner, plan, now, settings)
+
+    def _look(
+        self, owner: Owner, members: Sequence[tuple[int, Sequence[Tensor]]]
+    ) -> tuple[Present, list[object]]:
+        """Return the tensors that take part in a step, but for the states, and the settings that the plan depends on.
+
+        Raises:
+            RuntimeError: a gradient is sparse.
+        """
+        now = Present()
+        params, grads, settings = now.params, now.grads, []
+        for i, members_of_group in members:
+            settings.append(self._settings_seen(owner, owner.param_groups[i]))
+            before = len(params)
+            for param in members_of_group:
+                grad = param.grad
+                if grad is not None and self.method.moves(owner, param):
+                    params.append(param)
+                    grads.append(grad)
+            count = len(params) - before
+            settings.append(count)
+            now.groups += [i] * count
+        if any(grad.is_sparse for grad in grads):
+            raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
+        now.held, now.plain = params, _PLAIN.issuperset(map(type, params))
+        if not now.plain:
+            now.held = list(map(local, params))
+        return now, settings
+
+    def _identities(self, owner: Owner, plan: Plan, now: Present, settings: list[object]) -> list[object]:
+        """Return what tells the groups, parameters and states of a plan from others; look up the states in passing."""
+        entries = [owner.state.get(param, _NOTHING) for param in now.params]
+        keys = plan.keys
+        try:
+            rows = list(map(itemgetter(*keys), entries)) if len(keys) > 1 else []
+        except KeyError:
+            now.complete, rows = False, [tuple(map(entry.get, keys)) for entry in entries]
+        values = list(chain.from_iterable(rows))
+        width = len(keys)
+        now.columns = {key: values[i::width] for i, key in enumerate(keys)}
+        return [settings, now.plain, list(map(_requires_grad, now.params)), list(map(id, values))]
+
+    # Planning --------------------------------------------------------------------------------------------------------
+
+    def _plan(self, owner: Owner, plan: Plan, now: Present, settings: list[object]) -> Present:
+        """Check the parameters that have a gradient, create what state they lack, and bundle them into launches."""
+        self._check_gradients_come(owner)
+        plan.identities, plan.bundles = None, []
+        of_group: dict[Tensor, int] = {}
+        for param, i in zip(now.params, now.groups, strict=True):
+            of_group.setdefault(param, i)
+        check_lists(params=list(map(as_real, of_group)), grads=list(map(real_gradient, of_group)))
+        for param, i in of_group.items():
+            self.check(owner, param, owner.param_groups[i])
+        self._say_what_is_slow(owner, of_group)
+        bundles: defaultdict[tuple[object, ...], dict[Tensor, int]] = defaultdict(dict)
+        for position, param in enumerate(now.params):
+            self.ensure_state(owner, param, owner.param_groups[now.groups[position]])
+            moments = moment_dtypes(self.rule, owner.state[param])
+            grad_dtype = now.grads[position].dtype
+            kind = (param.device, param.dtype, grad_dtype, moments, *self._kind(owner, param))
+            bundles[kind].setdefault(param, position)
+        self._gather_clocks(owner, plan, list(map(list, bundles.values())), of_group)
+        slots = (*(slot.name for slot in self.rule.slots), *self.method.state_keys)
+        states = [owner.state[param] for param in of_group]
+        plan.keys = ("step", *(key for key in slots if any(key in state for state in states)))
+        identities = self._identities(owner, plan, now, settings)
+        plan.memory = _memory_of(now)
+        for members in bundles.values():
+            plain = now.plain and not any(p.is_complex() or p.grad.is_neg() for p in members)  # type: ignore[union-attr]
+            groups = [of_group[param] for param in members]
+            plan.bundles.append(self._bundle(owner, now, Bundle(list(members.values()), groups, plain)))
+        # Not the death of a parameter is heard of, only that of a state: torch.utils.swap_tensors, by which a module
+        # of DTensors moves, refuses what has a weak reference. Of parameters all is looked at that a table depends on.
+        gone: list[object] = []
+        plan.identities, plan.gone = identities, gone
+        plan.alive = [
+            weakref.ref(state[key], gone.append)
+            for state in states
+            for key in plan.keys
+            if key != "step" and isinstance(state.get(key), Tensor)
+        ]
+        return now
+
+    def _check_gradients_come(self, owner: Owner) -> None:
+        """Check that no other optimizer takes the gradients in backward() and leaves nothing to this one.
+
+        Raises:
+            RuntimeError: one does; the message names a parameter.
+        """
+        own = getattr(owner, "_released", None)
+        for param in params_of(owner.param_groups):
+            if param.grad is None and any(release is not own for release in releases_of(param)):
+                raise RuntimeError(
+                    f"{name_of(param, owner.param_groups)} is released to another optimizer, which steps it in "
+                    "backward() and frees its gradient: there is nothing for this one. remove() that release"
+                )
+
+    def _say_what_is_slow(self, owner: Owner, params: Iterable[Tensor]) -> None:
+        """Warn where "auto" takes the reference backend for parameters that have a faster one on a usual machine."""
+        for param in params if owner.backend == "auto" else ():
+            if param.dtype not in native.DTYPES:
+                continue
+            dispatch.say_if_slow(param.device)
+            moments = moment_dtypes(self.rule, owner.state.get(param, _NOTHING))
+            other = [dtype for dtype in moments if dtype != torch.float32]
+            fast = dispatch.choose("masked_adamw_", param.device.type, "auto").backend
+            if other and fast != "reference" and not self._told_of_moments:
+                self._told_of_moments = True
+                warn(
+                    f"the moments of {name_of(param, owner.param_groups)} are {other[0]}, and backend {fast!r} takes "
+                    "float32 alone: its step, and that of all parameters like it, runs on plain torch, several times "
+                    "slower. Let the optimizer make the moments, or cast those in its state to float32. Said once for "
+                    "each optimizer"
+                )
+
+    def _gather_clocks(
+        self, owner: Owner, plan: Plan, bundles: list[list[Tensor]], members: dict[Tensor, int]
+    ) -> None:
+        """Make every ``state["step"]`` an element of the vectors of the plan's clocks."""
+        for param, i in members.items():
+            state = owner.state[param]
+            if not isinstance(state["step"], Tensor):  # a number that a program has written
+                state["step"] = self.clock(owner, state["step"], param, owner.param_groups[i])
+        steps = [[owner.state[param]["step"] for param in bundle] for bundle in bundles]
+        groups = owner.param_groups
+        if any(self.clock_device(owner, param, groups[i]) is not None for param, i in members.items()):
+            plan.clocks = DeviceClocks(steps, [bundle[0].device for bundle in bundles])
+        else:
+            plan.clocks = HostClocks(steps)
+        params = [param for bundle in bundles for param in bundle]
+        for param, step in zip(params, plan.clocks.elements, strict=True):
+            owner.state[param]["step"] = step
+
+
+def _memory_of(now: Present) -> list[object]:
+    """Return where the tensors of a step are in memory, as what and in which layout; unwrap DTensors in passing.
+
+    The shape of a state is that of the first look, for as long as the state is the same tensor at the same address.
+    """
+    held, grads = now.held, now.grads
+    if not now.plain:
+        grads = list(map(local, grads))
+        now.columns = {
+            key: [None if value is None else local(value) for value in values] for key, values in now.columns.items()
+        }
+    tensors = list(chain.from_iterable(now.columns.values()))
+    if not now.complete:
+        tensors = [tensor for tensor in tensors if tensor is not None]
+    seen: list[object] = [
+        list(map(_address, held)),
+        list(map(_dtype, held)),
+        list(map(_shape, held)),
+        [tensor.is_contiguous() or tensor.stride() for tensor in held],
+        list(map(_is_neg, held)),
+        list(map(_dtype, grads)),
+        list(map(_is_neg, grads)),
+        [grad.is_contiguous() or grad.stride() for grad in grads],
+        list(map(_address, tensors)),
+        list(map(_dtype, tensors)),
+    ]
+    if any(dtype.is_complex for dtype in set(map(_dtype, held))):
+        seen.append([(tensor.is_conj(), grad.is_conj()) for tensor, grad in zip(held, grads, strict=True)])
+    return seen
+
+
+def real_gradient(param: Tensor) -> Tensor:
+    """Return the shard of a parameter's gradient, as real numbers."""
+    return as_real(local_gradient(param))

@@ -1,0 +1,288 @@
+"""Steps of whole tensors whose entries can be locked: under scalers, clipping, CUDA graphs and autograd."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epi_kernels import ops
+from epi_kernels.distributed import local_gradient
+from epi_kernels.engine import differentiable
+from epi_kernels.engine.clocks import HostClocks
+from epi_kernels.engine.complex import PairLocks, as_real
+from epi_kernels.engine.groups import name_of
+from epi_kernels.engine.method import Method, Owner
+from epi_kernels.engine.nonfinite import NonfiniteCounts
+from epi_kernels.engine.plan import Bundle, Plan, Planner, Present
+from epi_kernels.engine.scaling import UNSCALED, Scaling, scaling_of
+from epi_kernels.engine.state import LOCK_STATE, check_memory, check_options, check_shapes, ensure_slots
+from epi_kernels.ops.table import Uploads
+from epi_kernels.rules import Rule
+
+
+@dataclass(slots=True)
+class _Bundle(Bundle):
+    sweep: ops.Sweep = field(init=False)
+    counter: Tensor  # of squared gradients that are not finite
+    lock_in: str
+    lockable: list[bool]
+    options: dict[str, list[bool]]  # optional slot -> which parameters step with it
+    pairs: bool  # whether the parameters are complex, and their locks repeated for both parts
+
+    def tensors(self, rule: Rule, now: Present) -> ops.Tensors:
+        """Return the lists that the sweep takes."""
+        slots: dict[str, list[Tensor | None]] = {}
+        for slot in rule.slots:
+            wanted = self.options.get(slot.name)
+            if wanted is None:
+                slots[slot.name] = self.column(now, slot.name)
+            else:
+                slots[slot.name] = _where(wanted, self.column(now, slot.name)) if any(wanted) else []
+        locks: list[Tensor | None] = []
+        if self.lock_in in LOCK_STATE:
+            locks = self.column(now, LOCK_STATE[self.lock_in])
+            locks = locks if all(self.lockable) else _where(self.lockable, locks)
+        return ops.Tensors(self.params(now), self.grads(now), slots, locks)
+
+
+class Sweeping(Planner):
+    """Steps of all parameters by `epi_kernels.ops.Sweep`.
+
+    Args:
+        rule: by which parameters move.
+        method: which of their entries do; it may count the gradients that are not finite.
+    """
+
+    def __init__(self, rule: Rule, method: Method) -> None:
+        super().__init__(rule, method)
+        self.nonfinite: NonfiniteCounts = getattr(method, "nonfinite", None) or NonfiniteCounts()
+        self.uploads = Uploads()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what pickle and deepcopy keep: no plan, and nothing of a graph."""
+        return {"rule": self.rule, "method": self.method}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what `__getstate__` gave."""
+        self.__init__(**state)  # type: ignore[misc]
+
+    # The step --------------------------------------------------------------------------------------------------------
+
+    def run(self, owner: Owner) -> None:
+        """Take a step by the parameters' gradients."""
+        groups = owner.param_groups
+        if owner.defaults.get("differentiable"):
+            self._run_differentiable(owner)
+            return
+        capturing = _capturing(groups)
+        members = [(i, group["params"]) for i, group in enumerate(groups)]
+        plan, now = self.planned(owner, members, capturing)
+        if not plan.bundles:
+            self.method.idle_step(owner)
+            return
+        clocks = plan.clocks
+        if isinstance(clocks, HostClocks):
+            self._take(owner, plan, now)
+        else:
+            with self._keeping(plan, now, capturing):
+                self._take(owner, plan, now)
+        if not capturing:
+            self.nonfinite.warn(groups)
+
+    def _take(self, owner: Owner, plan: Plan, now: Present) -> None:
+        scaling = self._scaling(owner, plan, now)
+        if plan.clocks.count(scaling.found_inf):
+            advanced = self.method.before_update(owner, now.params, scaling, plan.clocks.home)
+            self._update(owner, plan, now, advanced, scaling)
+
+    def run_alone(self, owner: Owner, param: Tensor, group: int) -> None:
+        """Take the step of one parameter, of that group, by its gradient."""
+        plan, now = self.planned_alone(owner, param, group)
+        if plan.bundles and plan.clocks.count({}):
+            self._update(owner, plan, now, False, UNSCALED)
+
+    def _scaling(self, owner: Owner, plan: Plan, now: Present) -> Scaling:
+        """Return what a scaler and clipping do to the gradients of this step."""
+        clip_grad_norm = owner.param_groups[0]["clip_grad_norm"]
+        grad_scale, found_inf = getattr(owner, "grad_scale", None), getattr(owner, "found_inf", None)
+        if clip_grad_norm is None and grad_scale is None and found_inf is None:
+            return UNSCALED
+        grads = [grad for bundle in plan.bundles for grad in bundle.grads(now)]
+        return scaling_of(grads, clip_grad_norm, grad_scale, found_inf)
+
+    def _update(
+        self, owner: Owner, plan: Plan, now: Present, advanced: bool | Tensor, scaling: Scaling
+    ) -> None:
+        """Update the parameters, their clocks counted, and their importance unless it has `advanced` already."""
+        for number, bundle in enumerate(plan.bundles):
+            scalars, rows = plan.clocks.scalars(number, bundle.groups, owner.param_groups, self.rule)
+            tensors = bundle.tensors(self.rule, now)
+            device = tensors.params[0].device
+            # a refresh advances those alone that can be locked
+            so_far = advanced if now.params[bundle.where[0]].requires_grad else False
+            if isinstance(so_far, Tensor):
+                so_far = so_far.to(device)
+            factor = scaling.factor.get(device)
+            if bundle.pairs and tensors.locks:
+                tensors.locks = self._pair_locks(owner, bundle, now, tensors.locks, bool(so_far), factor)
+            bundle.sweep.step_(
+                tensors,
+                bundle.counter,
+                scalars,
+                rows,
+                advanced=so_far,
+                grad_factor=factor,
+                found_inf=scaling.found_inf.get(device),
+                moved=bundle.pairs,  # the pairs are made for this step
+            )
+
+    def _pair_locks(
+        self,
+        owner: Owner,
+        bundle: _Bundle,
+        now: Present,
+        locks: Sequence[Tensor | None],
+        advanced: bool,
+        factor: Tensor | None,
+    ) -> list[Tensor | None]:
+        """Advance the importances of complex parameters, and return their locks repeated for both parts."""
+        pairs = PairLocks(locks, advances=bundle.lock_in == "importance")
+        if not advanced:
+            betas = [owner.param_groups[i].get("importance_beta", 0.0) for i in bundle.groups]
+            complex_grads = list(map(local_gradient, bundle.of(now.params)))
+            pairs.advance_(complex_grads, bundle.counter, betas, factor, owner.backend)
+        pairs.repeat_()
+        return pairs.pairs
+
+    def _run_differentiable(self, owner: Owner) -> None:
+        """Take a step that autograd can go back through: torch's own arithmetic, and the locks put over it."""
+        members = {param: group for group in owner.param_groups for param in group["params"] if param.grad is not None}
+        lock_in = {param: self.method.lock_in(owner, param, group) for param, group in members.items()}
+        for param, group in members.items():
+            differentiable.check(name_of(param, owner.param_groups), param, lock_in[param])
+            self.ensure_state(owner, param, group)
+        if not members:
+            self.method.idle_step(owner)
+            return
+        grads = [param.grad.detach() for param in members]
+        scaling = scaling_of(list(map(as_real, grads)), owner.param_groups[0]["clip_grad_norm"], None, None)
+        advanced = self.method.before_update(owner, list(members), scaling)
+        for param, group in members.items():
+            if not (advanced and param.requires_grad) and lock_in[param] == "importance":
+                counter = self.nonfinite.counter([param])
+                pairs = PairLocks([owner.state[param]["importance"]], advances=True)
+                factor = scaling.factor.get(param.device)
+                pairs.advance_([param.grad.detach()], counter, [group["importance_beta"]], factor, owner.backend)
+            locked = None if lock_in[param] == "none" else self.method.mask(owner, param)
+            with torch.enable_grad():
+                differentiable.step_(param, owner.state[param], group, locked, scaling.factor.get(param.device))
+
+    # Planning --------------------------------------------------------------------------------------------------------
+
+    def _settings_seen(self, owner: Owner, group: dict[str, Any]) -> tuple[object, ...]:
+        scaler = getattr(owner, "found_inf", None)
+        options = [group[slot.option] for slot in self.rule.slots if slot.option is not None]
+        flags = group["capturable"], group["fused"], scaler is not None and scaler.device
+        return *options, *flags, *self.method.settings_seen(group)
+
+    def _kind(self, owner: Owner, param: Tensor) -> tuple[object, ...]:
+        # what a refresh advances and what it does not cannot be in one launch
+        return (param.requires_grad,)
+
+    def clock_device(self, owner: Owner, param: Tensor, group: dict[str, Any]) -> torch.device | None:
+        """Return the device on which the clock of a parameter runs, or None: on the host.
+
+        torch has the clock on the device with ``fused`` too; here the clock is there only where a scaler alone knows,
+        on the device, whether there is a step to count. When only the device knows whether a refresh is due, the
+        kernels of a refresh are launched at every step and usually do nothing.
+        """
+        found_inf = getattr(owner, "found_inf", None)
+        skips_there = found_inf is not None and found_inf.device.type != "cpu"
+        on_device = group["capturable"] or skips_there
+        return param.device if on_device and not self.method.clock_on_host(owner) else None
+
+    def check(self, owner: Owner, param: Tensor, group: dict[str, Any]) -> None:
+        """Check what a step cannot do with a parameter.
+
+        Raises:
+            RuntimeError: entries of the parameter share memory, or are in none; `fused` is on and torch's kernels
+                cannot take it.
+            ValueError: a tensor of its state has another shape.
+            NotImplementedError: `capturable` is on and it is complex, or an option is not there for what ranks share.
+            AssertionError: `capturable` is on and it is on a device that has no graphs.
+        """
+        name = name_of(param, owner.param_groups)
+        self.method.before_check(owner, param, group)
+        check_memory(param, name)
+        keys = (*(slot.name for slot in self.rule.slots), *self.method.state_keys)
+        check_shapes(owner.state.get(param, {}), keys, param, name)
+        self.check_options(owner, param, group)
+
+    def check_options(self, owner: Owner, param: Tensor, group: dict[str, Any]) -> None:
+        """Check the options of a group that not every parameter can have; see `engine.state.check_options`."""
+        lock_in = self.method.lock_in(owner, param, group)
+        name = name_of(param, owner.param_groups)
+        check_options(param, name, group, lock_in, owner.process_group is not None)
+
+    def ensure_state(self, owner: Owner, param: Tensor, group: dict[str, Any]) -> None:
+        """Create what a parameter lacks of state: the clock, the slots of the rule, and a tensor for the lock."""
+        state = owner.state[param]
+        if "step" not in state:
+            state["step"] = self.clock(owner, 0.0, param, group)
+        ensure_slots(self.rule, state, param, group)
+        lock_state = LOCK_STATE.get(self.method.lock_in(owner, param, group))
+        if lock_state is not None and lock_state not in state:
+            state[lock_state] = self.method.new_lock(owner, param)
+        self.method.state_made(owner, param, group)
+
+    def _bundle(self, owner: Owner, now: Present, bundle: Bundle) -> _Bundle:
+        params = [now.params[i] for i in bundle.where]
+        groups = [owner.param_groups[i] for i in bundle.groups]
+        kinds = [self.method.lock_in(owner, param, group) for param, group in zip(params, groups, strict=True)]
+        # an optimizer locks in one way, or not at all
+        lock_in = next((kind for kind in kinds if kind != "none"), "none")
+        lockable = [kind != "none" for kind in kinds]
+        options = {slot.name: [slot.wanted(group) for group in groups] for slot in self.rule.slots if slot.option}
+        counter, pairs = self.nonfinite.counter(params), params[0].is_complex()
+        made = _Bundle(bundle.where, bundle.groups, bundle.plain, counter, lock_in, lockable, options, pairs)
+        tensors = made.tensors(self.rule, now)
+        if pairs and tensors.locks:
+            tensors.locks, lock_in = PairLocks(tensors.locks, advances=False).pairs, "static"
+        made.sweep = ops.Sweep(self.rule, tensors, lock_in, lockable, owner.backend)
+        return made
+
+    # Graphs ----------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _keeping(self, plan: Plan, now: Present, capturing: bool) -> Iterator[None]:
+        """Keep what the device reads in this step for as long as a graph may read it, if one is being captured."""
+        with self.uploads.step(capturing):
+            if capturing:
+                self.uploads.keep((plan.bundles, plan.clocks, now))
+            yield
+
+
+def _capturing(groups: Sequence[dict[str, Any]]) -> bool:
+    """Return whether a CUDA graph is being captured.
+
+    Raises:
+        RuntimeError: it is, and a parameter that requires a gradient has none.
+    """
+    if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        return False
+    for group in groups:
+        for param in group["params"]:
+            if param.requires_grad and param.grad is None:
+                raise RuntimeError(
+                    f"step() is being captured, and {name_of(param, groups)} has no gradient: replays would never move "
+                    "it. Capture a step in which every parameter has one, or let it require none"
+                )
+    return True
+
+
+def _where(wanted: list[bool], tensors: list[Any]) -> list[Tensor | None]:
+    """Return the tensors that are wanted, None for the others."""
+    return [tensor if want else None for want, tensor in zip(wanted, tensors, strict=True)]

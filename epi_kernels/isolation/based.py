@@ -1,0 +1,194 @@
+"""The states of a base optimizer, checked before the base takes them, and taken as a whole or not at all."""
+
+import inspect
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+from torch.optim.optimizer import Optimizer
+
+from epi_kernels.distributed import shard_of
+from epi_kernels.engine.checkpoint import check_form, check_place, check_tensor, named, pairs_of
+from epi_kernels.engine.groups import name_of
+from epi_kernels.engine.settings import Groups, check_shared
+from epi_kernels.isolation.layers import check_saved
+from epi_kernels.isolation.settings import CLOCK, SETTINGS, SHARED, check_settings
+
+# what torch's optimizers are constructed with, and not all of them: it tells the states of one from those of another
+_HYPERPARAMETERS = {
+    name
+    for each in vars(torch.optim).values()
+    if isinstance(each, type) and issubclass(each, Optimizer) and each.__module__.startswith("torch.optim.")
+    for name in inspect.signature(each).parameters
+} - {"params", "defaults", "foreach", "fused", "maximize", "capturable", "differentiable", "decoupled_weight_decay"}
+
+
+def in_torchs_form(packed: Any, groups: Groups) -> bool:
+    """Return whether a state of a base has torch's form: an entry for each parameter, which is a dict."""
+    try:
+        fits = isinstance(packed, dict) and check_form(packed, groups)
+    except ValueError:
+        return False
+    return fits and all(isinstance(entry, dict) for entry in packed["state"].values())
+
+
+def checked_entries(
+    base: Optimizer, groups: Groups, state_dict: dict[str, Any], importances: dict[Tensor, Tensor]
+) -> dict[Any, Any]:
+    """Check a saved state, put its importances aside, and return the entries that are left for the base.
+
+    Args:
+        base: that shall load them.
+        groups: the base's, with our settings.
+        state_dict: in torch's form.
+        importances: filled.
+
+    Raises:
+        ValueError: the state is of another optimizer than the base, of other shapes or another grouping, or a setting
+            is out of its range; the message names the entry.
+    """
+    saved_groups = state_dict["param_groups"]
+    check_saved(saved_groups, groups)
+    own = [{key: group[key] for key in SETTINGS} for group in groups]
+    for i, (ours, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+        group = {**own[i], CLOCK: 0, **saved}
+        with named(f"parameter group {i} of the state"):
+            check_settings(group)
+            check_shared(SHARED, group, {**own[0], **saved_groups[0]})
+            if group["importance"] != "ema":
+                raise ValueError(f"importance={group['importance']!r}: a base has no place for it; only 'ema' loads")
+            if not isinstance(group[CLOCK], int) or group[CLOCK] < 0:
+                raise ValueError(f"Invalid {CLOCK}: {group[CLOCK]!r}; it is a number of steps, >= 0")
+            foreign = sorted((_HYPERPARAMETERS - base.defaults.keys()) & (saved.keys() - ours.keys()))
+            if foreign and is_torchs(base):
+                raise ValueError(f"{type(base).__name__}, the base, has no {', '.join(foreign)}")
+    entries = dict(state_dict["state"])
+    for number, param in pairs_of(saved_groups, groups):
+        entry, name = entries.pop(number, {}), name_of(param, groups)
+        if not isinstance(entry, dict):
+            raise ValueError(f"the state of {name} is a {type(entry).__name__} and not a dict")
+        rest = {key: _of_base(base, key, value, param, name) for key, value in entry.items() if key != "importance"}
+        if "importance" in entry:
+            check_tensor("importance", entry["importance"], param, name, tuple(param.shape))
+            importances[param] = shard_of(entry["importance"], param)
+        if rest:  # some bases take an entry that is there for one of their own
+            entries[number] = rest
+    if is_torchs(base):
+        for i, (ours, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+            members = zip(saved["params"], ours["params"], strict=True)
+            with named(f"parameter group {i} of the state"):
+                _check_goes_on(base, groups, ours, saved, {p: entries[n] for n, p in members if n in entries})
+    return entries
+
+
+def _check_goes_on(
+    base: Optimizer,
+    groups: Groups,
+    ours: dict[str, Any],
+    saved: dict[str, Any],
+    entries: dict[Tensor, dict[str, Any]],
+) -> None:
+    """Check that the base, one of torch's, can take a step from a saved group and saved entries.
+
+    An optimizer of its kind tries it with tensors of one value.
+
+    Raises:
+        ValueError: it cannot; the message names the setting or the parameter.
+    """
+    for key, value in base.defaults.items():
+        if (isinstance(value, bool) or key in ("foreach", "fused")) and not isinstance(saved.get(key), bool | None):
+            raise ValueError(f"Invalid {key}: {saved[key]!r}; it is a flag")
+    if not ours["params"] or not _goes_on(base, ours, ours["params"][0], {}):
+        return  # its kind cannot be tried that way
+    _goes_on(base, {**ours, **saved}, ours["params"][0], {}, "the settings")
+    for param, entry in entries.items():
+        _goes_on(base, {**ours, **saved}, param, entry, f"the state of {name_of(param, groups)}")
+
+
+def _of_base(base: Optimizer, key: str, value: Any, param: Tensor, name: str) -> Any:
+    """Check an item of the base's state, and return it: of a whole tensor this rank's shard."""
+    if not isinstance(value, Tensor):
+        return value
+    whole = tuple(param.shape)
+    if is_torchs(base):
+        # a number, an entry each, or of Adafactor's one for each row or column
+        fits = value.dim() == len(whole) and all(a in (1, b) for a, b in zip(value.shape, whole, strict=True))
+        check_place(key, value, param, name, tuple(value.shape) if fits or value.numel() == 1 else whole)
+    return shard_of(value, param) if key != "step" and tuple(value.shape) == whole else value
+
+
+@contextmanager
+def as_before(base: Optimizer) -> Iterator[None]:
+    """Let a base that raises be as it was, with its groups, its state, and the optimizers that it holds."""
+    held = [base, *(value for value in vars(base).values() if isinstance(value, Optimizer))]
+    mappings: list[MutableMapping[Any, Any]] = [vars(one) for one in held]
+    lists: list[list[Any]] = []
+    for one in held:
+        state, groups = getattr(one, "state", None), getattr(one, "param_groups", [])
+        if isinstance(state, MutableMapping):
+            mappings += [state, *(entry for entry in state.values() if isinstance(entry, MutableMapping))]
+        mappings += groups
+        lists.append(groups)
+    contents, members = [dict(mapping) for mapping in mappings], [list(groups) for groups in lists]
+    try:
+        yield
+    except BaseException:
+        for mapping, content in zip(mappings, contents, strict=True):
+            mapping.clear()
+            mapping.update(content)
+        for groups, had in zip(lists, members, strict=True):
+            groups[:] = had
+        raise
+
+
+def is_torchs(base: Optimizer) -> bool:
+    return type(base).__module__.startswith("torch.optim.")
+
+
+def _goes_on(
+    base: Optimizer, group: dict[str, Any], param: Tensor, entry: dict[str, Any], what: str | None = None
+) -> bool:
+    """Return whether an optimizer of the kind of `base` takes a step of one value by these settings and this state.
+
+    Raises:
+        ValueError: it does not, and there is a name of `what` it takes.
+    """
+
+    def small(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return torch.zeros((1,) * value.dim(), dtype=value.dtype, device="cpu")
+        return value
+
+    def on_cpu(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(on_cpu, value))
+        return value.detach().cpu() if isinstance(value, Tensor) else value
+
+    shape = (1,) * (0 if is_lazy(param) else param.dim())
+    one = torch.zeros(shape, dtype=param.dtype, device="cpu", requires_grad=True)
+    one.grad = torch.zeros(shape, dtype=param.dtype, device="cpu")
+    settings = {key: on_cpu(group[key]) for key in base.defaults if key in group}
+    # of the places where a step runs, the one that every kind has
+    flags = {
+        key: value for key, value in (("foreach", False), ("fused", False), ("capturable", False)) if key in settings
+    }
+    differentiable = {"differentiable": False} if "differentiable" in settings else {}
+    try:
+        with torch.no_grad(), torch.device("cpu"):
+            stand_in = type(base)([one])  # type: ignore[call-arg]
+            stand_in.param_groups[0].update({**settings, **flags, **differentiable})
+            if entry:
+                stand_in.state[one] = {key: small(value) for key, value in entry.items()}
+            inspect.unwrap(type(base).step)(stand_in)  # without the hooks that a program has for every optimizer
+    except Exception as error:
+        if what is None:
+            return False
+        raise ValueError(
+            f"{type(base).__name__}, the base, cannot go on from {what}: {type(error).__name__}: {error}"
+        ) from error
+    return True
+
+

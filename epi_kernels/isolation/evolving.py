@@ -1,0 +1,235 @@
+"""Evolving isolation as the method of a fused optimizer: EPI's masks in the state, in checkpoints and under DeepSpeed."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epi_kernels import lock
+from epi_kernels.distributed import Lost, given, local, wrapped
+from epi_kernels.engine.checkpoint import named
+from epi_kernels.engine.groups import group_of, name_of, params_of
+from epi_kernels.engine.method import Method, Owner
+from epi_kernels.engine.scaling import UNSCALED, Scaling
+from epi_kernels.engine.state import new_state
+from epi_kernels.integrations import deepspeed
+from epi_kernels.isolation.isolation import Isolation
+from epi_kernels.isolation.layers import check_saved
+from epi_kernels.isolation.settings import CLOCK, SETTINGS, SHARED, check_settings
+
+
+class Evolving(Isolation, Method):
+    """The protected entries are those that `Isolation` chooses; the lock of a parameter rides in its importance."""
+
+    settings = (*SETTINGS, CLOCK)
+    shared = SHARED
+    counted = (CLOCK,)
+    state_keys = ("importance",)
+
+    # Settings and groups ---------------------------------------------------------------------------------------------
+
+    def check_settings(self, group: dict[str, Any]) -> None:
+        """Check the settings of a group, or raise ValueError."""
+        check_settings(group)
+
+    def fixed(self, owner: Owner) -> dict[str, tuple[Any, ...]]:
+        """Return the settings of which the masks are: where the lock is, and the layers."""
+        return {
+            "importance": (owner.defaults["importance"],),
+            "layers": (self.grouping.name, owner.defaults["layers"]),  # the second where there are no names to go by
+        }
+
+    def admit(self, owner: Owner, group: dict[str, Any]) -> None:
+        """Take in a group that was just added: its locks have a place, its parameters fall into layers."""
+        self._check_locks(owner, group, group["params"])
+        self.join(owner.param_groups, group)
+        self.grouping.resolve(named="param_names" in group)
+        self.grouping.stamp(owner.param_groups)
+        self.competition.part()
+
+    def _check_locks(self, owner: Owner, group: dict[str, Any], params: Sequence[Tensor]) -> None:
+        """Check that there is a place for the locks of parameters under the settings of a group."""
+        for param in params:
+            if param.is_complex() and self.lock_in(owner, param, group) == "exp_avg_sq":
+                raise NotImplementedError(
+                    f"{name_of(param, owner.param_groups)} is {param.dtype}, whose second moment has two parts for "
+                    "each entry and no place for its lock; use importance='ema', or isolation_ratio=0 in its group"
+                )
+
+    def lock_in(self, owner: Owner, param: Tensor, group: dict[str, Any]) -> str:
+        """Return where the lock of a parameter is: in its importance, in its second moment, or nowhere."""
+        if group["isolation_ratio"] == 0:
+            return "none"
+        return "importance" if group["importance"] == "ema" else "exp_avg_sq"
+
+    def new_lock(self, owner: Owner, param: Tensor) -> Tensor:
+        """Return an importance of 0, with nothing protected."""
+        return new_state(param, "importance")
+
+    def settings_seen(self, group: dict[str, Any]) -> tuple[object, ...]:
+        """Return whether a group is exempt, and where its locks are."""
+        return group["isolation_ratio"] == 0, group["importance"]
+
+    # The step --------------------------------------------------------------------------------------------------------
+
+    def before_step(self, owner: Owner) -> None:
+        """Find the ranks, and count an iteration of DeepSpeed."""
+        self.competition.ranks(owner)  # a copy may have lost them, and says so before anything has changed
+        if self.competition.segments is not None:
+            self._begin_iteration(owner)
+
+    def before_update(
+        self, owner: Owner, params: Sequence[Tensor], scaling: Scaling, home: torch.device | None = None
+    ) -> bool | Tensor:
+        """Count the step, and refresh the masks where mask_interval says so."""
+        if self.competition.segments is not None:
+            return False  # `before_step` has done both
+        return super().before_update(owner, params, scaling, home)
+
+    def idle_step(self, owner: Owner) -> None:
+        """Count a step without any gradient here, and take part in a refresh that is due."""
+        found_inf = getattr(owner, "found_inf", None)
+        if self.competition.segments is not None or (found_inf is not None and found_inf.item()):
+            return
+        self.step_without_gradients(owner)
+
+    def between_iterations(self, owner: Owner) -> None:
+        """Count the step that the parameters have taken one by one, and refresh if it is due."""
+        self.nonfinite.warn(owner.param_groups)
+        self.idle_step(owner)
+
+    def clock_on_host(self, owner: Owner) -> bool:
+        """Return whether ranks decide together whether to refresh: the host must then know."""
+        return self.competition.ranks(owner) is not None
+
+    def before_check(self, owner: Owner, param: Tensor, group: dict[str, Any]) -> None:
+        """Let the importance be the second moment again where the two are one and only one has got a new shape."""
+        state = owner.state.get(param, {})
+        shared = group["importance"] == "exp_avg_sq" and {"importance", "exp_avg_sq"} <= state.keys()
+        # who gives a parameter another shape, and its moments too, need not know that one moment has two names
+        if shared and local(state["importance"]).shape != local(state["exp_avg_sq"]).shape == local(param).shape:
+            state["importance"] = state["exp_avg_sq"]
+
+    def state_made(self, owner: Owner, param: Tensor, group: dict[str, Any]) -> None:
+        """Let importance and second moment be one tensor, where the lock rides in the second moment."""
+        state = owner.state[param]
+        exempt = group["isolation_ratio"] == 0 and "importance" not in state
+        if group["importance"] != "exp_avg_sq" or exempt:
+            return
+        # Whoever writes into `state` past load_state_dict may have made two tensors of the one: a loader of a
+        # checkpoint, or an offloader that has moved each to the host and back. The importance has the locks.
+        own, other = state["exp_avg_sq"], state.get("importance", state["exp_avg_sq"])
+        if other is not own and local(other).data_ptr() != local(own).data_ptr():
+            other = other.to(own.device)
+            own = other if other.dtype == own.dtype else _signed_like(own, other)
+        self._take_signed(owner, param, own)
+
+    def _take_signed(self, owner: Owner, param: Tensor, signed: Tensor) -> None:
+        """Let a signed second moment be the parameter's, as ``exp_avg_sq`` and as ``importance``: one tensor."""
+        state = owner.state[param]
+        if state["exp_avg_sq"] is not signed and group_of(param, owner.param_groups)["capturable"]:
+            signed = state["exp_avg_sq"].copy_(signed)  # a captured step has its address
+        state["exp_avg_sq"] = state["importance"] = signed
+
+    # DeepSpeed -------------------------------------------------------------------------------------------------------
+
+    def bind_deepspeed(self, owner: Owner, engine: Any) -> None:
+        """Say which layer every segment of DeepSpeed's flat partitions belongs to; see `EPIAdamW.bind_deepspeed`."""
+        segments = deepspeed.segments_of(engine, owner)
+        self.competition.segments = segments or None  # stage 0 leaves the parameters as they are
+        self.competition.every_group = owner.param_groups
+        if segments:
+            owner.process_group = deepspeed.group_of(engine)
+        elif isinstance(owner.process_group, Lost):
+            owner.process_group = None
+        self.competition.part()
+
+    def _begin_iteration(self, owner: Owner) -> None:
+        """Count an iteration of DeepSpeed at its first call of `step`, and refresh there if the last one made it due.
+
+        DeepSpeed calls `step` for one group after the other, or for one sub-group, and shows no other: only when the
+        next iteration begins is it known that all of them have advanced their importance.
+        """
+        groups = owner.param_groups
+        interval, before = self.competition.every_group[0]["mask_interval"], self.latest_clock(groups)
+        begins = self.count_step(groups) != before
+        if begins and interval is not None and before and before % interval == 0:
+            self.refresh(owner, (), UNSCALED, before)
+
+    # Checkpoints and copies ------------------------------------------------------------------------------------------
+
+    def packed(self, owner: Owner, packed: dict[str, Any]) -> dict[str, Any]:
+        """Return torch's state_dict with the clock in its groups, and second moments without locks."""
+        clock, groups = self.latest_clock(owner.param_groups), packed["param_groups"]
+        packed = {**packed, "param_groups": [{**group, CLOCK: clock} for group in groups]}
+        if groups[0]["importance"] != "exp_avg_sq":
+            return packed
+        exempt = {number for group in groups if group["isolation_ratio"] == 0 for number in group["params"]}
+        return {
+            **packed,
+            "state": {
+                number: entry if number in exempt and "importance" not in entry else _unlocked(entry)
+                for number, entry in packed["state"].items()
+            },
+        }
+
+    def captured(self, owner: Owner, state: dict[str, Any]) -> dict[str, Any]:
+        """Return the state without an importance that is the second moment: the loaded locks come in with `loaded`."""
+        if owner.param_groups[0]["importance"] != "exp_avg_sq":
+            return state
+        return {key: value for key, value in state.items() if key != "importance"}
+
+    def lacking(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return the clock of a state of torch.optim.AdamW, which has none: its largest ``step``."""
+        steps = [float(local(entry["step"])) for entry in state_dict["state"].values() if entry]
+        return {CLOCK: int(max(steps, default=0))}
+
+    def check_loaded(self, owner: Owner, groups: list[dict[str, Any]]) -> None:
+        """Check that a state was made under the layers here, and that its locks have a place."""
+        check_saved(groups, owner.param_groups)
+        for i, (group, own) in enumerate(zip(groups, owner.param_groups, strict=True)):
+            with named(f"parameter group {i} of the state"):
+                self._check_locks(owner, group, own["params"])
+
+    def loaded(self, owner: Owner) -> None:
+        """Take over the layers and the clock of a state, and let importance and second moment be one tensor again."""
+        groups = owner.param_groups
+        self.grouping.adopt(groups)
+        self.competition.part()
+        if self.competition.segments is not None:
+            self.competition.every_group = groups
+        self.start_iteration()
+        self.keep_clock(groups, int(groups[0][CLOCK]))
+        if groups[0]["importance"] == "exp_avg_sq":
+            for param, state in owner.state.items():
+                own, loaded = state["exp_avg_sq"], state.pop("importance", None)
+                # the locks of the one, the values of the other: an importance is loaded as float32
+                self._take_signed(owner, param, own if loaded is None else _signed_like(own, loaded))
+
+    def catch_up(self, owner: Owner) -> None:
+        """Bring the clock of a device into the groups, before they are saved or copied."""
+        self.keep_clock(owner.param_groups, self.latest_clock(owner.param_groups))
+
+    def constructed(self, owner: Owner) -> None:
+        """Count the parameters by which the calls of an iteration are told."""
+        self.iteration.parameters = max(self.iteration.parameters, len(params_of(owner.param_groups)))
+
+    def process_group_of_copy(self, owner: Owner) -> Any:
+        """Return the process group for a copy in this process, and what another process has instead."""
+        if self.competition.segments is not None:
+            return Lost("call bind_deepspeed(engine) of the copy")
+        return given(owner.process_group)
+
+
+def _signed_like(exp_avg_sq: Tensor, signed: Tensor) -> Tensor:
+    """Return the values of a second moment with the locks of a signed importance of the same placement."""
+    return wrapped(lock.with_lock(local(exp_avg_sq), lock.is_locked(local(signed))), exp_avg_sq)
+
+
+def _unlocked(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return one parameter's state as a checkpoint has it: exp_avg_sq without locks, and the importance with them."""
+    if "exp_avg_sq" not in entry:
+        return entry
+    signed = entry.get("importance", entry["exp_avg_sq"])
+    return {**entry, "exp_avg_sq": wrapped(lock.magnitude(local(signed)), signed), "importance": signed}

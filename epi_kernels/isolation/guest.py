@@ -1,0 +1,137 @@
+"""The importance as a guest in the state of an optimizer that is not ours: put in, taken out, checked."""
+
+import copy
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+from torch.optim.optimizer import Optimizer
+
+from epi_kernels.distributed import local
+from epi_kernels.engine.groups import name_of, params_of
+from epi_kernels.engine.method import Owner
+from epi_kernels.engine.state import new_state
+from epi_kernels.isolation.isolation import signed_importance
+
+
+class Guest:
+    """``state[p]["importance"]`` in the state of a base optimizer, which shall not see it."""
+
+    def __init__(self) -> None:
+        self.emptied: set[Tensor] = set()  # parameters whose entry the base has made, and left empty
+
+    def put(self, owner: Owner, param: Tensor, signed: Tensor) -> None:
+        """Put an importance into the state of a parameter.
+
+        Raises:
+            TypeError: the state of the parameter is no dict.
+        """
+        state = owner.state
+        entry = state.get(param)
+        if entry is None:
+            entry = state[param] = {}
+        elif not isinstance(entry, MutableMapping):
+            raise TypeError(
+                f"the state of {name_of(param, owner.param_groups)} is a {type(entry).__name__}; the importance needs a dict"
+            )
+        elif not entry:
+            self.emptied.add(param)
+        entry["importance"] = signed
+
+    @contextmanager
+    def aside(self, owner: Owner) -> Iterator[dict[Tensor, Tensor]]:
+        """Take the importances out of the base's state while the base may look at it.
+
+        Bases make their state where a parameter has none, or an empty one: an entry that has the importance alone is no
+        entry meanwhile, unless the base itself has made an empty one.
+
+        Yields:
+            The importances; those that are in it at the end are put into the state that the base has then.
+        """
+        aside: dict[Tensor, Tensor] = {}
+        state = owner.state
+        for param in params_of(owner.param_groups):
+            entry = state.get(param)
+            if isinstance(entry, MutableMapping) and "importance" in entry:
+                aside[param] = entry.pop("importance")
+                if not entry and param not in self.emptied:
+                    del state[param]
+        self.emptied = set()
+        try:
+            yield aside
+        finally:
+            for param, signed in aside.items():
+                self.put(owner, param, signed)
+
+    def make(self, owner: Owner) -> list[tuple[Tensor, Tensor]]:
+        """Make the importance of the parameters that can be protected and have none, and return both."""
+        made = []
+        for group in owner.param_groups:
+            for param in group["params"] if group["isolation_ratio"] > 0 else ():
+                stands = is_lazy(param) or param.is_meta or not (param.requires_grad or param.grad is not None)
+                if not stands and signed_importance(owner, param, group) is None:
+                    signed = new_state(param, "importance")
+                    self.put(owner, param, signed)
+                    made.append((param, signed))
+        return made
+
+    def drop(self, owner: Owner, param: Tensor) -> None:
+        """Take an importance out of the state of a parameter, and the entry too, where it has nothing else."""
+        entry = owner.state.get(param, {})
+        entry.pop("importance", None)
+        if not entry and param not in self.emptied:
+            owner.state.pop(param, None)
+
+    def check(self, owner: Owner) -> None:
+        """Check that every importance is still that of its parameter, whoever has written into the state.
+
+        Raises:
+            ValueError: it is of another shape, dtype or device; the message names the parameter.
+        """
+        for group in owner.param_groups:
+            for param in group["params"]:
+                signed = signed_importance(owner, param, group)
+                if signed is None:
+                    continue
+                wanted = (torch.float32, tuple(param.shape), tuple(local(param).shape), param.device)
+                if not isinstance(signed, Tensor) or wanted != (
+                    signed.dtype,
+                    tuple(signed.shape),
+                    tuple(local(signed).shape),
+                    signed.device,
+                ):
+                    what = (
+                        f"{signed.dtype} of shape {tuple(signed.shape)} on {signed.device}"
+                        if isinstance(signed, Tensor)
+                        else f"a {type(signed).__name__}"
+                    )
+                    raise ValueError(
+                        f'state[p]["importance"] of {name_of(param, owner.param_groups)} is {what}, and the parameter has shape '
+                        f"{tuple(param.shape)} on {param.device}: it must be torch.float32 of that shape there. Bring "
+                        "it into that form (0 for a new entry, which is free), or delete it, which starts over at 0 "
+                        "with nothing locked"
+                    )
+
+    def base_alone(self, base: Optimizer) -> tuple[Optimizer, dict[Tensor, Tensor]]:
+        """Return the base as it would be without this class, and the importances.
+
+        Bases of torch read the clock of the first entry of their state when they are copied.
+        """
+        state = vars(base).get("state")
+        if not isinstance(state, MutableMapping):
+            return base, {}  # which keeps its state in a way of its own
+        importances, bare = {}, copy.copy(state)
+        for param, entry in state.items():
+            if isinstance(entry, MutableMapping) and "importance" in entry:
+                importances[param] = entry["importance"]
+                rest = {key: value for key, value in entry.items() if key != "importance"}
+                if rest or param in self.emptied:
+                    bare[param] = rest
+                else:
+                    del bare[param]
+        alone = object.__new__(type(base))
+        vars(alone).update({**vars(base), "state": bare})
+        return alone, importances

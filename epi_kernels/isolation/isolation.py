@@ -1,0 +1,317 @@
+"""Evolving isolation of an optimizer's parameters: its clock, its masks, its refreshes, and what they did.
+
+EPIAdamW and IsolatedOptimizer have one each. It knows torch's parameter groups, and of a parameter's state the one
+tensor whose sign bits are the mask.
+"""
+
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from epi_kernels import contract, dispatch, lock
+from epi_kernels.distributed import AgreeAgain, local, local_gradient
+from epi_kernels.engine.complex import as_real, squared_by_importance
+from epi_kernels.engine.groups import group_of, has_names, params_of
+from epi_kernels.engine.method import Owner
+from epi_kernels.engine.nonfinite import NonfiniteCounts
+from epi_kernels.engine.scaling import UNSCALED, Scaling
+from epi_kernels.engine.settings import Groups
+from epi_kernels.isolation.competition import Competition, Signed
+from epi_kernels.isolation.layers import Grouping, LayersArgument
+from epi_kernels.isolation.refresh import refresh_
+from epi_kernels.isolation.settings import CLOCK
+from epi_kernels.isolation.telemetry import Budget, Record, Records
+from epi_kernels.notices import warn
+from epi_kernels.ops.table import Uploads, on_device
+
+
+@dataclass
+class Iteration:
+    """The calls of `step` since the clock was last counted; parameters by their identities."""
+
+    stepped: set[int] = field(default_factory=set)
+    parameters: int = 0  # as many as have joined with groups
+    clock: int = 0
+
+
+class Isolation:
+    """Chooses the protected entries of an optimizer, and remembers what it chose.
+
+    The optimizer, `owner`, is an argument of every function: nothing of it is kept.
+
+    Args:
+        layers: see `epi_kernels.EPIAdamW`.
+    """
+
+    def __init__(self, layers: LayersArgument) -> None:
+        self.competition = Competition(Grouping(layers))
+        self.records = Records()
+        self.nonfinite = NonfiniteCounts()
+        self._clock_there: Tensor | None = None  # the clock, int64 of no dimension, where a device alone knows it
+        self.iteration = Iteration()
+        self._warned = False  # of flat partitions
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what pickle and deepcopy keep."""
+        return {"competition": self.competition, "records": self.records, "nonfinite": self.nonfinite}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what `__getstate__` gave; a copy begins a new iteration."""
+        vars(self).update(state, _clock_there=None, iteration=Iteration(), _warned=False)
+
+    @property
+    def grouping(self) -> Grouping:
+        """The grouping of the parameters into layers."""
+        return self.competition.grouping
+
+    # Masks -----------------------------------------------------------------------------------------------------------
+
+    def mask(self, owner: Owner, param: Tensor) -> Tensor:
+        """Return which entries of a parameter, or of the shard of a DTensor, are protected.
+
+        Raises:
+            ValueError: `param` is not a parameter of the optimizer.
+        """
+        signed = signed_importance(owner, param, group_of(param, owner.param_groups))
+        if signed is None:
+            return torch.zeros_like(local(param), dtype=torch.bool)
+        return lock.is_locked(local(signed))
+
+    def importance(self, owner: Owner, param: Tensor) -> Tensor:
+        """Return the importance S of each entry of a parameter, or of the shard of a DTensor.
+
+        Raises:
+            ValueError: `param` is not a parameter of the optimizer.
+        """
+        signed = signed_importance(owner, param, group_of(param, owner.param_groups))
+        if signed is None:
+            return torch.zeros_like(local(param), dtype=torch.float32)
+        return lock.magnitude(local(signed))
+
+    def telemetry(self, owner: Owner) -> list[dict[str, Any]]:
+        """Return what the last refreshes did; see `Isolating.telemetry`."""
+        records = self.records.read()
+        self.nonfinite.warn(owner.param_groups)
+        return records
+
+    def text(self, owner: Owner) -> str:
+        """Return one line on the grouping and the backend in force."""
+        layers = self.grouping.of(owner.param_groups)
+        kinds = sorted({(p.device, as_real(p.detach()).dtype) for p in layers if not is_lazy(p)}, key=str)
+        chosen = [f"{dispatch.explain(device, owner.backend, dtype)} on {device}" for device, dtype in kinds]
+        backends = "; ".join(dict.fromkeys(chosen))
+        return (
+            f"Isolation: {len(layers)} tensors in {len(set(layers.values()))} layers by {self.grouping.name!r}; "
+            f"backend {backends}"
+        )
+
+    # The clock -------------------------------------------------------------------------------------------------------
+
+    def _clocked(self, groups: Groups) -> Groups:
+        """Return the groups that keep the clock: all of them, where DeepSpeed shows one at a time."""
+        return groups if self.competition.segments is None else self.competition.every_group
+
+    def latest_clock(self, groups: Groups) -> int:
+        """Return how many steps the optimizer has taken; it waits for the device where the clock runs there."""
+        if self._clock_there is not None:
+            return int(self._clock_there)
+        # groups that a program has put in the place of others may not have it
+        return int(self._clocked(groups)[0].get(CLOCK, self.iteration.clock))
+
+    def keep_clock(self, groups: Groups, clock: int) -> None:
+        """Set the number of steps that the optimizer has taken."""
+        self.iteration.clock = clock
+        for group in self._clocked(groups):
+            group[CLOCK] = clock
+        if self._clock_there is not None:
+            self._clock_there.fill_(clock)  # in place: a captured step has its address
+
+    def join(self, groups: Groups, group: dict[str, Any]) -> None:
+        """Give a group that joins the clock, which is one for all, and count the parameters that there are now."""
+        group[CLOCK] = self.latest_clock(groups)
+        self.iteration.parameters = len(params_of(groups))
+
+    def start_iteration(self) -> None:
+        """Let the next call of `step` begin an iteration: a state was loaded."""
+        self.iteration.stepped.clear()
+
+    def count_step(self, groups: Groups) -> int:
+        """Count a call of `step`, and return the clock.
+
+        DeepSpeed calls `step` once for each group or sub-group and shows the optimizer those parameters alone. Calls
+        with some parameters, none of which has stepped since the last count, are one iteration, and count once. (All
+        parameters that have not stepped are others, which a wrapper has put in the place of those that have.)
+        """
+        now = self.iteration
+        here = {id(param) for group in groups for param in group["params"]}
+        if now.stepped and 0 < len(here) < now.parameters and here.isdisjoint(now.stepped):
+            now.stepped |= here
+        else:
+            now.stepped, now.clock = here, self.latest_clock(groups) + 1
+        clock = now.clock
+        self.keep_clock(groups, clock)
+        return clock
+
+    def count_step_on(self, groups: Groups, device: torch.device, found_inf: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Count a step on a device that alone knows whether it is skipped, and wait for nothing.
+
+        Args:
+            groups: torch's.
+            device: where the clock runs from now on.
+            found_inf: float32 of one value on that device, not 0 where the step is skipped; None: it is not.
+
+        Returns:
+            (the clock after this step, whether this step counts), int64 and bool of no dimension on the device.
+        """
+        if self._clock_there is None:
+            start = torch.tensor(self.latest_clock(groups), dtype=torch.int64, device="cpu")
+            self._clock_there = on_device(start, device)
+        found_inf = torch.zeros((), dtype=torch.float32, device=device) if found_inf is None else found_inf
+        counted = (found_inf == 0).reshape(())
+        self._clock_there += counted
+        return self._clock_there.clone(), counted
+
+    # The step --------------------------------------------------------------------------------------------------------
+
+    def before_update(
+        self, owner: Owner, params: Sequence[Tensor], scaling: Scaling, home: torch.device | None = None
+    ) -> bool | Tensor:
+        """Count the step, and refresh the masks where mask_interval says so; see `Method.before_update`."""
+        self.competition.meet(owner)
+        self._warn_of_flat_partitions(owner.param_groups)
+        groups = owner.param_groups
+        interval = groups[0]["mask_interval"]
+        if home is not None:
+            clock_there, counted = self.count_step_on(groups, home, scaling.found_inf.get(home))
+            if interval is None:
+                return False
+            due_there = (counted & (clock_there % interval == 0)).float()
+            self.refresh(owner, params, scaling, clock_there, due_there)
+            return due_there
+        clock = self.count_step(groups)
+        self._clock_there = None  # the host knows the clock, and goes on with it
+        due = interval is not None and clock % interval == 0
+        if due:
+            self.refresh(owner, params, scaling, clock)
+        return due
+
+    def step_without_gradients(self, owner: Owner) -> None:
+        """Count a step without any gradient here, and take part in a refresh that is due."""
+        self.competition.meet(owner)
+        clock, interval = self.count_step(owner.param_groups), owner.param_groups[0]["mask_interval"]
+        if interval is not None and clock % interval == 0:
+            self.refresh(owner, (), UNSCALED, clock)
+
+    def _warn_of_flat_partitions(self, groups: Groups) -> None:
+        if self._warned or all(has_names(g) or "param_names" not in g or not g["params"] for g in groups):
+            return
+        self._warned = True
+        warn(
+            "the parameters are not those that were named: DeepSpeed ZeRO has put flat partitions in their place. "
+            "Each is one layer now, with a budget of its own; optimizer.bind_deepspeed(engine) brings the layers back"
+        )
+
+    def refresh(
+        self,
+        owner: Owner,
+        stepping: Sequence[Tensor] = (),
+        scaling: Scaling = UNSCALED,
+        clock: int | Tensor | None = None,
+        due: Tensor | None = None,
+    ) -> None:
+        """Advance the importance of the parameters that are `stepping`, and choose the protected entries.
+
+        Where the device alone knows whether it is time, `due` is not 0 where it is, and `clock` is there as well.
+        """
+        grads = {param: squared_by_importance(local_gradient(param).detach()) for param in stepping}
+        step = self.latest_clock(owner.param_groups) if clock is None else clock
+        try:
+            self._refresh_once(owner, grads, scaling, step, due)
+        except AgreeAgain:
+            # of the importance, which has taken the gradients in
+            self.competition.disagree()
+            self._refresh_once(owner, {}, scaling, step, due)
+
+    def _refresh_once(
+        self, owner: Owner, grads: dict[Tensor, Tensor], scaling: Scaling, step: int | Tensor, due: Tensor | None
+    ) -> None:
+        """Advance the importance by these gradients, and choose the protected entries.
+
+        Raises:
+            AgreeAgain: after the importance has advanced, before anything else has: another rank holds something else
+                now than when all agreed.
+        """
+
+        def signed_of(param: Tensor, group: dict[str, Any]) -> Tensor | None:
+            return signed_importance(owner, param, group)
+
+        signed: Signed = signed_of
+        competition, shared = self.competition, owner.param_groups[0]
+        ranks, found = competition.ranks(owner), competition.competitors(owner, signed, grads, step)
+        agreed = found.agreed
+        if not agreed.layers:  # nothing can be protected
+            if ranks is not None:
+                assert isinstance(step, int)
+                nothing = torch.zeros(0, 2, dtype=torch.float32, device="cpu")
+                ranks.ranges(nothing, step, competition.settings_of_ranks(owner))  # until a rank says otherwise
+            return
+        if not found.candidates and ranks is None:
+            return
+        budgets = [
+            Budget(scope, ratio, eligible, contract.budget(ratio, eligible))
+            for (scope, ratio), eligible in zip(agreed.budgets, agreed.budget_eligible, strict=True)
+        ]
+        chosen = refresh_(
+            found.candidates,
+            found.untouched,
+            layer_count=len(agreed.layers),
+            ks=[budget.k for budget in budgets],
+            counters=lambda where: self.nonfinite.counter([found.params[i] for i in where]),
+            normalize=shared["normalize"] == "layer",
+            exact=shared["threshold"] == "exact",
+            keep_finite=shared["importance"] == "ema",
+            grad_factor=scaling.factor,
+            due=due,
+            backend=owner.backend,
+            ranks=ranks,
+            pairs=agreed.pairs,
+            clock=step,
+            settings=competition.settings_of_ranks(owner) if ranks else None,
+        )
+        rows = agreed.pairs if ranks else [(candidate.layer, candidate.budget) for candidate in found.candidates]
+        counters = self.nonfinite.counters() if due is not None else self.nonfinite.snapshot(owner.param_groups)
+        record = Record(
+            step=step,
+            layers=agreed.layers,
+            layer_eligible=agreed.layer_eligible,
+            budgets=budgets,
+            layer_of=[layer for layer, _ in rows],
+            budget_of=[budget for _, budget in rows],
+            ranges=chosen.ranges,
+            thresholds=chosen.thresholds,
+            counts=chosen.counts,
+            nonfinite=counters,
+        )
+        if due is None:
+            self.records.add(record, {chosen.counts.device, *(c.importance.device for c in found.candidates)})
+        else:
+            written = self.records.add_where(due, record)
+            uploads = Uploads.current()
+            if uploads is not None:  # a graph writes into it, for as long as there is the graph
+                uploads.keep(written)
+
+
+def signed_importance(owner: Owner, param: Tensor, group: dict[str, Any]) -> Tensor | None:
+    """Return the tensor whose sign bits are the mask of a parameter; None: nothing of it is or can be protected yet."""
+    if not group.get("isolation_ratio", 1):  # a group that was added to a base may have no settings yet
+        return None
+    state = owner.state.get(param)
+    if not isinstance(state, MutableMapping):  # a base may keep something else
+        return None
+    second_moment = state.get("exp_avg_sq") if group.get("importance") == "exp_avg_sq" else None
+    signed: Tensor | None = state.get("importance", second_moment)
+    return signed

@@ -1,0 +1,278 @@
+"""A selection of trainable entries: the positions that move, and a state for them alone (PIECE, arXiv 2511.15375)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epi_kernels.contract import arithmetic_dtype
+from epi_kernels.distributed import is_dtensor, local, shard_of, wrapped
+from epi_kernels.engine.checkpoint import pairs_of, placed_alike, taken
+from epi_kernels.engine.gathering import check_flags
+from epi_kernels.engine.groups import digest_of, group_of, masks_of, name_of, params_of, position_of
+from epi_kernels.engine.method import Owner
+from epi_kernels.engine.places import Following, Place, check_shape
+from epi_kernels.engine.state import new_clock
+from epi_kernels.notices import warn
+from epi_kernels.ops.flat import put_
+from epi_kernels.rules import Rule
+
+# positions fit int32 below this
+_NARROW = 1 << 31
+
+_WAY_OUT = "If you replaced or resized the parameter, select() again, with masks in the new shapes"
+
+
+@dataclass(frozen=True, slots=True)
+class _Selected:
+    """What is trainable of a parameter: positions in this rank's shard, and the shape of the whole parameter.
+
+    Of a DTensor there is a number that is equal on ranks of equal masks.
+    """
+
+    positions: Tensor
+    shape: torch.Size
+    digest: int | None = None
+
+
+class Selection(Following):
+    """Trainable entries move, the others keep their bits; the state of a parameter has a value for each trainable one.
+
+    Args:
+        rule: whose slots a state has, one compact tensor each.
+    """
+
+    state_keys = ("indices", "trainable")
+    complete = True
+
+    def __init__(self, rule: Rule) -> None:
+        super().__init__()
+        self._slots = tuple(slot.name for slot in rule.slots if slot.option is None)
+
+    # Selecting -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def select(self, owner: Owner, trainable: Mapping[str | Tensor, Tensor]) -> None:
+        """Start over with a selection and fresh moments; see `epi_kernels.SparseAdamW.select`."""
+        groups = owner.param_groups
+        chosen = masks_of(trainable, groups, "trainable", partitioned=owner.process_group is not None)
+        shards = {param: local(shard_of(mask.to(param.device), param)) for param, mask in chosen.items()}
+        owner.state.clear()
+        self.compare_anew()
+        self.places.look(groups)  # with parameters that may be others by now
+        for param in params_of(groups):
+            self.places.put(param, None)
+        for param, mask in shards.items():
+            positions = narrow(mask.reshape(-1).nonzero()[:, 0], local(param))
+            digest = digest_of(chosen[param]) if is_dtensor(param) else None
+            self.places.put(param, _Selected(positions, param.shape, digest))
+        self.complete_states(owner)
+
+    def complete_states(self, owner: Owner) -> None:
+        """Give every parameter a state: that of its selection, of nothing where nothing is selected.
+
+        torch.distributed.checkpoint loads into the states that are there, and would leave out the others of a file.
+        """
+        for group in owner.param_groups:
+            for param in group["params"]:
+                self.state_made(owner, param, group)
+
+    def state_made(self, owner: Owner, param: Tensor, group: dict[str, Any]) -> None:
+        """Start a state that was cleared over; of one that is there the selection is what counts."""
+        selected: _Selected | None = self.places.get(param)
+        state = owner.state.get(param, {})
+        positions = state.get(key_of(param), selected and selected.positions)
+        if not {"step", *self._slots, key_of(param)} <= state.keys():
+            self._start(owner, param, group, positions)
+        elif positions is not (selected and selected.positions) and (selected or positions.numel()):
+            self.places.put(param, _Selected(positions, selected.shape if selected else param.shape))
+
+    def _start(self, owner: Owner, param: Tensor, group: dict[str, Any], positions: Tensor | None) -> None:
+        """Give a parameter a fresh state of entries at these positions of this rank's shard, in row-major order."""
+        if positions is None:
+            positions = narrow(torch.zeros(0, dtype=torch.int64, device=param.device), local(param))
+        dtype, k = arithmetic_dtype(param.dtype), len(positions)
+        with torch.inference_mode(False):  # the state may be written outside of it
+            slots = {key: torch.zeros(k, dtype=dtype, device=param.device) for key in self._slots}
+        clock = new_clock(0.0, None, bool(group["fused"]))
+        owner.state[param] = {"step": clock, **slots, key_of(param): positions.to(param.device)}
+
+    def positions(self, owner: Owner, param: Tensor) -> Tensor:
+        """Return the positions of what is selected, in this rank's shard."""
+        positions: Tensor | None = owner.state.get(param, {}).get(key_of(param))
+        if positions is None:  # it was cleared
+            self.complete_states(owner)
+            positions = owner.state[param][key_of(param)]
+        return positions
+
+    def trainable(self, owner: Owner, param: Tensor) -> Tensor:
+        """Return which entries of a parameter, or of the shard of a DTensor, move: a new bool tensor of its shape."""
+        self.follow_to(owner, param)
+        position_of(param, owner.param_groups)  # raises where it has none
+        held = local(param)
+        mask = torch.zeros(held.numel(), dtype=torch.bool, device=param.device)
+        mask[self.positions(owner, param).long()] = True
+        return mask.view(held.shape)
+
+    # The step --------------------------------------------------------------------------------------------------------
+
+    def check_settings(self, group: dict[str, Any]) -> None:
+        """Refuse flags that compact states do not have."""
+        check_flags(group)
+
+    def moves(self, owner: Owner, param: Tensor) -> bool:
+        """Return whether anything of a parameter is selected.
+
+        A DTensor counts even where this rank has nothing: to come by its gradient may take all ranks.
+        """
+        return bool(self.positions(owner, param).numel()) or is_dtensor(param)
+
+    def before_check(self, owner: Owner, param: Tensor, group: dict[str, Any]) -> None:
+        """Check that a parameter has the shape of its selection."""
+        selected: _Selected | None = self.places.get(param)
+        if selected is not None:
+            check_shape(param, name_of(param, owner.param_groups), "trainable", selected.shape, _WAY_OUT)
+            # a program that has moved the state need not keep the positions that were there before
+            self.places.put(param, replace(selected, positions=self.positions(owner, param)))
+
+    # Parameters that are replaced ------------------------------------------------------------------------------------
+
+    def after_move(self, owner: Owner) -> None:
+        """Drop the state of nothing of a parameter that was replaced, and complete the others."""
+        for param in [p for p in owner.state if isinstance(p, Tensor) and self.places.at(p) is None]:
+            del owner.state[param]
+        self.complete_states(owner)
+
+    def added(self, owner: Owner) -> None:
+        """Give the parameters of a new group a state of nothing, until `select`."""
+        self.complete_states(owner)
+
+    def catch_up(self, owner: Owner) -> None:
+        """Follow, and give every parameter a state."""
+        super().catch_up(owner)
+        self.complete_states(owner)
+
+    def digest(self, belongs: Any) -> int | None:
+        """Return the number of a selection."""
+        selected: _Selected = belongs
+        return selected.digest
+
+    def moved_to(self, owner: Owner, place: Place, param: Tensor) -> tuple[_Selected, dict[str, Any] | None]:
+        """Return the selection and the state for a parameter that has taken the place of another."""
+        selected: _Selected = place.belongs
+        check_shape(param, str(place), "trainable", selected.shape, _WAY_OUT)
+        if key_of(param) in owner.state.get(param, ()):  # whoever has replaced the parameter has seen to its state
+            return _Selected(self.positions(owner, param), param.shape), None
+        state = owner.state.get(place.param, {})
+        if not state:  # it was cleared, and the moments are fresh
+            zeros = torch.zeros(len(selected.positions), dtype=arithmetic_dtype(param.dtype), device=param.device)
+            slots = {key: zeros.clone() for key in self._slots}
+            state = {"step": 0.0, **slots, key_of(place.param): selected.positions}
+        if "trainable" in state:
+            if not placed_alike(place.param, param):
+                raise ValueError(
+                    f"{place} was a DTensor, and has been replaced by one that is placed otherwise: this rank has a "
+                    "shard of its selection alone. select() again, with masks of whole parameters"
+                )
+            entry = state
+        else:
+            entry = self.unpacked(state, param)
+        new = taken(entry, param, {}, {})
+        new["step"] = new_clock(new["step"], None, bool(group_of(param, owner.param_groups)["fused"]))
+        digest = digest_of(selected.positions) if is_dtensor(param) else None
+        return _Selected(new[key_of(param)], param.shape, digest), new
+
+    # Checkpoints -----------------------------------------------------------------------------------------------------
+
+    def packed(self, owner: Owner, packed: dict[str, Any]) -> dict[str, Any]:
+        """Return torch's state_dict with the state of a DTensor in the parameter's shape."""
+        state = {}
+        for number, param in pairs_of(packed["param_groups"], owner.param_groups):
+            if number in packed["state"]:
+                entry = packed["state"][number]
+                state[number] = self._spread(entry, param) if is_dtensor(param) else entry
+        return {**packed, "state": state}
+
+    def unpacked(self, entry: dict[str, Any], param: Tensor) -> dict[str, Any]:
+        """Return a parameter's saved state as `state` has it: compact."""
+        if "trainable" not in entry:
+            if not is_dtensor(param):
+                return {**entry, "indices": narrow(entry["indices"], param)}
+            entry = {"step": entry["step"], **self._dense(entry, "indices", param.shape)}  # of one process
+        # of a DTensor's shard, or of the whole of it where the checkpoint has that
+        keys = (*self._slots, "trainable")
+        parts = {key: local(shard_of(entry[key].to(param.device), param)).reshape(-1) for key in keys}
+        positions = parts["trainable"].nonzero()[:, 0]
+        slots = {key: parts[key][positions] for key in self._slots}
+        return {"step": entry["step"], **slots, key_of(param): narrow(positions, local(param))}
+
+    def loaded(self, owner: Owner) -> None:
+        """Take the selection of a checkpoint; what it has no entry for keeps its own, with fresh moments."""
+        for param in params_of(owner.param_groups):
+            kept: _Selected | None = self.places.get(param)
+            if owner.state.get(param):  # the selection is the checkpoint's
+                self.places.put(param, _Selected(self.positions(owner, param), param.shape))
+            elif kept is not None and kept.positions.numel():
+                warn(
+                    f"the state has no entry for {name_of(param, owner.param_groups)}, which requires no gradient: its "
+                    f"{len(kept.positions)} trainable entries stay those of this optimizer, with fresh moments"
+                )
+        self.complete_states(owner)
+
+    def state_shape(self, key: str, param: Tensor, entry: dict[str, Any]) -> tuple[int, ...]:
+        """Return the shape of a compact tensor, or of the parameter where the entry is in its shape."""
+        if "trainable" in entry:
+            return tuple(param.shape)
+        indices = entry.get("indices")
+        return tuple(indices.shape) if isinstance(indices, Tensor) else (0,)
+
+    def check_entry(self, entry: dict[str, Any], param: Tensor, name: str) -> None:
+        """Check the positions of a saved state.
+
+        Raises:
+            ValueError: they are no positions, out of range, or do not increase.
+        """
+        if "trainable" in entry:
+            return
+        indices = entry.get("indices")
+        integers = isinstance(indices, Tensor) and indices.dtype in (torch.int32, torch.int64) and not indices.is_meta
+        if not isinstance(indices, Tensor) or not integers or indices.dim() != 1 or indices.layout != torch.strided:
+            raise ValueError(f"the state of {name} has no 1-D integer indices: it is not SparseAdamW's")
+        if len(indices) and not (int(indices[0]) >= 0 and int(indices[-1]) < param.numel()):
+            raise ValueError(
+                f"indices of {name} go from {int(indices[0])} to {int(indices[-1])} in the state, and it has "
+                f"{param.numel()} entries here"
+            )
+        # a step would write wherever they point
+        if not bool((indices[1:] > indices[:-1]).all()):
+            raise ValueError(f"indices of {name} do not increase in the state: it was changed, or is not SparseAdamW's")
+
+    def _dense(self, entry: dict[str, Any], key: str, shape: torch.Size) -> dict[str, Tensor]:
+        """Return compact slots in a shape, zeros where nothing is selected, and where it is; `key` has the positions."""
+        positions = entry[key].long()
+
+        def spread(values: Tensor) -> Tensor:
+            return put_(torch.zeros(shape, dtype=values.dtype, device=values.device), positions, values)
+
+        ones = torch.ones(len(positions), dtype=torch.uint8, device=positions.device)
+        return {**{slot: spread(entry[slot]) for slot in self._slots}, "trainable": spread(ones)}
+
+    def _spread(self, entry: dict[str, Any], param: Tensor) -> dict[str, Any]:
+        """Return the compact state of a shard in the shape of its parameter."""
+        dense = self._dense(entry, "trainable", local(param).shape)
+        return {"step": entry["step"], **{key: wrapped(values, param) for key, values in dense.items()}}
+
+
+def key_of(param: Tensor) -> str:
+    """Return the key of the positions in a parameter's state, which is that of the selection in a checkpoint too.
+
+    Loaders of flat checkpoints ask the state which keys to load.
+    """
+    return "trainable" if is_dtensor(param) else "indices"
+
+
+def narrow(positions: Tensor, tensor: Tensor) -> Tensor:
+    """Return positions in a tensor in the dtype in which they are kept."""
+    return positions.int() if tensor.numel() < _NARROW else positions.long()
