@@ -178,7 +178,7 @@ def main() -> None:
 
     # the pieces are the model's: put together by name, their masks are those of whole tensors
     optimizer.refresh()
-    own = [segment for segment in optimizer._segments if segment.name in shapes]
+    own = [segment for segment in optimizer._isolation.competition.segments if segment.name in shapes]
     mine = {s.name: optimizer.state[s.flat]["importance"][s.start : s.start + s.entries] for s in own}
     dist.all_gather_object(every, mine)
     signed = {n: torch.cat([part[n] for part in every if n in part]).view(shape) for n, shape in shapes.items()}

@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from epi_kernels import EPIAdamW, IsolatedOptimizer, MaskedAdamW, SparseAdamW, distributed, importance, select
 from epi_kernels.delta import apply_delta
-from epi_kernels.optim import isolation
+from epi_kernels.isolation import competition
 
 STEPS = 7
 SETTINGS: dict[str, Any] = {"lr": 0.02, "isolation_ratio": 0.15, "mask_interval": 2, "importance_beta": 0.5}
@@ -403,7 +403,7 @@ def a_double_count_is_seen() -> None:
     def planted(param: Tensor, rank: int, *, partitioned: bool) -> tuple[object, ...]:
         return (*original(param, rank, partitioned=partitioned), rank)
 
-    isolation.shard_key = planted
+    competition.shard_key = planted
 
     def two_steps() -> tuple[Any, Any, list[bool]]:
         model, whole, width = pairs("tp+fsdp" if dist.get_world_size() == 4 else "tp")

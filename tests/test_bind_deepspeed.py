@@ -53,7 +53,7 @@ def test_an_engine_that_steps_this_optimizer_through_wrappers_is_bound() -> None
     optimizer = optimizer_of(flat)
     zero = SimpleNamespace(optimizer=SimpleNamespace(optimizer=optimizer))
     optimizer.bind_deepspeed(engine_of(zero, flat, (0, 6), (6, 3)))
-    assert [(s.name, s.start, s.entries, s.of) for s in optimizer._segments or ()] == [
+    assert [(s.name, s.start, s.entries, s.of) for s in optimizer._isolation.competition.segments or ()] == [
         ("w0", 0, 6, 12),
         ("w1", 6, 3, 6),
     ]
@@ -62,7 +62,7 @@ def test_an_engine_that_steps_this_optimizer_through_wrappers_is_bound() -> None
 def test_an_engine_without_zero_is_bound_to_nothing() -> None:
     optimizer = optimizer_of(Parameter(torch.zeros(10)))
     optimizer.bind_deepspeed(SimpleNamespace(module=torch.nn.Linear(2, 2), optimizer=optimizer))
-    assert optimizer._segments is None
+    assert optimizer._isolation.competition.segments is None
 
 
 @pytest.mark.parametrize("wrapped", [True, False])
@@ -72,7 +72,7 @@ def test_an_engine_that_steps_another_optimizer_is_refused(wrapped: bool) -> Non
     engine = engine_of(SimpleNamespace(optimizer=other) if wrapped else other, flat, (0, 6))
     with pytest.raises(ValueError, match=r"the engine steps another optimizer \(AdamW\), .*initialize\(optimizer="):
         optimizer.bind_deepspeed(engine)
-    assert optimizer._segments is None
+    assert optimizer._isolation.competition.segments is None
     with pytest.raises(ValueError, match=r"steps another optimizer \(EPIAdamW\)"):
         optimizer.bind_deepspeed(engine_of(SimpleNamespace(optimizer=optimizer_of(flat)), flat, (0, 6)))
 
@@ -104,7 +104,7 @@ def test_pieces_that_do_not_fit_are_refused(places: Any, text: str) -> None:
     optimizer = optimizer_of(flat)
     with pytest.raises(ValueError, match=text):
         optimizer.bind_deepspeed(engine_of(SimpleNamespace(optimizer=optimizer), flat, *places))
-    assert optimizer._segments is None
+    assert optimizer._isolation.competition.segments is None
 
 
 def test_a_partition_that_the_optimizer_does_not_have_is_refused() -> None:
@@ -129,4 +129,4 @@ def test_stage_3_groups_that_are_not_there_are_refused() -> None:
         optimizer.bind_deepspeed(engine)
     zero.sub_group_to_group_id = [0]
     optimizer.bind_deepspeed(engine)
-    assert optimizer._segments == [(flat, 0, "w0", 0, 6, 12)]
+    assert optimizer._isolation.competition.segments == [(flat, 0, "w0", 0, 6, 12)]

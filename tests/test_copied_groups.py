@@ -16,7 +16,7 @@ from torch.nn import Parameter
 
 from epi_kernels import EPIAdamW, IsolatedOptimizer, MaskedAdamW, SparseAdamW
 from epi_kernels.integrations.deepspeed import Segment
-from epi_kernels.optim import epi
+from epi_kernels.integrations import deepspeed
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
 
@@ -113,11 +113,11 @@ def test_a_copy_of_an_optimizer_that_deepspeed_steps_is_bound_again(
 ) -> None:
     flat = Parameter(torch.ones(16))
     optimizer = EPIAdamW([("w", flat)], mask_interval=2, isolation_ratio=0.2)
-    monkeypatch.setattr(epi, "group_of", lambda _: group)
+    monkeypatch.setattr(deepspeed, "group_of", lambda _: group)
 
     def bind(one: EPIAdamW) -> None:
         owner = one.param_groups[0]["params"][0]
-        monkeypatch.setattr(epi, "segments_of", lambda *_: [Segment(owner, 0, "blocks.0.w", 0, 16, 16)])
+        monkeypatch.setattr(deepspeed, "segments_of", lambda *_: [Segment(owner, 0, "blocks.0.w", 0, 16, 16)])
         one.bind_deepspeed(object())
 
     bind(optimizer)

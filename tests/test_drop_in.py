@@ -240,7 +240,7 @@ def test_a_parameter_that_freezes_between_steps_advances_its_importance_all_the_
         twin.requires_grad_(step != 1)
         give([param, other], step)
         give([twin, other_twin], step)
-        theirs._forget()  # looks anew
+        theirs._planner.forget()  # looks anew
         ours.step()
         theirs.step()
         for p, q in ((param, twin), (other, other_twin)):

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from epi_kernels import EPIAdamW
-from epi_kernels.layers import block
+from epi_kernels.isolation.layers import block
 
 # shape, size of the gradients: every kind of tensor, and scales over nine decades
 SHAPES: dict[str, tuple[tuple[int, ...], float]] = {

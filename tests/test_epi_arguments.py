@@ -35,26 +35,11 @@ def named(*names: str) -> list[tuple[str, Parameter]]:
         ("scope", "block"),
         ("threshold", "quantile"),
         ("importance", "fisher"),
-        ("rounding", "up"),
         ("backend", "cublas"),
     ],
 )
 def test_every_argument_of_ours_is_checked_by_name_and_value(argument: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"Invalid {argument}: {value!r}"):
-        EPIAdamW(named(), **{argument: value})
-
-
-@pytest.mark.parametrize(
-    ("argument", "value"),
-    [
-        ("importance_dtype", torch.bfloat16),
-        ("rounding", "stochastic"),
-        ("master_weights", "split"),
-        ("state_dtype", torch.bfloat16),
-    ],
-)
-def test_what_this_version_lacks_is_named(argument: str, value: Any) -> None:
-    with pytest.raises(NotImplementedError, match=f"{argument}="):
         EPIAdamW(named(), **{argument: value})
 
 

@@ -312,7 +312,7 @@ def test_launches(count: int) -> None:
     steady = kernels(stepped.step)
     stepped.step()
     refreshed = kernels(stepped.step)
-    assert len(stepped._records) == 2
+    assert len(stepped._isolation.records) == 2
     for found in (steady, refreshed):
         assert found is not None, "the profiler lost kernels; see measure.SENTINELS"
     assert len(steady) == 2, steady

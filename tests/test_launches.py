@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from epi_kernels import EPIAdamW, SparseAdamW, dispatch
 from epi_kernels.ops import table
-from epi_kernels.optim import nonfinite
+from epi_kernels.engine import nonfinite
 
 # of torch, that read or write nothing
 VIEWS = {"view", "detach", "alias", "unbind", "select", "as_strided", "slice", "_unsafe_view"}
@@ -110,7 +110,7 @@ def optimizer(count: int, recorder: Recorder, dtypes: tuple[torch.dtype, ...] = 
     for param in params:
         for tensor in (param.data, param.grad, *[s for name, s in found.state[param].items() if name != "step"]):
             recorder.add(tensor)
-    for counter in found._nonfinite.counters():
+    for counter in found._isolation.nonfinite.counters():
         recorder.add(counter)
     return found
 
@@ -140,7 +140,7 @@ def test_a_refresh_is_8_launches_more_at_most(recorder: Recorder, count: int, se
     recorder.launches.clear()
     with recorder:
         stepped.step()
-    assert len(stepped._records) == 1
+    assert len(stepped._isolation.records) == 1
     passes = 1 if settings.get("threshold") == "histogram" else 3
     assert recorder.launches == {
         "importance_kernel": 1,
@@ -152,7 +152,7 @@ def test_a_refresh_is_8_launches_more_at_most(recorder: Recorder, count: int, se
     assert sum(recorder.launches.values()) <= 1 + 8
     # a copy of the counters to the host, for the telemetry
     assert set(recorder.operations) == {"_to_copy"}
-    assert recorder.operations["_to_copy"] <= len(stepped._nonfinite._counters) == 2
+    assert recorder.operations["_to_copy"] <= len(stepped._isolation.nonfinite._counters) == 2
 
 
 def test_tables_go_up_again_when_a_gradient_moves(recorder: Recorder) -> None:

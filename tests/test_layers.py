@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from epi_kernels.layers import Grouping, block, check_saved
+from epi_kernels.isolation.layers import Grouping, block, check_saved
 
 
 @pytest.mark.parametrize(

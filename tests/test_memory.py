@@ -35,7 +35,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from epi_kernels import EPIAdamW, MaskedAdamW, SparseAdamW
 from epi_kernels.distributed import local, wrapped
 from epi_kernels.optim import release_gradients
-from epi_kernels.telemetry import RECORDS, Budget, Record, Records
+from epi_kernels.isolation.telemetry import RECORDS, Budget, Record, Records
 
 EPI: dict[str, Any] = {"lr": 0.1, "isolation_ratio": 0.2, "mask_interval": 2, "layers": "tensor"}
 OURS: dict[str, Any] = {
@@ -315,7 +315,7 @@ def test_counters_are_as_many_as_are_in_use_and_add_up(backend: str) -> None:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         bad = changing(optimizer, params, 50)
-        assert len(optimizer._nonfinite.counters()) <= 12
+        assert len(optimizer._isolation.nonfinite.counters()) <= 12
         optimizer.refresh()
         assert optimizer.telemetry()[-1]["nonfinite"] == bad > 100
         twin = pickle.loads(pickle.dumps(optimizer))
@@ -332,7 +332,7 @@ def test_counters_are_as_many_as_are_in_use_and_add_up(backend: str) -> None:
 def test_a_parameter_that_has_left_is_not_warned_of() -> None:
     params = [Parameter(torch.ones(4)) for _ in range(2)]
     optimizer = EPIAdamW(params, isolation_ratio=0.1, layers="tensor")
-    optimizer._nonfinite.counter([params[1]]).fill_(3)
+    optimizer._isolation.nonfinite.counter([params[1]]).fill_(3)
     optimizer.param_groups[0]["params"].pop()
     params[0].grad = torch.ones(4)
     with warnings.catch_warnings():
@@ -362,7 +362,7 @@ def test_telemetry_is_bounded_and_holds_no_tensor() -> None:
     assert [record["step"] for record in records] == list(range(300 - RECORDS + 1, 301))
     assert all(len(record["layers"]) == 300 for record in records)
     # 8 bytes of a range and 3 of counts for each layer, and names once
-    assert len(pickle.dumps(optimizer._records)) < RECORDS * 300 * 12 + 500 * RECORDS
+    assert len(pickle.dumps(optimizer._isolation.records)) < RECORDS * 300 * 12 + 500 * RECORDS
     for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
         assert copied.telemetry() == records
     twin = pickle.loads(pickle.dumps(optimizer))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from epi_kernels import EPIAdamW, MaskedAdamW, SparseAdamW
-from epi_kernels.optim.checkpoint import in_our_order
+from epi_kernels.engine.checkpoint import in_our_order
 
 NAMES = ("0.q.weight", "0.k.weight", "1.q.weight", "1.k.weight", "1.bias")
 OTHER = ("1.bias", "1.k.weight", "0.q.weight", "0.k.weight", "1.q.weight")

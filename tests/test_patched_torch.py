@@ -95,8 +95,8 @@ IMPORTS = {
     "reloaded": (
         "import epi_kernels, importlib\n"
         "torch.optim.AdamW = torch.optim.Optimizer = epi_kernels.EPIAdamW\n"
-        "for name in ('drop_in', 'prepared', 'places', 'base', 'epi', 'masked', 'sparse', 'isolated'):\n"
-        "    importlib.reload(sys.modules[f'epi_kernels.optim.{name}'])\n"
+        "for name in ('engine.optimizer', 'optim.epi', 'optim.masked', 'optim.sparse', 'optim.isolated'):\n"
+        "    importlib.reload(sys.modules[f'epi_kernels.{name}'])\n"
         "importlib.reload(epi_kernels.optim)\n"
         "importlib.reload(epi_kernels)"
     ),

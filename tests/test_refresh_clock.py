@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from epi_kernels import EPIAdamW, IsolatedOptimizer
-from epi_kernels.optim import base, release_gradients
+from epi_kernels.engine import state as engine_state
+from epi_kernels.optim import release_gradients
 
 INTERVAL = 4
 SETTINGS: dict[str, Any] = {"isolation_ratio": 0.25, "mask_interval": INTERVAL}
@@ -120,7 +121,7 @@ def test_a_step_that_a_scaler_skips_does_not_count(fused: bool | None) -> None:
 
 @pytest.mark.parametrize("importance", ["ema", "exp_avg_sq"])
 def test_a_clock_on_the_device_is_that_of_the_host(importance: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "_get_capturable_supported_devices", lambda: ["cpu"])  # which stands in for a GPU
+    monkeypatch.setattr(engine_state, "_get_capturable_supported_devices", lambda: ["cpu"])  # which stands in for a GPU
     pairs = []
     for capturable in (True, False):
         (first, a), (second, b) = named_parameters("blocks.0.weight", "blocks.1.weight")

@@ -18,7 +18,8 @@ from torch.nn import Parameter
 
 from epi_kernels import EPIAdamW, IsolatedOptimizer, SparseAdamW
 from epi_kernels.delta import apply_delta, load_delta, save_delta
-from epi_kernels.optim import release_gradients, sparse
+from epi_kernels.isolation import selection
+from epi_kernels.optim import release_gradients
 
 SHAPES = {"h.0.weight": (30, 70), "h.0.bias": (30,), "head.weight": (110, 5), "scale": (), "untouched": (40,)}
 
@@ -407,7 +408,7 @@ def test_a_scaler_unscales_and_skips_by_itself_with_fused_too() -> None:
 
 
 def test_the_positions_of_each_tensor_are_as_narrow_as_it_allows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sparse, "_NARROW", 100)  # as if at 2^31
+    monkeypatch.setattr(selection, "_NARROW", 100)  # as if at 2^31
     params, twins, mask = parameters(), parameters(), masks()
     optimizer = SparseAdamW(params.items(), trainable=mask, lr=0.01)
     assert {state["indices"].dtype for state in optimizer.state.values()} == {torch.int32, torch.int64}

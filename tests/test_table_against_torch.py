@@ -23,8 +23,7 @@ SETTINGS = {"isolation_ratio", "importance_beta", "mask_interval", "layers", "no
 OURS: dict[type, dict[str, set[str]]] = {
     EPIAdamW: {
         "arguments": SETTINGS
-        | {"importance", "importance_dtype", "rounding", "master_weights", "state_dtype", "process_group"}
-        | {"clip_grad_norm", "backend"},
+        | {"importance", "process_group", "clip_grad_norm", "backend"},
         "group": SETTINGS | {"importance", "clip_grad_norm", "layer_digest", "layers_auto", "isolation_clock"},
         "state": {"importance"},
         "methods": {"isolation_mask", "importance", "refresh", "telemetry", "bind_deepspeed"},

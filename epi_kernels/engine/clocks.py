@@ -13,12 +13,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from epi_kernels.engine.settings import Groups
-from epi_kernels.rules import Rule, scalars_of
+from epi_kernels.ops.scalars import scalars_of
+from epi_kernels.rules import Rule
 
 # vectors that the clocks of a plan may lie in before they are brought together: each is an addition
 _MOST_VECTORS = 4
+
+
+# the vectors that were made here: one that a program has made is its own business, and dies with its last clock
+_made = WeakTensorKeyDictionary()
 
 
 class _Elements(NamedTuple):
@@ -39,18 +45,31 @@ class _Elements(NamedTuple):
         return self.vector if self.where is None else self.vector[self.where]
 
 
-class HostClocks:
+class _Clocks:
+    """Clocks that are counted together."""
+
+    home: torch.device | None = None  # the device where they are read; None: the host reads them
+    _elements: list[Tensor]
+
+    def hand_out(self) -> list[Tensor]:
+        """Return, once, the clock of each parameter, bundle by bundle: what ``state["step"]`` shall be.
+
+        They are not kept: the clock of a state that a program clears is free at once.
+        """
+        elements, self._elements = self._elements, []
+        return elements
+
+
+class HostClocks(_Clocks):
     """Clocks on the CPU.
 
     Args:
         bundles: for each bundle the steps of its parameters.
     """
 
-    home = None  # the device where they are read
-
     def __init__(self, bundles: Sequence[Sequence[Tensor]]) -> None:
         steps = [step for bundle in bundles for step in bundle]
-        self._vectors, self.elements, order = _vectors_of(steps, torch.device("cpu"))
+        self._vectors, self._elements, order = _vectors_of(steps, torch.device("cpu"))
         self._order = order if order != sorted(order) else None
         self._sizes = [len(bundle) for bundle in bundles]
         self._values: list[float] = []
@@ -72,23 +91,20 @@ class HostClocks:
 
     def scalars(
         self, bundle: int, members: Sequence[int], groups: Groups, rule: Rule
-    ) -> tuple[Tensor, list[int] | None]:
-        """Return (rows of scalars, the row of each parameter); `members` are the parameters' groups.
-
-        No list of rows: there is one row, for all.
-        """
+    ) -> tuple[Tensor, list[int]]:
+        """Return (rows of scalars, the row of each parameter); `members` are the parameters' groups."""
         first = sum(self._sizes[:bundle])
         values = self._values[first : first + len(members)]
         if values.count(values[0]) == len(values) and len(set(members)) == 1:
             table = [scalars_of(rule, groups[members[0]], values[0])]
-            return torch.tensor(table, dtype=torch.float64, device="cpu"), None
+            return torch.tensor(table, dtype=torch.float64, device="cpu"), [0] * len(members)
         keys = list(zip(members, values, strict=True))
         row_of = {key: row for row, key in enumerate(dict.fromkeys(keys))}
         table = [scalars_of(rule, groups[i], clock) for i, clock in row_of]
         return torch.tensor(table, dtype=torch.float64, device="cpu"), list(map(row_of.__getitem__, keys))
 
 
-class DeviceClocks:
+class DeviceClocks(_Clocks):
     """Clocks where the parameters are.
 
     Args:
@@ -97,16 +113,16 @@ class DeviceClocks:
     """
 
     def __init__(self, bundles: Sequence[Sequence[Tensor]], devices: Sequence[torch.device]) -> None:
-        self.elements: list[Tensor] = []
+        self._elements: list[Tensor] = []
         self._bundles: list[tuple[list[_Elements], Tensor | None]] = []
         for steps, device in zip(bundles, devices, strict=True):
             vectors, elements, order = _vectors_of(steps, device)
-            self.elements += elements
+            self._elements += elements
             back = [0] * len(order)
             for position, i in enumerate(order):
                 back[i] = position
             unordered = order != sorted(order)
-            self._bundles.append((vectors, torch.tensor(back, device=device) if unordered else None))
+            self._bundles.append((vectors, torch.tensor(back, dtype=torch.int64, device=device) if unordered else None))
         self.home = devices[0]
 
     def count(self, found_inf: dict[torch.device, Tensor]) -> bool:
@@ -119,7 +135,7 @@ class DeviceClocks:
 
     def scalars(
         self, bundle: int, members: Sequence[int], groups: Groups, rule: Rule
-    ) -> tuple[Tensor, list[int] | None]:
+    ) -> tuple[Tensor, list[int]]:
         """Return (rows of scalars, the row of each parameter), the rows computed and left on the device.
 
         A tensor among lr, betas, eps and weight_decay is read there, so that a schedule that writes into it reaches a
@@ -146,7 +162,7 @@ def _vectors_of(
 ) -> tuple[list[_Elements], list[Tensor], list[int]]:
     """Return the vectors whose elements some clocks are, the clocks as elements, and the position of each in `steps`.
 
-    A clock that is an element of a vector on `device` stays one. The others become elements of a new vector. The order
+    A clock that is an element of a vector of ours on `device` stays one. The others become elements of a new vector. The order
     of the positions is that of the vectors and of the elements in each.
     """
     found: dict[int, tuple[Tensor, list[tuple[int, int]]]] = {}  # by id of the vector: it, and (element, position)
@@ -155,7 +171,7 @@ def _vectors_of(
         vector = step._base
         known = id(step) in met  # two parameters have one clock, and each is counted
         met.add(id(step))
-        if known or vector is None or vector.dim() != 1 or vector.device != device or not vector.is_contiguous():
+        if known or vector is None or vector not in _made or vector.device != device:
             strange.append(position)
         else:
             element = (step.data_ptr() - vector.data_ptr()) // vector.element_size()
@@ -175,6 +191,7 @@ def _vectors_of(
         with torch.inference_mode(False):  # the clocks may be counted outside of it
             dtype = steps[strange[0]].dtype
             vector = torch.stack([steps[i].detach().to(device=device, dtype=dtype) for i in strange])
+            _made[vector] = True
             for i, element in zip(strange, vector.unbind(), strict=True):
                 elements[i] = element
         vectors.append(_Elements(vector, None))

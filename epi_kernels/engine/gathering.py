@@ -99,7 +99,7 @@ class Gathering(Planner):
     def _bundle(self, owner: Owner, now: Present, bundle: Bundle) -> _Bundle:
         made = _Bundle(bundle.where, bundle.groups, bundle.plain)
         tensors, positions = made.tensors(self._slots, now)
-        made.gather = ops.Gather(self.rule, tensors, positions, owner.backend)
+        made.gather = ops.Gather(self.rule, tensors, positions, owner._backend)
         return made
 
 

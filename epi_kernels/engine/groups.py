@@ -1,6 +1,7 @@
 """Parameters found and named in torch's parameter groups, in constant time."""
 
 import zlib
+from itertools import chain
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -48,7 +49,7 @@ def _walk(groups: Groups) -> dict[int, tuple[int, int]]:
 
 def params_of(groups: Groups) -> list[Tensor]:
     """Return the parameters of all groups, in their order."""
-    return [param for group in groups for param in group["params"]]
+    return [*chain.from_iterable(group["params"] for group in groups)]
 
 
 def group_of(param: Tensor, groups: Groups) -> dict[str, Any]:

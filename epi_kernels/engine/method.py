@@ -13,13 +13,14 @@ from epi_kernels.engine.scaling import Scaling
 
 
 class Owner(Protocol):
-    """What parts see of the optimizer that they belong to: torch's attributes, and two arguments of ours."""
+    """What parts see of the optimizer that they belong to: torch's attributes, and two arguments of ours, which
+    are no attributes for users."""
 
     param_groups: list[dict[str, Any]]
     state: Any
     defaults: dict[str, Any]
-    backend: str
-    process_group: Any
+    _backend: str
+    _process_group: Any
 
 
 class Method:

@@ -88,7 +88,7 @@ class FusedOptimizer(Optimizer):
         scales: bool = True,
     ) -> None:
         dispatch.check(backend)
-        self.backend, self.process_group = backend, process_group
+        self._backend, self._process_group = backend, process_group
         self._planner, self._dtypes, self._scales = planner, dtypes, scales
         self._ours, self._given = tuple(settings), plain_settings(settings)
         self._written: list[dict[str, Any]] | None = None  # settings of the groups when `_take_written` last looked
@@ -220,7 +220,7 @@ class FusedOptimizer(Optimizer):
                 f"{name} is a {type(param.data).__name__}; this class takes plain tensors and DTensors"
             )
         # raises where the backend cannot run
-        dispatch.explain(param.device, self.backend, param.dtype.to_real() if param.is_complex() else param.dtype)
+        dispatch.explain(param.device, self._backend, param.dtype.to_real() if param.is_complex() else param.dtype)
 
     def _check_settings(self, group: dict[str, Any], shared: dict[str, Any]) -> None:
         """Check the settings of a group, of which those that are one for all are as in `shared`.
@@ -323,13 +323,15 @@ class FusedOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep: torch's part and our own attributes."""
         self._method.catch_up(self)
-        kept = ("backend", "_planner", "_dtypes", "_scales", "_ours", "_given")
+        kept = ("_backend", "_planner", "_dtypes", "_scales", "_ours", "_given")
         own = {key: self.__dict__[key] for key in kept}
-        return {**super().__getstate__(), **own, "process_group": self._method.process_group_of_copy(self)}
+        return {**super().__getstate__(), **own, "_process_group": self._method.process_group_of_copy(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what `__getstate__` gave, or torch the groups and the state that it loads."""
         super().__setstate__(state)
+        if "_planner" in state:  # a shallow copy has the very parts of the original
+            self._planner = self._planner.copied()
         self._written = None
         for group in self.param_groups:
             for key in self._ours:
@@ -438,13 +440,13 @@ class _Loading:
             ValueError: it cannot; the message names the moment and the way out.
         """
         optimizer = self._optimizer
-        for param, entry in self._entries.items() if optimizer.backend not in ("auto", "reference") else ():
+        for param, entry in self._entries.items() if optimizer._backend not in ("auto", "reference") else ():
             for key, dtype in moments_of(entry, optimizer._planner.rule, param, self._live.get(param, {})):
                 if dtype.is_complex:
                     continue
                 with named(f"{key} of {name_of(param, optimizer.param_groups)} is {dtype}"):
                     values = frozenset({param.dtype})
-                    dispatch.choose("masked_adamw_", param.device.type, optimizer.backend, values, frozenset({dtype}))
+                    dispatch.choose("sweep_", param.device.type, optimizer._backend, values, frozenset({dtype}))
 
 
 def _written(tensor: Tensor, value: Any) -> Tensor:

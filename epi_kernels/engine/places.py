@@ -4,6 +4,7 @@ Wrappers put other Parameters into `param_groups`: accelerate's FSDP2 DTensors, 
 kept by Parameter objects alone would be lost there, and nothing would be frozen, without a word.
 """
 
+import copy
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class Places:
 
     def __getstate__(self) -> list[Any]:
         """Return what belongs to each parameter, in the order of the groups."""
-        return [place.belongs for place in self._places]
+        return list(self._waiting) or [place.belongs for place in self._places]
 
     def __setstate__(self, belongings: list[Any]) -> None:
         """Take what `__getstate__` gave, for the groups that `look` will see."""
@@ -141,6 +142,10 @@ class Following(Method):
         self.places = Places()
         self._ranks_compared = False  # reset when parameters, masks or a loaded state change
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what pickle and deepcopy keep; a shallow copy has places of its own."""
+        vars(self).update(state, places=copy.copy(state["places"]), _ranks_compared=False)
+
     # What a subclass says --------------------------------------------------------------------------------------------
 
     def moved_to(self, owner: Owner, place: Place, param: Tensor) -> tuple[Any, dict[str, Any] | None]:
@@ -208,7 +213,7 @@ class Following(Method):
         if self._ranks_compared:
             return
         groups = owner.param_groups
-        ranks = group_of(params_of(groups), owner.process_group)
+        ranks = group_of(params_of(groups), owner._process_group)
         if ranks is not None:
             said = []
             for group in groups:
@@ -236,7 +241,7 @@ class Following(Method):
 
     def process_group_of_copy(self, owner: Owner) -> Any:
         """Return the process group for a copy in this process, and what another process has instead."""
-        return given(owner.process_group)
+        return given(owner._process_group)
 
 
 def check_shape(param: Tensor, name: str, kind: str, shape: torch.Size, way_out: str) -> None:

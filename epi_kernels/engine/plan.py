@@ -4,6 +4,7 @@ A step of an optimizer of this package is a look at every tensor (has it moved? 
 counts all clocks, and one launch for each bundle of tensors.
 """
 
+import copy
 import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Sequence
@@ -31,11 +32,11 @@ from epi_kernels.rules import Rule
 _NOTHING: dict[str, Any] = {}
 _PLAIN = {Tensor, Parameter}
 
-# plans that are kept for sets of parameters whose gradients come and go, as of blocks or of ZeRO's sub-groups
-KEPT_PLANS = 32
+# plans that are kept for sets of parameters whose gradients come and go, as of blocks that take turns
+KEPT_PLANS = 8
 
 _address, _is_neg = Tensor.data_ptr, Tensor.is_neg
-_dtype, _shape, _requires_grad = map(attrgetter, ("dtype", "shape", "requires_grad"))
+_dtype, _shape, _requires_grad, _is_sparse = map(attrgetter, ("dtype", "shape", "requires_grad", "is_sparse"))
 
 _T = TypeVar("_T")
 
@@ -91,6 +92,8 @@ class Plan:
     identities: list[object] | None = None  # of groups, parameters and states; see `Planner._identities`
     memory: list[object] | None = None  # see `_memory_of`
     keys: tuple[str, ...] = ()  # of the states that a step reads or writes
+    stored: list[list[int]] | None = None  # the identities of all entries of the state, and of their parameters
+    places: list[int] | None = None  # of the states of this plan among all; None: they are all, in order
     alive: list["weakref.ref[Tensor]"] = field(default_factory=list)  # the states that were seen
     gone: list[object] = field(default_factory=list)  # not empty once one of them is: another may have its address
     bundles: list[Any] = field(default_factory=list)  # of what a subclass's `_bundle` returns
@@ -109,6 +112,10 @@ class Planner:
         self.rule, self.method = rule, method
         self._told_of_moments = False
         self.forget()
+
+    def copied(self) -> "Planner":
+        """Return the planner of a copy of the optimizer: the same rule, a copy of the method, and no plan."""
+        return type(self)(self.rule, copy.copy(self.method))
 
     def forget(self) -> None:
         """Let the next step plan anew."""
@@ -214,20 +221,21 @@ class Planner:
         Raises:
             RuntimeError: a gradient is sparse.
         """
-        now = Present()
+        now, method = Present(), self.method
         params, grads, settings = now.params, now.grads, []
+        picks = type(method).moves is not Method.moves
         for i, members_of_group in members:
             settings.append(self._settings_seen(owner, owner.param_groups[i]))
             before = len(params)
             for param in members_of_group:
                 grad = param.grad
-                if grad is not None and self.method.moves(owner, param):
+                if grad is not None and not (picks and not method.moves(owner, param)):
                     params.append(param)
                     grads.append(grad)
             count = len(params) - before
             settings.append(count)
             now.groups += [i] * count
-        if any(grad.is_sparse for grad in grads):
+        if True in map(_is_sparse, grads):
             raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
         now.held, now.plain = params, _PLAIN.issuperset(map(type, params))
         if not now.plain:
@@ -236,16 +244,19 @@ class Planner:
 
     def _identities(self, owner: Owner, plan: Plan, now: Present, settings: list[object]) -> list[object]:
         """Return what tells the groups, parameters and states of a plan from others; look up the states in passing."""
-        entries = [owner.state.get(param, _NOTHING) for param in now.params]
-        keys = plan.keys
-        try:
-            rows = list(map(itemgetter(*keys), entries)) if len(keys) > 1 else []
-        except KeyError:
-            now.complete, rows = False, [tuple(map(entry.get, keys)) for entry in entries]
-        values = list(chain.from_iterable(rows))
-        width = len(keys)
-        now.columns = {key: values[i::width] for i, key in enumerate(keys)}
-        return [settings, now.plain, list(map(_requires_grad, now.params)), list(map(id, values))]
+        state = owner.state
+        stored, of_params = list(state.values()), list(map(id, state))
+        if plan.stored == [list(map(id, stored)), of_params]:
+            entries = stored if plan.places is None else [stored[i] for i in plan.places]
+        else:  # as tensors have their hash from Python, looking each up takes longer than all the rest
+            entries = [state.get(param, _NOTHING) for param in now.params]
+        for key in plan.keys:
+            try:
+                now.columns[key] = list(map(itemgetter(key), entries))
+            except KeyError:
+                now.complete, now.columns[key] = False, [entry.get(key) for entry in entries]
+        values = list(map(id, chain.from_iterable(now.columns.values())))
+        return [settings, now.plain, list(map(_requires_grad, now.params)), values]
 
     # Planning --------------------------------------------------------------------------------------------------------
 
@@ -271,6 +282,11 @@ class Planner:
         slots = (*(slot.name for slot in self.rule.slots), *self.method.state_keys)
         states = [owner.state[param] for param in of_group]
         plan.keys = ("step", *(key for key in slots if any(key in state for state in states)))
+        of_params = list(map(id, owner.state))
+        place = {param: i for i, param in enumerate(of_params)}
+        places = [place[id(param)] for param in now.params]
+        plan.stored = [list(map(id, owner.state.values())), of_params]
+        plan.places = None if places == list(range(len(of_params))) else places
         identities = self._identities(owner, plan, now, settings)
         plan.memory = _memory_of(now)
         for members in bundles.values():
@@ -305,13 +321,13 @@ class Planner:
 
     def _say_what_is_slow(self, owner: Owner, params: Iterable[Tensor]) -> None:
         """Warn where "auto" takes the reference backend for parameters that have a faster one on a usual machine."""
-        for param in params if owner.backend == "auto" else ():
+        for param in params if owner._backend == "auto" else ():
             if param.dtype not in native.DTYPES:
                 continue
             dispatch.say_if_slow(param.device)
             moments = moment_dtypes(self.rule, owner.state.get(param, _NOTHING))
             other = [dtype for dtype in moments if dtype != torch.float32]
-            fast = dispatch.choose("masked_adamw_", param.device.type, "auto").backend
+            fast = dispatch.choose("sweep_", param.device.type, "auto").backend
             if other and fast != "reference" and not self._told_of_moments:
                 self._told_of_moments = True
                 warn(
@@ -336,39 +352,48 @@ class Planner:
         else:
             plan.clocks = HostClocks(steps)
         params = [param for bundle in bundles for param in bundle]
-        for param, step in zip(params, plan.clocks.elements, strict=True):
+        for param, step in zip(params, plan.clocks.hand_out(), strict=True):
             owner.state[param]["step"] = step
 
 
 def _memory_of(now: Present) -> list[object]:
     """Return where the tensors of a step are in memory, as what and in which layout; unwrap DTensors in passing.
 
-    The shape of a state is that of the first look, for as long as the state is the same tensor at the same address.
+    Shape and dtype of a state are those of the first look, for as long as the state is the same tensor at the same
+    address.
     """
-    held, grads = now.held, now.grads
+    held, grads, columns = now.held, now.grads, now.columns
     if not now.plain:
         grads = list(map(local, grads))
-        now.columns = {
-            key: [None if value is None else local(value) for value in values] for key, values in now.columns.items()
+        columns = now.columns = {
+            key: [None if value is None else local(value) for value in values] for key, values in columns.items()
         }
-    tensors = list(chain.from_iterable(now.columns.values()))
-    if not now.complete:
-        tensors = [tensor for tensor in tensors if tensor is not None]
+    states = chain.from_iterable(columns.values())
+    dtypes = list(map(_dtype, held))
     seen: list[object] = [
         list(map(_address, held)),
-        list(map(_dtype, held)),
+        dtypes,
         list(map(_shape, held)),
-        [tensor.is_contiguous() or tensor.stride() for tensor in held],
+        _layouts(held),
         list(map(_is_neg, held)),
         list(map(_dtype, grads)),
         list(map(_is_neg, grads)),
-        [grad.is_contiguous() or grad.stride() for grad in grads],
-        list(map(_address, tensors)),
-        list(map(_dtype, tensors)),
+        _layouts(grads),
+        list(map(_address, states if now.complete else filter(_is_there, states))),
     ]
-    if any(dtype.is_complex for dtype in set(map(_dtype, held))):
+    if any(dtype.is_complex for dtype in set(dtypes)):
         seen.append([(tensor.is_conj(), grad.is_conj()) for tensor, grad in zip(held, grads, strict=True)])
     return seen
+
+
+def _layouts(tensors: list[Tensor]) -> list[object]:
+    """Return of each tensor True, or its strides where it is not contiguous."""
+    contiguous: list[Any] = list(map(Tensor.is_contiguous, tensors))
+    return contiguous if all(contiguous) else [tensor.is_contiguous() or tensor.stride() for tensor in tensors]
+
+
+def _is_there(value: object) -> bool:
+    return value is not None
 
 
 def real_gradient(param: Tensor) -> Tensor:

@@ -63,14 +63,15 @@ def check_torchs(group: Mapping[str, Any]) -> None:
         raise ValueError(f"Invalid learning rate: {lr}")
     if not 0.0 <= group.get("eps", 0.0):
         raise ValueError(f"Invalid epsilon value: {group['eps']}")
-    for i, beta in enumerate(betas):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
+    for i in (0, 1):
+        if not 0.0 <= betas[i] < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {i}: {betas[i]}")
     if not 0.0 <= group["weight_decay"]:
         raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
-    if not (all(isinstance(beta, float) for beta in betas) or all(isinstance(beta, Tensor) for beta in betas)):
+    kinds = [isinstance(beta, Tensor) for beta in betas[:2]]
+    if not (all(kinds) or all(isinstance(beta, float) for beta in betas[:2])):
         raise ValueError("betas must be either both floats or both Tensors")
-    for i, beta in enumerate(betas):
+    for i, beta in enumerate(betas[:2]):
         if isinstance(beta, Tensor):
             if unsupported:
                 raise ValueError(f"betas[{i}] as a Tensor is not supported for capturable=False and foreach=True")

@@ -153,7 +153,7 @@ class Sweeping(Planner):
         if not advanced:
             betas = [owner.param_groups[i].get("importance_beta", 0.0) for i in bundle.groups]
             complex_grads = list(map(local_gradient, bundle.of(now.params)))
-            pairs.advance_(complex_grads, bundle.counter, betas, factor, owner.backend)
+            pairs.advance_(complex_grads, bundle.counter, betas, factor, owner._backend)
         pairs.repeat_()
         return pairs.pairs
 
@@ -175,7 +175,7 @@ class Sweeping(Planner):
                 counter = self.nonfinite.counter([param])
                 pairs = PairLocks([owner.state[param]["importance"]], advances=True)
                 factor = scaling.factor.get(param.device)
-                pairs.advance_([param.grad.detach()], counter, [group["importance_beta"]], factor, owner.backend)
+                pairs.advance_([param.grad.detach()], counter, [group["importance_beta"]], factor, owner._backend)
             locked = None if lock_in[param] == "none" else self.method.mask(owner, param)
             with torch.enable_grad():
                 differentiable.step_(param, owner.state[param], group, locked, scaling.factor.get(param.device))
@@ -225,7 +225,7 @@ class Sweeping(Planner):
         """Check the options of a group that not every parameter can have; see `engine.state.check_options`."""
         lock_in = self.method.lock_in(owner, param, group)
         name = name_of(param, owner.param_groups)
-        check_options(param, name, group, lock_in, owner.process_group is not None)
+        check_options(param, name, group, lock_in, owner._process_group is not None)
 
     def ensure_state(self, owner: Owner, param: Tensor, group: dict[str, Any]) -> None:
         """Create what a parameter lacks of state: the clock, the slots of the rule, and a tensor for the lock."""
@@ -251,7 +251,7 @@ class Sweeping(Planner):
         tensors = made.tensors(self.rule, now)
         if pairs and tensors.locks:
             tensors.locks, lock_in = PairLocks(tensors.locks, advances=False).pairs, "static"
-        made.sweep = ops.Sweep(self.rule, tensors, lock_in, lockable, owner.backend)
+        made.sweep = ops.Sweep(self.rule, tensors, lock_in, lockable, owner._backend)
         return made
 
     # Graphs ----------------------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ class Competition:
     def ranks(self, owner: Owner) -> Ranks | None:
         """Return the ranks among which the parameters are shared out, or None."""
         if self._known_ranks is None:
-            group = group_of(params_of(owner.param_groups), owner.process_group)
+            group = group_of(params_of(owner.param_groups), owner._process_group)
             self._known_ranks = (None if group is None else Ranks(group),)
         return self._known_ranks[0]
 
@@ -197,7 +197,7 @@ class Competition:
             for j, param in enumerate(group["params"])
         }
         named = any("param_names" in group for group in groups)
-        partitioned = owner.process_group is not None and not named
+        partitioned = owner._process_group is not None and not named
         for param, group in self._eligible(groups):
             name = f"{rank}:{names[param]}" if partitioned else names[param]
             layer = f"{rank}:{layers[param]}" if partitioned else layers[param]

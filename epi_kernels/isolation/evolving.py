@@ -140,9 +140,9 @@ class Evolving(Isolation, Method):
         self.competition.segments = segments or None  # stage 0 leaves the parameters as they are
         self.competition.every_group = owner.param_groups
         if segments:
-            owner.process_group = deepspeed.group_of(engine)
-        elif isinstance(owner.process_group, Lost):
-            owner.process_group = None
+            owner._process_group = deepspeed.group_of(engine)
+        elif isinstance(owner._process_group, Lost):
+            owner._process_group = None
         self.competition.part()
 
     def _begin_iteration(self, owner: Owner) -> None:
@@ -219,7 +219,7 @@ class Evolving(Isolation, Method):
         """Return the process group for a copy in this process, and what another process has instead."""
         if self.competition.segments is not None:
             return Lost("call bind_deepspeed(engine) of the copy")
-        return given(owner.process_group)
+        return given(owner._process_group)
 
 
 def _signed_like(exp_avg_sq: Tensor, signed: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class FixedMask(Following):
         Raises:
             ValueError, TypeError, NotImplementedError: as `engine.groups.masks_of`.
         """
-        masks = masks_of(frozen, owner.param_groups, "frozen", partitioned=owner.process_group is not None)
+        masks = masks_of(frozen, owner.param_groups, "frozen", partitioned=owner._process_group is not None)
         for param, mask in masks.items():
             digest = digest_of(mask) if is_dtensor(param) else None
             self.places.put(param, _Mask(shard_of(lock.static_lock(mask).to(param.device), param), digest))

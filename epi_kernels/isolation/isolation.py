@@ -4,6 +4,7 @@ EPIAdamW and IsolatedOptimizer have one each. It knows torch's parameter groups,
 tensor whose sign bits are the mask.
 """
 
+import copy
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,7 +34,7 @@ from epi_kernels.ops.table import Uploads, on_device
 class Iteration:
     """The calls of `step` since the clock was last counted; parameters by their identities."""
 
-    stepped: set[int] = field(default_factory=set)
+    stepped: list[int] = field(default_factory=list)
     parameters: int = 0  # as many as have joined with groups
     clock: int = 0
 
@@ -61,7 +62,10 @@ class Isolation:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what `__getstate__` gave; a copy begins a new iteration."""
-        vars(self).update(state, _clock_there=None, iteration=Iteration(), _warned=False)
+        competition = copy.copy(state["competition"])  # a shallow copy has one of its own
+        vars(self).update(
+            state, competition=competition, _clock_there=None, iteration=Iteration(), _warned=False
+        )
 
     @property
     def grouping(self) -> Grouping:
@@ -102,7 +106,7 @@ class Isolation:
         """Return one line on the grouping and the backend in force."""
         layers = self.grouping.of(owner.param_groups)
         kinds = sorted({(p.device, as_real(p.detach()).dtype) for p in layers if not is_lazy(p)}, key=str)
-        chosen = [f"{dispatch.explain(device, owner.backend, dtype)} on {device}" for device, dtype in kinds]
+        chosen = [f"{dispatch.explain(device, owner._backend, dtype)} on {device}" for device, dtype in kinds]
         backends = "; ".join(dict.fromkeys(chosen))
         return (
             f"Isolation: {len(layers)} tensors in {len(set(layers.values()))} layers by {self.grouping.name!r}; "
@@ -147,9 +151,9 @@ class Isolation:
         parameters that have not stepped are others, which a wrapper has put in the place of those that have.)
         """
         now = self.iteration
-        here = {id(param) for group in groups for param in group["params"]}
-        if now.stepped and 0 < len(here) < now.parameters and here.isdisjoint(now.stepped):
-            now.stepped |= here
+        here = list(map(id, params_of(groups)))
+        if now.stepped and 0 < len(here) < now.parameters and set(here).isdisjoint(now.stepped):
+            now.stepped += here
         else:
             now.stepped, now.clock = here, self.latest_clock(groups) + 1
         clock = now.clock
@@ -276,7 +280,7 @@ class Isolation:
             keep_finite=shared["importance"] == "ema",
             grad_factor=scaling.factor,
             due=due,
-            backend=owner.backend,
+            backend=owner._backend,
             ranks=ranks,
             pairs=agreed.pairs,
             clock=step,

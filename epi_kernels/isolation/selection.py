@@ -57,7 +57,7 @@ class Selection(Following):
     def select(self, owner: Owner, trainable: Mapping[str | Tensor, Tensor]) -> None:
         """Start over with a selection and fresh moments; see `epi_kernels.SparseAdamW.select`."""
         groups = owner.param_groups
-        chosen = masks_of(trainable, groups, "trainable", partitioned=owner.process_group is not None)
+        chosen = masks_of(trainable, groups, "trainable", partitioned=owner._process_group is not None)
         shards = {param: local(shard_of(mask.to(param.device), param)) for param, mask in chosen.items()}
         owner.state.clear()
         self.compare_anew()

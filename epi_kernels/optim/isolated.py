@@ -109,7 +109,7 @@ class IsolatedOptimizer(Isolating, Optimizer):
         }
         check_settings(self._settings)
         self._settings = plain_settings(self._settings)
-        self.backend, self.process_group = backend, process_group
+        self._backend, self._process_group = backend, process_group
         self._isolation = Isolation(layers)
         self._guest, self._entries = Guest(), Protected()
         self._own_state: defaultdict[Tensor, Any] = defaultdict(dict)
@@ -356,7 +356,7 @@ class IsolatedOptimizer(Isolating, Optimizer):
         """Advance the importance by the gradients."""
         for device in dict.fromkeys(param.device for param in stepping):
             here = [param for param in stepping if param.device == device]
-            if self.backend == "auto" and any(param.dtype in native.DTYPES for param in here):
+            if self._backend == "auto" and any(param.dtype in native.DTYPES for param in here):
                 dispatch.say_if_slow(device)
             signed = [self.state[param]["importance"] for param in here]
             betas = [stepping[param]["importance_beta"] for param in here]
@@ -370,7 +370,7 @@ class IsolatedOptimizer(Isolating, Optimizer):
                 True,
                 None,
                 None,
-                self.backend,
+                self._backend,
             )
             for param, one in zip(here, signed, strict=True):
                 self._entries.same_masks(param, one)
@@ -489,13 +489,13 @@ class IsolatedOptimizer(Isolating, Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep."""
-        kept = ("backend", "_settings", "_isolation", "_guest", "_entries", "_own_state")
+        kept = ("_backend", "_settings", "_isolation", "_guest", "_entries", "_own_state")
         base, importances = self._guest.base_alone(self.base)
         return {
             **{key: self.__dict__[key] for key in kept},
             "base": base,
             "_copied": importances,
-            "process_group": given(self.process_group),
+            "_process_group": given(self._process_group),
             "_step_supports_amp_scaling": False,
         }
 
@@ -504,6 +504,7 @@ class IsolatedOptimizer(Isolating, Optimizer):
         state = dict(state)
         copied = state.pop("_copied", {})
         super().__setstate__(state)
+        self._isolation = copy.copy(self._isolation)  # a shallow copy has one of its own
         for param, signed in copied.items():
             self._guest.put(self, param, signed)
         self._isolation.iteration.parameters = len(params_of(self.param_groups))
