@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from epi_kernels import ops
 from epi_kernels.engine.groups import name_of
@@ -21,7 +22,7 @@ _POSITIONS = ("indices", "trainable")
 
 @dataclass(slots=True)
 class _Bundle(Bundle):
-    gather: ops.Gather = field(init=False)
+    gather: Any = field(init=False)  # of a backend; see `epi_kernels.ops.prepared_gather`
 
     def tensors(self, slots: tuple[str, ...], now: Present) -> tuple[ops.Tensors, list[Tensor]]:
         """Return the lists that the operation takes, and the positions."""
@@ -64,9 +65,8 @@ class Gathering(Planner):
             scalars, rows = plan.clocks.scalars(number, bundle.groups, owner.param_groups, self.rule)
             tensors, positions = bundle.tensors(self._slots, now)
             bundle.gather.step_(tensors, positions, scalars, rows)
-
-    def _settings_seen(self, owner: Owner, group: dict[str, Any]) -> tuple[object, ...]:
-        return tuple(group[flag] for flag in REFUSED if flag in group)
+            for written in (tensors.params, *tensors.slots.values()):
+                increment_version(written)
 
     def _kind(self, owner: Owner, param: Tensor) -> tuple[object, ...]:
         # one tensor beyond 2^31 entries would double the offsets of all others
@@ -99,7 +99,7 @@ class Gathering(Planner):
     def _bundle(self, owner: Owner, now: Present, bundle: Bundle) -> _Bundle:
         made = _Bundle(bundle.where, bundle.groups, bundle.plain)
         tensors, positions = made.tensors(self._slots, now)
-        made.gather = ops.Gather(self.rule, tensors, positions, owner._backend)
+        made.gather = ops.prepared_gather(self.rule, tensors, positions, owner._backend)
         return made
 
 

@@ -86,10 +86,6 @@ class Method:
         """Return the tensor for the lock of a parameter that has a state of its own for the lock."""
         raise NotImplementedError
 
-    def settings_seen(self, group: dict[str, Any]) -> tuple[object, ...]:
-        """Return the settings of a group on which the plan of a step depends."""
-        return ()
-
     def before_check(self, owner: Owner, param: Tensor, group: dict[str, Any]) -> None:
         """Check a parameter before a step is planned, or raise."""
 

@@ -91,7 +91,7 @@ class FusedOptimizer(Optimizer):
         self._backend, self._process_group = backend, process_group
         self._planner, self._dtypes, self._scales = planner, dtypes, scales
         self._ours, self._given = tuple(settings), plain_settings(settings)
-        self._written: list[dict[str, Any]] | None = None  # settings of the groups when `_take_written` last looked
+        self._written: list[list[Any]] | None = None  # settings of the groups when `_take_written` last looked
         super().__init__(params, **torchs)
         self._given = {}  # the defaults have them now
         self._settle()
@@ -258,6 +258,7 @@ class FusedOptimizer(Optimizer):
             first = self.param_groups[0]
             self.defaults.update({key: first[key] for key in shared if key not in fixed})
         self._written = written
+        self._planner.forget()  # what was planned depends on the settings
 
     # State -----------------------------------------------------------------------------------------------------------
 

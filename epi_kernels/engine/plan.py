@@ -89,7 +89,7 @@ class Bundle:
 class Plan:
     """What was planned for some parameters, and what it was made from; it holds no tensor of theirs."""
 
-    identities: list[object] | None = None  # of groups, parameters and states; see `Planner._identities`
+    identities: list[object] | None = None  # of parameters and states; see `Planner._identities`
     memory: list[object] | None = None  # see `_memory_of`
     keys: tuple[str, ...] = ()  # of the states that a step reads or writes
     stored: list[list[int]] | None = None  # the identities of all entries of the state, and of their parameters
@@ -140,10 +140,6 @@ class Planner:
         """Return what parameters of one bundle have in common, besides device and dtypes."""
         raise NotImplementedError
 
-    def _settings_seen(self, owner: Owner, group: dict[str, Any]) -> tuple[object, ...]:
-        """Return the settings of a group on which a plan depends."""
-        raise NotImplementedError
-
     def ensure_state(self, owner: Owner, param: Tensor, group: dict[str, Any]) -> None:
         """Create what a parameter lacks of state."""
         raise NotImplementedError
@@ -179,7 +175,7 @@ class Planner:
         Raises:
             RuntimeError: a gradient is sparse; or a graph is being captured, and there is no plan for the step.
         """
-        now, settings = self._look(owner, members)
+        now = self._look(owner, members)
         key = tuple(map(id, now.params))
         plan = self._plans.get(key)
         if plan is None:
@@ -188,21 +184,19 @@ class Planner:
                 self._plans.popitem(last=False)
         else:
             self._plans.move_to_end(key)
-        return plan, self._up_to_date(owner, plan, now, settings, capturing)
+        return plan, self._up_to_date(owner, plan, now, capturing)
 
     def planned_alone(self, owner: Owner, param: Tensor, group: int) -> tuple[Plan, Present]:
         """Return the plan and the tensors of a step of one parameter; see `planned`."""
         if len(self._alone) > 2 * len(params_of(owner.param_groups)):  # of parameters that have left
             self._alone.clear()
         plan = self._alone.setdefault(id(param), Plan())
-        now, settings = self._look(owner, [(group, [param])])
-        return plan, self._up_to_date(owner, plan, now, settings, capturing=False)
+        now = self._look(owner, [(group, [param])])
+        return plan, self._up_to_date(owner, plan, now, capturing=False)
 
-    def _up_to_date(
-        self, owner: Owner, plan: Plan, now: Present, settings: list[object], capturing: bool
-    ) -> Present:
+    def _up_to_date(self, owner: Owner, plan: Plan, now: Present, capturing: bool) -> Present:
         # all that a step does for each tensor is in here and in `_look`, in loops of C where there are any
-        if not plan.gone and plan.identities == self._identities(owner, plan, now, settings):
+        if not plan.gone and plan.identities == self._identities(owner, plan, now):
             if plan.memory == _memory_of(now):
                 return now
         if capturing:
@@ -211,38 +205,33 @@ class Planner:
                 "other parameters have a gradient now, or a state was loaded. Take a step outside of the capture "
                 "first, with the same parameters having gradients"
             )
-        return self._plan(owner, plan, now, settings)
+        return self._plan(owner, plan, now)
 
-    def _look(
-        self, owner: Owner, members: Sequence[tuple[int, Sequence[Tensor]]]
-    ) -> tuple[Present, list[object]]:
-        """Return the tensors that take part in a step, but for the states, and the settings that the plan depends on.
+    def _look(self, owner: Owner, members: Sequence[tuple[int, Sequence[Tensor]]]) -> Present:
+        """Return the tensors that take part in a step, but for the states.
 
         Raises:
             RuntimeError: a gradient is sparse.
         """
         now, method = Present(), self.method
-        params, grads, settings = now.params, now.grads, []
+        params, grads = now.params, now.grads
         picks = type(method).moves is not Method.moves
         for i, members_of_group in members:
-            settings.append(self._settings_seen(owner, owner.param_groups[i]))
             before = len(params)
             for param in members_of_group:
                 grad = param.grad
                 if grad is not None and not (picks and not method.moves(owner, param)):
                     params.append(param)
                     grads.append(grad)
-            count = len(params) - before
-            settings.append(count)
-            now.groups += [i] * count
+            now.groups += [i] * (len(params) - before)
         if True in map(_is_sparse, grads):
             raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
         now.held, now.plain = params, _PLAIN.issuperset(map(type, params))
         if not now.plain:
             now.held = list(map(local, params))
-        return now, settings
+        return now
 
-    def _identities(self, owner: Owner, plan: Plan, now: Present, settings: list[object]) -> list[object]:
+    def _identities(self, owner: Owner, plan: Plan, now: Present) -> list[object]:
         """Return what tells the groups, parameters and states of a plan from others; look up the states in passing."""
         state = owner.state
         stored, of_params = list(state.values()), list(map(id, state))
@@ -256,11 +245,13 @@ class Planner:
             except KeyError:
                 now.complete, now.columns[key] = False, [entry.get(key) for entry in entries]
         values = list(map(id, chain.from_iterable(now.columns.values())))
-        return [settings, now.plain, list(map(_requires_grad, now.params)), values]
+        scaler = getattr(owner, "found_inf", None)  # under which a device may have to count the clocks
+        where = None if scaler is None else scaler.device
+        return [where, now.groups, now.plain, list(map(_requires_grad, now.params)), values]
 
     # Planning --------------------------------------------------------------------------------------------------------
 
-    def _plan(self, owner: Owner, plan: Plan, now: Present, settings: list[object]) -> Present:
+    def _plan(self, owner: Owner, plan: Plan, now: Present) -> Present:
         """Check the parameters that have a gradient, create what state they lack, and bundle them into launches."""
         self._check_gradients_come(owner)
         plan.identities, plan.bundles = None, []
@@ -287,7 +278,7 @@ class Planner:
         places = [place[id(param)] for param in now.params]
         plan.stored = [list(map(id, owner.state.values())), of_params]
         plan.places = None if places == list(range(len(of_params))) else places
-        identities = self._identities(owner, plan, now, settings)
+        identities = self._identities(owner, plan, now)
         plan.memory = _memory_of(now)
         for members in bundles.values():
             plain = now.plain and not any(p.is_complex() or p.grad.is_neg() for p in members)  # type: ignore[union-attr]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from epi_kernels import ops
 from epi_kernels.distributed import local_gradient
@@ -25,7 +26,7 @@ from epi_kernels.rules import Rule
 
 @dataclass(slots=True)
 class _Bundle(Bundle):
-    sweep: ops.Sweep = field(init=False)
+    sweep: Any = field(init=False)  # of a backend; see `epi_kernels.ops.prepared_sweep`
     counter: Tensor  # of squared gradients that are not finite
     lock_in: str
     lockable: list[bool]
@@ -85,18 +86,17 @@ class Sweeping(Planner):
             return
         clocks = plan.clocks
         if isinstance(clocks, HostClocks):
-            self._take(owner, plan, now)
+            self._take(owner, plan, now, capturing)
         else:
             with self._keeping(plan, now, capturing):
-                self._take(owner, plan, now)
-        if not capturing:
-            self.nonfinite.warn(groups)
+                self._take(owner, plan, now, capturing)
 
-    def _take(self, owner: Owner, plan: Plan, now: Present) -> None:
+    def _take(self, owner: Owner, plan: Plan, now: Present, capturing: bool) -> None:
         scaling = self._scaling(owner, plan, now)
         if plan.clocks.count(scaling.found_inf):
             advanced = self.method.before_update(owner, now.params, scaling, plan.clocks.home)
-            self._update(owner, plan, now, advanced, scaling)
+            if self._update(owner, plan, now, advanced, scaling) and not capturing:
+                self.nonfinite.warn(owner.param_groups)
 
     def run_alone(self, owner: Owner, param: Tensor, group: int) -> None:
         """Take the step of one parameter, of that group, by its gradient."""
@@ -113,10 +113,13 @@ class Sweeping(Planner):
         grads = [grad for bundle in plan.bundles for grad in bundle.grads(now)]
         return scaling_of(grads, clip_grad_norm, grad_scale, found_inf)
 
-    def _update(
-        self, owner: Owner, plan: Plan, now: Present, advanced: bool | Tensor, scaling: Scaling
-    ) -> None:
-        """Update the parameters, their clocks counted, and their importance unless it has `advanced` already."""
+    def _update(self, owner: Owner, plan: Plan, now: Present, advanced: bool | Tensor, scaling: Scaling) -> bool:
+        """Update the parameters, their clocks counted, and their importance unless it has `advanced` already.
+
+        Returns:
+            Whether gradients that are not finite may have been counted.
+        """
+        counted = bool(advanced is not False)  # by a refresh
         for number, bundle in enumerate(plan.bundles):
             scalars, rows = plan.clocks.scalars(number, bundle.groups, owner.param_groups, self.rule)
             tensors = bundle.tensors(self.rule, now)
@@ -128,16 +131,12 @@ class Sweeping(Planner):
             factor = scaling.factor.get(device)
             if bundle.pairs and tensors.locks:
                 tensors.locks = self._pair_locks(owner, bundle, now, tensors.locks, bool(so_far), factor)
-            bundle.sweep.step_(
-                tensors,
-                bundle.counter,
-                scalars,
-                rows,
-                advanced=so_far,
-                grad_factor=factor,
-                found_inf=scaling.found_inf.get(device),
-                moved=bundle.pairs,  # the pairs are made for this step
-            )
+            found_inf, moved = scaling.found_inf.get(device), bundle.pairs  # the pairs are made for this step
+            bad = bundle.sweep.step_(tensors, bundle.counter, scalars, rows, so_far, factor, found_inf, moved)
+            counted |= bad or bundle.pairs
+            for written in (tensors.params, *tensors.slots.values(), tensors.locks):
+                increment_version((one for one in written if one is not None) if None in written else written)
+        return counted
 
     def _pair_locks(
         self,
@@ -181,12 +180,6 @@ class Sweeping(Planner):
                 differentiable.step_(param, owner.state[param], group, locked, scaling.factor.get(param.device))
 
     # Planning --------------------------------------------------------------------------------------------------------
-
-    def _settings_seen(self, owner: Owner, group: dict[str, Any]) -> tuple[object, ...]:
-        scaler = getattr(owner, "found_inf", None)
-        options = [group[slot.option] for slot in self.rule.slots if slot.option is not None]
-        flags = group["capturable"], group["fused"], scaler is not None and scaler.device
-        return *options, *flags, *self.method.settings_seen(group)
 
     def _kind(self, owner: Owner, param: Tensor) -> tuple[object, ...]:
         # what a refresh advances and what it does not cannot be in one launch
@@ -251,7 +244,8 @@ class Sweeping(Planner):
         tensors = made.tensors(self.rule, now)
         if pairs and tensors.locks:
             tensors.locks, lock_in = PairLocks(tensors.locks, advances=False).pairs, "static"
-        made.sweep = ops.Sweep(self.rule, tensors, lock_in, lockable, owner._backend)
+        made.sweep = ops.prepared_sweep(self.rule, tensors, lock_in, lockable, owner._backend)
+        self.nonfinite.warn(owner.param_groups)  # counters that are in use no more are added up
         return made
 
     # Graphs ----------------------------------------------------------------------------------------------------------
@@ -281,6 +275,10 @@ def _capturing(groups: Sequence[dict[str, Any]]) -> bool:
                     "it. Capture a step in which every parameter has one, or let it require none"
                 )
     return True
+
+
+def _is_there(value: object) -> bool:
+    return value is not None
 
 
 def _where(wanted: list[bool], tensors: list[Any]) -> list[Tensor | None]:

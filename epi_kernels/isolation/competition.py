@@ -57,6 +57,8 @@ class Competition:
         self._agreed: Agreement | None = None
         self._agreed_on: tuple[Sequence[Held], Ranks] | None = None  # what this rank held then, and with whom
         self._known_ranks: tuple[Ranks | None] | None = None
+        self.parted = True  # parameters have come since the ranks were last looked for
+        self.unmet = True  # the ranks may have to agree before the next refresh
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep; no segments of DeepSpeed, which steps no copy."""
@@ -73,15 +75,17 @@ class Competition:
         if self._known_ranks is None:
             group = group_of(params_of(owner.param_groups), owner._process_group)
             self._known_ranks = (None if group is None else Ranks(group),)
+            self.parted = False
         return self._known_ranks[0]
 
     def part(self) -> None:
         """Forget the ranks: parameters are others now. What all agreed on holds until the others hear of it."""
         self._known_ranks = None
+        self.parted = self.unmet = True
 
     def disagree(self) -> None:
         """Let all ranks agree anew."""
-        self._agreed = None
+        self._agreed, self.unmet = None, True
 
     def meet(self, owner: Owner) -> None:
         """Agree with the other ranks, if there are any, once.
@@ -91,6 +95,7 @@ class Competition:
         """
         if self.ranks(owner) is not None and self._agreed is None:
             self._agree(owner, clock=0)
+        self.unmet = False
 
     def settings_of_ranks(self, owner: Owner) -> list[dict[str, Any]]:
         """Return of each group what must be equal on all ranks."""

@@ -67,25 +67,7 @@ class Evolving(Isolation, Method):
         """Return an importance of 0, with nothing protected."""
         return new_state(param, "importance")
 
-    def settings_seen(self, group: dict[str, Any]) -> tuple[object, ...]:
-        """Return whether a group is exempt, and where its locks are."""
-        return group["isolation_ratio"] == 0, group["importance"]
-
     # The step --------------------------------------------------------------------------------------------------------
-
-    def before_step(self, owner: Owner) -> None:
-        """Find the ranks, and count an iteration of DeepSpeed."""
-        self.competition.ranks(owner)  # a copy may have lost them, and says so before anything has changed
-        if self.competition.segments is not None:
-            self._begin_iteration(owner)
-
-    def before_update(
-        self, owner: Owner, params: Sequence[Tensor], scaling: Scaling, home: torch.device | None = None
-    ) -> bool | Tensor:
-        """Count the step, and refresh the masks where mask_interval says so."""
-        if self.competition.segments is not None:
-            return False  # `before_step` has done both
-        return super().before_update(owner, params, scaling, home)
 
     def idle_step(self, owner: Owner) -> None:
         """Count a step without any gradient here, and take part in a refresh that is due."""
@@ -144,18 +126,6 @@ class Evolving(Isolation, Method):
         elif isinstance(owner._process_group, Lost):
             owner._process_group = None
         self.competition.part()
-
-    def _begin_iteration(self, owner: Owner) -> None:
-        """Count an iteration of DeepSpeed at its first call of `step`, and refresh there if the last one made it due.
-
-        DeepSpeed calls `step` for one group after the other, or for one sub-group, and shows no other: only when the
-        next iteration begins is it known that all of them have advanced their importance.
-        """
-        groups = owner.param_groups
-        interval, before = self.competition.every_group[0]["mask_interval"], self.latest_clock(groups)
-        begins = self.count_step(groups) != before
-        if begins and interval is not None and before and before % interval == 0:
-            self.refresh(owner, (), UNSCALED, before)
 
     # Checkpoints and copies ------------------------------------------------------------------------------------------
 

@@ -55,6 +55,7 @@ class Isolation:
         self._clock_there: Tensor | None = None  # the clock, int64 of no dimension, where a device alone knows it
         self.iteration = Iteration()
         self._warned = False  # of flat partitions
+        self._shown: list[int] = []  # ids of the parameters of the last step
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep."""
@@ -64,7 +65,7 @@ class Isolation:
         """Take what `__getstate__` gave; a copy begins a new iteration."""
         competition = copy.copy(state["competition"])  # a shallow copy has one of its own
         vars(self).update(
-            state, competition=competition, _clock_there=None, iteration=Iteration(), _warned=False
+            state, competition=competition, _clock_there=None, iteration=Iteration(), _warned=False, _shown=[]
         )
 
     @property
@@ -151,7 +152,10 @@ class Isolation:
         parameters that have not stepped are others, which a wrapper has put in the place of those that have.)
         """
         now = self.iteration
-        here = list(map(id, params_of(groups)))
+        here = [id(param) for group in groups for param in group["params"]]
+        if here != self._shown:
+            self._shown = here
+            self._warn_of_flat_partitions(groups)
         if now.stepped and 0 < len(here) < now.parameters and set(here).isdisjoint(now.stepped):
             now.stepped += here
         else:
@@ -181,12 +185,33 @@ class Isolation:
 
     # The step --------------------------------------------------------------------------------------------------------
 
+    def before_step(self, owner: Owner) -> None:
+        """Find the ranks, and count an iteration of DeepSpeed."""
+        if self.competition.parted:
+            self.competition.ranks(owner)  # a copy may have lost them, and says so before anything has changed
+        if self.competition.segments is not None:
+            self._begin_iteration(owner)
+
+    def _begin_iteration(self, owner: Owner) -> None:
+        """Count an iteration of DeepSpeed at its first call of `step`, and refresh there if the last one made it due.
+
+        DeepSpeed calls `step` for one group after the other, or for one sub-group, and shows no other: only when the
+        next iteration begins is it known that all of them have advanced their importance.
+        """
+        groups = owner.param_groups
+        interval, before = self.competition.every_group[0]["mask_interval"], self.latest_clock(groups)
+        begins = self.count_step(groups) != before
+        if begins and interval is not None and before and before % interval == 0:
+            self.refresh(owner, (), UNSCALED, before)
+
     def before_update(
         self, owner: Owner, params: Sequence[Tensor], scaling: Scaling, home: torch.device | None = None
     ) -> bool | Tensor:
         """Count the step, and refresh the masks where mask_interval says so; see `Method.before_update`."""
-        self.competition.meet(owner)
-        self._warn_of_flat_partitions(owner.param_groups)
+        if self.competition.segments is not None:
+            return False  # `before_step` has done both
+        if self.competition.unmet:
+            self.competition.meet(owner)
         groups = owner.param_groups
         interval = groups[0]["mask_interval"]
         if home is not None:
@@ -211,7 +236,7 @@ class Isolation:
             self.refresh(owner, (), UNSCALED, clock)
 
     def _warn_of_flat_partitions(self, groups: Groups) -> None:
-        if self._warned or all(has_names(g) or "param_names" not in g or not g["params"] for g in groups):
+        if self.competition.segments is not None or self._warned or all(has_names(g) or "param_names" not in g or not g["params"] for g in groups):
             return
         self._warned = True
         warn(
