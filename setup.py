@@ -33,7 +33,7 @@ SHARED = ["entries", "parallel"]
 # B200, of those that nvcc knows, and PTX of the last for what comes after it
 CUDA_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -fmad=false -prec-div=true -prec-sqrt=true -ftz=false"
 CUDA_ARCHITECTURES = ("80", "90", "100")
-CUDA_KERNELS = ["masked_adamw", "threshold"]
+CUDA_KERNELS = ["threshold"]
 
 NATIVE = Extension("epi_kernels._native", [f"csrc/cpu/{name}.cpp" for name in (*KERNELS, *SHARED)], optional=True)
 CUDA = Extension("epi_kernels._cuda", [f"csrc/cuda/{name}.cu" for name in CUDA_KERNELS], optional=True)

@@ -1,6 +1,6 @@
 """The library of the CUDA kernels: found and loaded once, with ctypes. Its interface is csrc/epi_cuda.h.
 
-That header's structs are the rows of `epi_kernels.ops.masked_adamw.sweep` and `epi_kernels.ops.threshold.rows`.
+That header's struct is the row of `epi_kernels.ops.threshold.rows`.
 """
 
 import ctypes
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from epi_kernels import library
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
@@ -22,10 +22,8 @@ _PIECES = (_POINTER, _POINTER, _INT64)
 # function -> its result and arguments; those that launch end with the stream
 _FUNCTIONS = {
     "epi_cuda_compiler": (ctypes.c_char_p, ()),
-    "epi_cuda_sweep_piece": (_INT64, ()),
     "epi_cuda_histogram_piece": (_INT64, ()),
     "epi_cuda_device_error": (_INT32, ()),
-    "epi_cuda_masked_adamw": (_INT32, (*_PIECES, *(_POINTER,) * 5, *(_INT32,) * 4, _POINTER)),
     "epi_cuda_score_histogram": (_INT32, (*_PIECES, *(_POINTER,) * 2, _INT32, _INT32, _POINTER, _POINTER)),
 }
 
@@ -53,11 +51,6 @@ def obstacle(device: torch.device | None = None) -> str:
 def compiler() -> str:
     """Return the compiler that built the library, and its version."""
     return str(_library().epi_cuda_compiler().decode())
-
-
-def sweep_piece() -> int:
-    """Return the entries of a piece of epi_cuda_masked_adamw."""
-    return int(_library().epi_cuda_sweep_piece())
 
 
 def histogram_piece() -> int:

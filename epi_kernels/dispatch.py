@@ -21,8 +21,8 @@ from epi_kernels.notices import warn
 # "auto" takes the first that can run; the order is by speed, and by what is tried most
 BACKENDS = ("triton", "cuda", "native", "reference")
 
-# what csrc/cuda has: the histogram, which Triton cannot keep in shared memory, and the step, for want of Triton
-_CUDA = ("masked_adamw_", "score_histogram")
+# what csrc/cuda has: the histogram, which Triton cannot keep in shared memory
+_CUDA = ("score_histogram",)
 
 # what "auto" tries before the others
 _FIRST = {"score_histogram": "cuda"}

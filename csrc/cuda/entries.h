@@ -4,31 +4,13 @@
 
 #include <cstdint>
 
+#include "../adamw.h"
 #include "../epi_cuda.h"
-#include "../halves.h"
 
 namespace epi::cuda {
 
-// entries that a thread takes at once: 128 bits of float32, 64 of a 16-bit dtype
+// entries that a thread takes at once: 128 bits
 constexpr int64_t QUAD = 4;
-
-struct Float32 {
-    using Memory = float;
-    EPI_INLINE float load(float value) { return value; }
-    EPI_INLINE float store(float value) { return value; }
-};
-
-struct BFloat16 {
-    using Memory = uint16_t;
-    EPI_INLINE float load(uint16_t value) { return from_bfloat16(value); }
-    EPI_INLINE uint16_t store(float value) { return to_bfloat16(value); }
-};
-
-struct Float16 {
-    using Memory = uint16_t;
-    EPI_INLINE float load(uint16_t value) { return from_float16(value); }
-    EPI_INLINE uint16_t store(float value) { return to_float16(value); }
-};
 
 template <typename Memory, int width>
 struct alignas(width * sizeof(Memory)) Pack {
@@ -48,11 +30,6 @@ EPI_INLINE Pack<Memory, width>* pack_at(int64_t address, int64_t i) {
 template <int width, typename Memory>
 EPI_INLINE Pack<Memory, width> load(int64_t address, int64_t i) {
     return *pack_at<width, Memory>(address, i);
-}
-
-template <int width, typename Memory>
-EPI_INLINE void store(int64_t address, int64_t i, const Pack<Memory, width>& pack) {
-    *pack_at<width, Memory>(address, i) = pack;
 }
 
 // A run of entries of one tensor. From `quads_end` on they are taken one by one.

@@ -41,7 +41,7 @@ using namespace epi::cuda;
 
 int32_t epi_cuda_abi_version(void) { return EPI_CUDA_ABI_VERSION; }
 
-const int64_t epi_cuda_row_sizes[2] = {sizeof(epi_cuda_adamw_row), sizeof(epi_cuda_score_row)};
+const int64_t epi_cuda_row_sizes[1] = {sizeof(epi_cuda_score_row)};
 
 const char* epi_cuda_compiler(void) {
     return "nvcc " TEXT(__CUDACC_VER_MAJOR__) "." TEXT(__CUDACC_VER_MINOR__) "." TEXT(__CUDACC_VER_BUILD__);

@@ -1,4 +1,4 @@
-"""What the backends on a GPU share: the table of a list of tensors, kept from step to step."""
+"""The step on a GPU but for the launch: the table of a list of tensors, kept from step to step."""
 
 from collections.abc import Sequence
 
