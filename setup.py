@@ -26,7 +26,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     LEVELS |= {"v3": "-march=x86-64-v3", "v4": "-march=x86-64-v4"}
 
 # compiled once for each level; csrc/cpu/kernels.h says why these alone
-KERNELS = ["masked_adamw", "importance", "threshold", "sparse_adamw", "level"]
+KERNELS = ["sweep", "importance", "threshold", "gather", "level"]
 SHARED = ["entries", "parallel"]
 
 # the same arithmetic by nvcc: no contraction, IEEE division and roots, subnormals. Machine code for A100, H100 and

@@ -1,11 +1,9 @@
 """The library of the CUDA kernels, where nvcc built it: no GPU is needed to load it and to look at its code.
 
 - It loads without a driver, and every function returns an error then.
-- Its rows are the words that the tables write.
 - For A100, H100 and B200: nothing spills, float32 moves 128 bits at a time, equal bins of a warp are added up first.
 """
 
-import ctypes
 import re
 import shutil
 import subprocess
@@ -15,7 +13,6 @@ import pytest
 import torch
 
 from epi_kernels import cuda
-from epi_kernels.ops.threshold.rows import FIELDS as SCORE_FIELDS
 
 LIBRARY = cuda.load()
 pytestmark = pytest.mark.skipif(isinstance(LIBRARY, str), reason=str(LIBRARY))
@@ -52,17 +49,9 @@ def code_of(architecture: str) -> dict[str, list[str]]:
     }
 
 
-def test_the_words_of_a_row_are_those_of_the_tables() -> None:
-    sizes = (ctypes.c_int64 * 1).in_dll(LIBRARY, "epi_cuda_row_sizes")
-    assert list(sizes) == [8 * len(SCORE_FIELDS)]
-    header = (Path(__file__).parents[1] / "csrc/epi_cuda.h").read_text()
-    body = re.search(r"typedef struct \{([^}]*)\} epi_cuda_score_row", header)
-    assert tuple(re.findall(r"int64_t (\w+);", body[1])) == SCORE_FIELDS
-
-
 def test_what_it_says_of_itself() -> None:
     assert re.fullmatch(r"nvcc \d+\.\d+\.\d+", cuda.compiler())
-    assert cuda.histogram_piece() % 4 == 0
+    assert cuda.histogram_chunk() % 4 == 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

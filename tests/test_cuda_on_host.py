@@ -39,10 +39,10 @@ def test_histograms(library: ctypes.CDLL, normalize: bool, shift: int, bins: int
     ranges = torch.tensor([[0.0, 900.0], [1e-30, 1.0], [2.0, 2.0]]) if normalize else None
     digits = 31 - shift - (bins.bit_length() - 1)
     selection = torch.tensor([[0x3F000000 >> (31 - digits), 5], [0, 100]])
-    table = table_of(importances, layers, budgets, int(library.histogram_piece()), torch.device("cpu"))
+    table = table_of(importances, layers, budgets, int(library.histogram_chunk()), torch.device("cpu"))
     counts = torch.zeros(2, bins, dtype=torch.int64)
     library.score_histogram(
-        table.rows().data_ptr(), table.pieces.data_ptr(), table.pieces.numel(),
+        table.rows().data_ptr(), table.chunks.data_ptr(), table.chunks.numel(),
         None if ranges is None else ranges.data_ptr(), selection.data_ptr(),
         shift, bins.bit_length() - 1, counts.data_ptr(),
     )  # fmt: skip

@@ -19,7 +19,7 @@ needs_native = pytest.mark.skipif(bool(native.obstacle()), reason=native.obstacl
 @pytest.mark.parametrize("operation", dispatch.STEMS)
 def test_reference_runs_everywhere(operation: str) -> None:
     choice = dispatch.choose(operation, "cpu", "reference", frozenset({torch.float64}), frozenset({torch.float64}))
-    assert hasattr(choice.module, "Sweep" if operation in ("masked_adamw_", "sparse_adamw_") else operation)
+    assert hasattr(choice.module, {"sweep_": "Sweep", "gather_": "Gather"}.get(operation, operation))
     assert choice.backend == "reference"
 
 
@@ -28,7 +28,7 @@ def test_reference_runs_everywhere(operation: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_native_is_the_choice_of_auto_on_a_cpu(operation: str, dtype: torch.dtype) -> None:
     choice = dispatch.choose(operation, "cpu", "auto", frozenset({dtype}))
-    assert hasattr(choice.module, "Sweep" if operation in ("masked_adamw_", "sparse_adamw_") else operation)
+    assert hasattr(choice.module, {"sweep_": "Sweep", "gather_": "Gather"}.get(operation, operation))
     assert choice.backend == "native"
 
 
@@ -80,11 +80,9 @@ def test_unknown_backend() -> None:
 
 
 def test_a_backend_that_is_not_there_is_never_replaced_in_silence() -> None:
-    with pytest.raises(
-        NotImplementedError, match="backend='cuda' has no masked_adamw_, importance_, .*; use backend='auto'"
-    ):
+    with pytest.raises(NotImplementedError, match="backend='cuda' has no sweep_, importance_, .*; use backend='auto'"):
         EPIAdamW([Parameter(torch.ones(1))], backend="cuda", layers="tensor")
-    with pytest.raises(RuntimeError, match="backend='triton' cannot run masked_adamw_ here: .*TRITON_INTERPRET=1"):
+    with pytest.raises(RuntimeError, match="backend='triton' cannot run sweep_ here: .*TRITON_INTERPRET=1"):
         EPIAdamW([Parameter(torch.ones(1))], backend="triton", layers="tensor")
 
 

@@ -5,27 +5,31 @@
 """
 
 from epi_kernels.ops.functional import (
-    SparseSweep,
+    Gather,
     Sweep,
     find_threshold,
+    gather_,
     gradient_sums_,
     importance_,
     lock_,
-    masked_adamw_,
     score_histogram,
     select_digit_,
-    sparse_adamw_,
+    sweep_,
 )
+from epi_kernels.ops.scalars import scalars_of
+from epi_kernels.ops.tensors import Tensors
 
 __all__ = [
-    "SparseSweep",
+    "Gather",
     "Sweep",
+    "Tensors",
     "find_threshold",
+    "gather_",
     "gradient_sums_",
     "importance_",
     "lock_",
-    "masked_adamw_",
+    "scalars_of",
     "score_histogram",
     "select_digit_",
-    "sparse_adamw_",
+    "sweep_",
 ]

@@ -23,65 +23,46 @@ from epi_kernels.contract import (
     check_value,
 )
 from epi_kernels.dispatch import choose
+from epi_kernels.ops.scalars import width_of
 from epi_kernels.ops.table import on_device
+from epi_kernels.ops.tensors import Tensors
+from epi_kernels.rules import Rule, rule_of
 
 # of a histogram: a digit has at most this many values
 _MOST_BINS = 1 << max(KEY_DIGITS)
 
-LOCK_IN = ("none", "importance", "exp_avg_sq", "static")
-
 
 class Sweep:
-    """`masked_adamw_` prepared for its tensors, for an optimizer that steps the same ones again and again.
+    """`sweep_` prepared for its tensors, for an optimizer that steps the same ones again and again.
 
     What does not change from step to step, the checks and the table that a backend makes of the tensors, is done once.
     No tensor is kept: `step_` is given them again.
 
     Args:
-        params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, locks, lock_in, lockable, backend: see `masked_adamw_`.
+        rule: how an entry moves.
+        tensors: as `sweep_` takes them.
+        lock_in, lockable, backend: see `sweep_`.
 
     Raises:
-        ValueError, TypeError, NotImplementedError, RuntimeError: as `masked_adamw_`.
+        ValueError, TypeError, NotImplementedError, RuntimeError: as `sweep_`.
     """
 
-    def __init__(
-        self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        exp_avgs: Sequence[Tensor],
-        exp_avg_sqs: Sequence[Tensor],
-        max_exp_avg_sqs: Sequence[Tensor | None],
-        locks: Sequence[Tensor | None],
-        lock_in: str,
-        lockable: Sequence[bool],
-        backend: str,
-    ) -> None:
-        check_lists(
-            params=params,
-            grads=grads,
-            exp_avgs=exp_avgs,
-            exp_avg_sqs=exp_avg_sqs,
-            max_exp_avg_sqs=max_exp_avg_sqs,
-            locks=locks,
-        )
+    def __init__(self, rule: Rule, tensors: Tensors, lock_in: str, lockable: Sequence[bool], backend: str) -> None:
+        params, grads, locks = tensors.params, tensors.grads, tensors.locks
+        _check_slots(rule, tensors)
+        check_lists(params=params, grads=grads, **tensors.slots, locks=locks)
         check_one_dtype(params=params, grads=grads)
-        _check_locks(locks, lock_in, lockable, len(params))
+        _check_locks(rule, locks, lock_in, lockable, len(params))
         self._sweep = None
         if params:
-            absent = [None] * len(params)
-            lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs or absent, locks or absent)
-            states = _dtypes(exp_avgs, exp_avg_sqs, max_exp_avg_sqs, [] if lock_in == "static" else locks)
-            chosen = choose("masked_adamw_", params[0].device, backend, _dtypes(params, grads), states)
-            self._sweep = chosen.module.Sweep(*lists, lock_in, lockable)
+            states = _dtypes(*tensors.slots.values(), [] if lock_in == "static" else locks)
+            chosen = choose("sweep_", params[0].device, backend, _dtypes(params, grads), states)
+            where = "slot" if lock_in == rule.importance_slot else lock_in
+            self._sweep = chosen.module.Sweep(rule, tensors, where, lockable)
 
     def step_(
         self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        exp_avgs: Sequence[Tensor],
-        exp_avg_sqs: Sequence[Tensor],
-        max_exp_avg_sqs: Sequence[Tensor | None],
-        locks: Sequence[Tensor | None],
+        tensors: Tensors,
         nonfinite: Tensor,
         scalars: Tensor,
         rows: Sequence[int],
@@ -91,35 +72,25 @@ class Sweep:
         found_inf: Tensor | None = None,
         moved: bool = False,
     ) -> None:
-        """Take one step of all the tensors; the arguments are those of `masked_adamw_`.
+        """Take one step of all the tensors; the arguments are those of `sweep_`.
 
         `advanced` may be float32, one value on the tensors' device, where the host does not know it: not 0 is True.
         `scalars` may be float32 on that device.
 
-        The tensors have the shapes, strides, dtypes and devices of the constructor's: that is not checked again. Where
-        any but the gradients lies at another address than in the constructor, say so by `moved`.
+        The tensors have the shapes, strides, dtypes and devices of the constructor's, and the same slots: that is not
+        checked again. Where any but the gradients lies at another address than in the constructor, say so by `moved`.
         """
-        if self._sweep is None:
-            return
-        if not max_exp_avg_sqs or not locks:
-            absent = [None] * len(params)
-            max_exp_avg_sqs, locks = max_exp_avg_sqs or absent, locks or absent
-        lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, locks)
-        self._sweep.step_(*lists, moved, nonfinite, scalars, rows, advanced, grad_factor, found_inf)
-        optional = [tensor for tensor in (*max_exp_avg_sqs, *locks) if tensor is not None]
-        torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *optional])
+        if self._sweep is not None:
+            self._sweep.step_(tensors, nonfinite, scalars, rows, advanced, grad_factor, found_inf, moved)
+            _say_written(tensors)
 
 
-@torch.library.custom_op(
-    "epi_kernels::masked_adamw_",
-    mutates_args=("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "locks", "nonfinite"),
-)
-def masked_adamw_(
+@torch.library.custom_op("epi_kernels::sweep_", mutates_args=("params", "slots", "locks", "nonfinite"))
+def sweep_(
+    rule: str,
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor | None],
+    slots: Sequence[Tensor | None],
     locks: Sequence[Tensor | None],
     nonfinite: Tensor,
     scalars: Tensor,
@@ -131,30 +102,33 @@ def masked_adamw_(
     found_inf: Tensor | None,
     backend: str,
 ) -> None:
-    """Take one AdamW step in place; entries that are locked keep their bits, their moments advance all the same.
+    """Take one step of a rule in place; entries that are locked keep their bits, their slots advance all the same.
 
     ::
 
         g <- factor g
-        S <- beta S + (1 - beta) g^2                                     EPI (arXiv 2604.14010) Eq. 5
-        m <- m + (1 - beta1)(g - m)                                      AdamW (arXiv 1711.05101) Alg. 2
-        v <- beta2 v + (1 - beta2) g^2
-        theta <- theta                                                   where locked, EPI Eq. 12-13
-        theta <- (1 - lr lambda) theta - step_size m / (sqrt(v) / correction + eps)      elsewhere
+        S <- beta S + (1 - beta) g^2                       EPI (arXiv 2604.14010) Eq. 5
+        theta', slots <- rule(theta, g, slots)             see `epi_kernels.rules`
+        theta <- theta                                     where locked, EPI Eq. 12-13
+        theta <- theta'                                    elsewhere
+
+    Where the lock is in a slot of the rule, that slot is S, and the rule takes it as the second line has made it.
 
     Args:
+        rule: the name of one of `epi_kernels.rules.RULES`.
         params: theta, floating point, of one dtype; written.
         grads: same shapes, any one floating dtype; read.
-        exp_avgs: m; written.
-        exp_avg_sqs: v; written. Signed (see `epi_kernels.lock`) with ``lock_in="exp_avg_sq"``.
-        max_exp_avg_sqs: largest v so far, for AMSGrad; written. None, or an empty list: no AMSGrad.
+        slots: the first slot of every parameter, then the second of every one, and so on, in the rule's order; same
+            shapes, written. None where a parameter lacks an optional slot; optional slots that none has may be left
+            out. The slot that `lock_in` names is signed (see `epi_kernels.lock`).
         locks: of the lockable tensors, with ``lock_in="importance"`` the signed S, written; with ``"static"`` int8,
             read; else None, or an empty list.
         nonfinite: int64 [tensors]; the number of entries whose g^2 was NaN or infinite is added. Such an entry of S
-            stays as it was.
-        scalars: float64 [n, 11] on the CPU, rows of `epi_kernels.contract.Scalars`.
+            stays as it was, unless S is a slot of the rule.
+        scalars: float64 [n, m] on the CPU, rows of `epi_kernels.ops.scalars_of`.
         rows: which of them each tensor uses.
-        lock_in: where the lock bit is: "none", "importance", "exp_avg_sq" or "static".
+        lock_in: where the lock bit is: "none", "importance", "static", or the rule's importance slot, "exp_avg_sq" of
+            AdamW.
         lockable: the tensors for which that holds; the others have no lock.
         advanced: True when this step's g^2 is in the signed tensor already (a refresh came first).
         grad_factor: float32, one value on the tensors' device, by which every gradient is multiplied first: 1 / scale
@@ -163,22 +137,23 @@ def masked_adamw_(
         backend: "auto" or the name of one.
 
     Raises:
-        ValueError: lists do not belong together, `lock_in` is unknown, or the backend is.
+        ValueError: lists do not belong together, `rule` or `lock_in` is unknown, or the backend is.
         TypeError: params or grads have several dtypes; a lock with ``lock_in="static"`` is not int8.
         NotImplementedError: the backend does not have this operation.
         RuntimeError: the backend cannot run on these tensors.
     """
-    sweep = Sweep(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, locks, lock_in, lockable, backend)
-    check_rows(scalars, rows, len(params))
+    of = rule_of(rule)
+    tensors = _tensors(of, params, grads, slots, locks)
+    sweep = Sweep(of, tensors, lock_in, lockable, backend)
+    check_rows(scalars, rows, len(params), width_of(of))
     if params:
         check_tensor("nonfinite", nonfinite, torch.int64, (len(params),), params[0].device)
         check_value("grad_factor", grad_factor, params[0].device)
         check_value("found_inf", found_inf, params[0].device)
-    lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, locks)
-    sweep.step_(*lists, nonfinite, scalars, rows, advanced=advanced, grad_factor=grad_factor, found_inf=found_inf)
+    sweep.step_(tensors, nonfinite, scalars, rows, advanced=advanced, grad_factor=grad_factor, found_inf=found_inf)
 
 
-masked_adamw_.register_fake(lambda *_: None)
+sweep_.register_fake(lambda *_: None)
 
 
 @torch.library.custom_op("epi_kernels::importance_", mutates_args=("importances", "ranges", "nonfinite"))
@@ -411,109 +386,158 @@ def _(
     return torch.empty(len(importances), 3, dtype=torch.int64, device=thresholds.device)
 
 
-class SparseSweep:
-    """`sparse_adamw_` prepared for its tensors, for an optimizer that steps the same ones again and again.
+class Gather:
+    """`gather_` prepared for its tensors, for an optimizer that steps the same ones again and again.
 
     No tensor is kept: `step_` is given them again. Offsets that a backend made from indices live as long as these.
 
     Args:
-        params, grads, indices, exp_avgs, exp_avg_sqs, backend: see `sparse_adamw_`.
+        rule: how an entry moves.
+        tensors: as `gather_` takes them, without locks.
+        indices, backend: see `gather_`.
 
     Raises:
-        ValueError, TypeError, NotImplementedError, RuntimeError: as `sparse_adamw_`.
+        ValueError, TypeError, NotImplementedError, RuntimeError: as `gather_`.
     """
 
-    def __init__(
-        self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        indices: Sequence[Tensor],
-        exp_avgs: Sequence[Tensor],
-        exp_avg_sqs: Sequence[Tensor],
-        backend: str,
-    ) -> None:
+    def __init__(self, rule: Rule, tensors: Tensors, indices: Sequence[Tensor], backend: str) -> None:
+        params, grads = tensors.params, tensors.grads
         check_lists(params=params, grads=grads)
         check_one_dtype(params=params, grads=grads)
-        check_indices(params, indices, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
-        self._sweep = None
+        _check_slots(rule, tensors)
+        check_indices(params, indices, **tensors.slots)
+        self._gather = None
         if params:
-            states = _dtypes(exp_avgs, exp_avg_sqs)
-            chosen = choose("sparse_adamw_", params[0].device, backend, _dtypes(params, grads), states)
-            self._sweep = chosen.module.Sweep(params, grads, indices, exp_avgs, exp_avg_sqs)
+            states = _dtypes(*tensors.slots.values())
+            chosen = choose("gather_", params[0].device, backend, _dtypes(params, grads), states)
+            self._gather = chosen.module.Gather(rule, tensors, indices)
 
-    def step_(
-        self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        indices: Sequence[Tensor],
-        exp_avgs: Sequence[Tensor],
-        exp_avg_sqs: Sequence[Tensor],
-        scalars: Tensor,
-        rows: Sequence[int],
-    ) -> None:
-        """Take one step of all the tensors; the arguments are those of `sparse_adamw_`.
+    def step_(self, tensors: Tensors, indices: Sequence[Tensor], scalars: Tensor, rows: Sequence[int]) -> None:
+        """Take one step of all the tensors; the arguments are those of `gather_`.
 
         All but the gradients are the constructor's; the gradients have the shapes, strides, dtypes and devices of the
         constructor's. That is not checked again.
         """
-        if self._sweep is not None:
-            self._sweep.step_(params, grads, indices, exp_avgs, exp_avg_sqs, scalars, rows)
-            torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs])
+        if self._gather is not None:
+            self._gather.step_(tensors, indices, scalars, rows)
+            _say_written(tensors)
 
 
-@torch.library.custom_op("epi_kernels::sparse_adamw_", mutates_args=("params", "exp_avgs", "exp_avg_sqs"))
-def sparse_adamw_(
+@torch.library.custom_op("epi_kernels::gather_", mutates_args=("params", "slots"))
+def gather_(
+    rule: str,
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     indices: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
+    slots: Sequence[Tensor | None],
     scalars: Tensor,
     rows: Sequence[int],
     backend: str,
 ) -> None:
-    """Take one AdamW step of selected entries in place; the others are not touched, and cost nothing.
+    """Take one step of a rule for selected entries in place; the others are not touched, and cost nothing.
 
-    The equations are those of `masked_adamw_` without a lock. State and time are in proportion to the entries selected.
+    The equations are those of `sweep_` without a lock. State and time are in proportion to the entries selected.
 
     Args:
+        rule: the name of one of `epi_kernels.rules.RULES`.
         params: theta, floating point, of one dtype; written at the selected entries alone.
         grads: same shapes, any one floating dtype; read.
         indices: 1-D, int64 or int32, for each parameter: the positions of its selected entries in row-major order of
             its shape, whatever its strides; strictly increasing. Order and distinctness are the caller's business.
-        exp_avgs: m, 1-D, one value for each index; written.
-        exp_avg_sqs: v, likewise.
-        scalars: float64 [n, 11] on the CPU, rows of `epi_kernels.contract.Scalars`.
+        slots: in the order of `sweep_`, and like there; each 1-D, one value for each index; written.
+        scalars: float64 [n, m] on the CPU, rows of `epi_kernels.ops.scalars_of`.
         rows: which of them each tensor uses.
         backend: "auto" or the name of one.
 
     Raises:
-        ValueError: lists do not belong together, or the backend is unknown. On the CPU also: the first or the last
-            index of a tensor is out of range.
+        ValueError: lists do not belong together, or the rule or the backend is unknown. On the CPU also: the first or
+            the last index of a tensor is out of range.
         TypeError: indices are not integers; params or grads have several dtypes.
         NotImplementedError: the backend does not have this operation.
         RuntimeError: the backend cannot run on these tensors.
 
     Example:
-        >>> theta, scalars = torch.ones(2, 2), Scalars(1.0, 1.0, 0.9, 0.1, 0.99, 0.01, 1.0, 0.1, 0.0, 0.0, 1.0)
-        >>> state = [torch.zeros(1)], [torch.zeros(1)]
-        >>> grads, indices = [torch.ones(2, 2)], [torch.tensor([2])]
-        >>> sparse_adamw_([theta], grads, indices, *state, torch.tensor([scalars], dtype=torch.float64), [0], "auto")
+        >>> from epi_kernels.ops import scalars_of
+        >>> group = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 0.0, "weight_decay": 0.0, "maximize": False}
+        >>> scalars = torch.tensor([scalars_of(rule_of("adamw"), group, 1)], dtype=torch.float64)
+        >>> theta, slots = torch.ones(2, 2), [torch.zeros(1), torch.zeros(1)]
+        >>> gather_("adamw", [theta], [torch.ones(2, 2)], [torch.tensor([2])], slots, scalars, [0], "auto")
         >>> theta
         tensor([[1.0000, 1.0000],
                 [0.9000, 1.0000]])
     """
-    sweep = SparseSweep(params, grads, indices, exp_avgs, exp_avg_sqs, backend)
-    check_rows(scalars, rows, len(params))
-    sweep.step_(params, grads, indices, exp_avgs, exp_avg_sqs, scalars, rows)
+    of = rule_of(rule)
+    tensors = _tensors(of, params, grads, slots, [])
+    gather = Gather(of, tensors, indices, backend)
+    check_rows(scalars, rows, len(params), width_of(of))
+    gather.step_(tensors, indices, scalars, rows)
 
 
-sparse_adamw_.register_fake(lambda *_: None)
+gather_.register_fake(lambda *_: None)
 
 
-def _check_locks(locks: Sequence[Tensor | None], lock_in: str, lockable: Sequence[bool], count: int) -> None:
-    if lock_in not in LOCK_IN:
-        raise ValueError(f"Invalid lock_in: {lock_in!r}; choose one of {LOCK_IN}")
+def _tensors(
+    rule: Rule,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    slots: Sequence[Tensor | None],
+    locks: Sequence[Tensor | None],
+) -> Tensors:
+    """Return the record of the arguments of an operation, whose slots are one list.
+
+    Raises:
+        ValueError: there are more slots than the rule has, or fewer.
+    """
+    count = len(params)
+    names = [slot.name for slot in rule.slots]
+    if len(slots) not in (count * rule.required, count * len(names)):
+        optional = f"; {names[rule.required :]} may be left out" if rule.required < len(names) else ""
+        raise ValueError(
+            f"slots has {len(slots)} tensors for {count} params; pass all {names[0]}, then all of the next of "
+            f"{names}{optional}"
+        )
+    present = names[: rule.required] if len(slots) == count * rule.required else names
+    named = {name: list(slots[i * count : (i + 1) * count]) for i, name in enumerate(present)}
+    return Tensors(list(params), list(grads), named, list(locks))
+
+
+def _check_slots(rule: Rule, tensors: Tensors) -> None:
+    """Check that the slots are the rule's, in its order, and that none but optional ones are missing.
+
+    Raises:
+        ValueError: they are not; or a parameter has some of the optional slots and not all.
+    """
+    count = len(tensors.params)
+    known = [slot.name for slot in rule.slots]
+    names = list(tensors.slots)
+    if names != [name for name in known if name in names]:
+        raise ValueError(f"the slots are {names}; the rule {rule.name} has {known}, in this order")
+    if not count:
+        return
+    for slot in rule.slots[: rule.required]:
+        of_slot = tensors.slots.get(slot.name, [None] * count)
+        for i, tensor in enumerate(of_slot):
+            if tensor is None:
+                raise ValueError(f"{slot.name}[{i}] is None; the rule {rule.name} keeps it for every parameter")
+    optional = [tensors.slots.get(slot.name, [None] * count) for slot in rule.slots[rule.required :]]
+    for i, of_param in enumerate(zip(*optional, strict=False)):
+        if len({tensor is None for tensor in of_param}) > 1:
+            wanted = [slot.name for slot in rule.slots[rule.required :]]
+            raise ValueError(f"params[{i}] has some of the optional slots {wanted} of {rule.name}; pass all or none")
+
+
+def _say_written(tensors: Tensors) -> None:
+    """Tell autograd what a step has written."""
+    written = [tensor for tensors_of in tensors.written() for tensor in tensors_of if tensor is not None]
+    torch.autograd.graph.increment_version(written)
+
+
+def _check_locks(
+    rule: Rule, locks: Sequence[Tensor | None], lock_in: str, lockable: Sequence[bool], count: int
+) -> None:
+    known = ("none", "importance", *([rule.importance_slot] if rule.importance_slot else []), "static")
+    if lock_in not in known:
+        raise ValueError(f"Invalid lock_in: {lock_in!r}; choose one of {known}")
     if len(lockable) != count:
         raise ValueError(f"lockable has {len(lockable)} values for {count} params; pass one for each")
     for i, can in enumerate(lockable):

@@ -1,4 +1,4 @@
-"""AdamW whose entries can be locked, on `masked_adamw_`; subclasses say where the locks are."""
+"""AdamW whose entries can be locked, on `sweep_`; subclasses say where the locks are."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from torch.optim.optimizer import _device_dtype_check_for_fused, _get_capturable
 
 from epi_kernels.contract import arithmetic_dtype
 from epi_kernels.distributed import is_sharded, local, local_gradient
-from epi_kernels.ops import Sweep
+from epi_kernels.ops import Sweep, Tensors
 from epi_kernels.ops.table import Uploads
 from epi_kernels.optim import differentiable
 from epi_kernels.optim.checkpoint import STATE_DTYPES
@@ -21,6 +21,7 @@ from epi_kernels.optim.nonfinite import NonfiniteCounts
 from epi_kernels.optim.plain import is_number
 from epi_kernels.optim.prepared import Bundle, Prepared, PreparedAdamW, Present
 from epi_kernels.optim.scaling import UNSCALED, Scaling, scaling_of
+from epi_kernels.rules import ADAMW
 
 # what is refused of parameters that are shared out over ranks, and what to do instead
 _NOT_SHARDED = {
@@ -48,9 +49,12 @@ class _Bundle(Bundle):
             return []
         return _where(self.lockable, self.state(now, LOCK_STATE[self.lock_in]))
 
-    def largest(self, now: Present) -> list[Tensor | None]:
-        """Return the largest second moments of those that take AMSGrad's step."""
-        return _where(self.amsgrad, self.state(now, "max_exp_avg_sq")) if any(self.amsgrad) else []
+    def slots(self, now: Present) -> dict[str, list[Tensor | None]]:
+        """Return the slots of the rule; the largest second moment of those that take AMSGrad's step."""
+        slots = {key: self.state(now, key) for key in ("exp_avg", "exp_avg_sq")}
+        if any(self.amsgrad):
+            slots["max_exp_avg_sq"] = _where(self.amsgrad, self.state(now, "max_exp_avg_sq"))
+        return slots
 
 
 class LockedAdamW(PreparedAdamW):
@@ -72,7 +76,7 @@ class LockedAdamW(PreparedAdamW):
     # What a subclass says -------------------------------------------------------------------------------------------
 
     def _lock_in(self, param: Tensor, group: dict[str, Any]) -> str:
-        """Return where the lock bits of `param`, of `group`, are; see `epi_kernels.ops.masked_adamw_`."""
+        """Return where the lock bits of `param`, of `group`, are; see `epi_kernels.ops.sweep_`."""
         raise NotImplementedError
 
     def _new_lock(self, param: Tensor) -> Tensor:
@@ -149,7 +153,7 @@ class LockedAdamW(PreparedAdamW):
     ) -> None:
         """Update the parameters, their clocks counted, and their importance unless it has `advanced` already."""
         for number, bundle in enumerate(prepared.bundles):
-            scalars, rows = prepared.clocks.scalars(number, bundle.groups, self.param_groups)
+            scalars, rows = prepared.clocks.scalars(ADAMW, number, bundle.groups, self.param_groups)
             params, grads, locks = bundle.params(now), bundle.grads(now), bundle.locks(now)
             device = params[0].device
             # a refresh advances those alone that can be locked
@@ -166,12 +170,7 @@ class LockedAdamW(PreparedAdamW):
                 pairs.repeat_()
                 locks = pairs.pairs
             bundle.sweep.step_(
-                params,
-                grads,
-                bundle.state(now, "exp_avg"),
-                bundle.state(now, "exp_avg_sq"),
-                bundle.largest(now),
-                locks,
+                Tensors(params, grads, bundle.slots(now), locks),
                 bundle.counter,
                 scalars,
                 rows,
@@ -310,17 +309,8 @@ class LockedAdamW(PreparedAdamW):
         locks = bundle.locks(now)
         if pairs and locks:
             locks, lock_in = PairLocks(locks, advances=False).pairs, "static"
-        bundle.sweep = Sweep(
-            bundle.params(now),
-            bundle.grads(now),
-            bundle.state(now, "exp_avg"),
-            bundle.state(now, "exp_avg_sq"),
-            bundle.largest(now),
-            locks,
-            lock_in,
-            lockable,
-            self._backend,
-        )
+        tensors = Tensors(bundle.params(now), bundle.grads(now), bundle.slots(now), locks)
+        bundle.sweep = Sweep(ADAMW, tensors, lock_in, lockable, self._backend)
         return bundle
 
     # Graphs ----------------------------------------------------------------------------------------------------------

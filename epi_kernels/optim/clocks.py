@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epi_kernels.contract import Scalars
+from epi_kernels.ops import scalars_of
+from epi_kernels.rules import Rule
 
 Groups = Sequence[dict[str, Any]]
 
@@ -43,12 +44,12 @@ class HostClocks:
         self._values = self._vector.add_(1).tolist()
         return True
 
-    def scalars(self, bundle: int, members: Sequence[int], groups: Groups) -> tuple[Tensor, list[int]]:
-        """Return (rows of `Scalars`, the row of each parameter); `members` are the parameters' groups."""
+    def scalars(self, rule: Rule, bundle: int, members: Sequence[int], groups: Groups) -> tuple[Tensor, list[int]]:
+        """Return (rows of scalars of `rule`, the row of each parameter); `members` are the parameters' groups."""
         first = sum(self._sizes[:bundle])
         keys = list(zip(members, self._values[first : first + len(members)], strict=True))
         row_of = {key: row for row, key in enumerate(dict.fromkeys(keys))}
-        table = [Scalars.of(groups[i], clock) for i, clock in row_of]
+        table = [scalars_of(rule, groups[i], clock) for i, clock in row_of]
         return torch.tensor(table, dtype=torch.float64, device="cpu"), list(map(row_of.__getitem__, keys))
 
 
@@ -75,21 +76,27 @@ class DeviceClocks:
             vector.add_(1 if found is None else (found == 0).to(vector.dtype))
         return True
 
-    def scalars(self, bundle: int, members: Sequence[int], groups: Groups) -> tuple[Tensor, list[int]]:
-        """Return (rows of `Scalars`, the row of each parameter), the rows computed and left on the device.
+    def scalars(self, rule: Rule, bundle: int, members: Sequence[int], groups: Groups) -> tuple[Tensor, list[int]]:
+        """Return (rows of scalars of `rule`, the row of each parameter), the rows computed and left on the device.
 
         A tensor among lr, betas, eps and weight_decay is read there, so that a schedule that writes into it reaches a
         captured step; a number is a constant of the graph, as with torch.
         """
         clocks = self._vectors[bundle]
-        rows: list[list[Tensor]] = [[] for _ in Scalars._fields]
+        rows: list[list[Tensor]] = []
         for i in dict.fromkeys(members):
             where = [j for j, member in enumerate(members) if member == i]
             # the parameters of a group lie side by side in a bundle
             steps = clocks[where[0] : where[-1] + 1].double()
-            for column, value in zip(rows, Scalars.of(_on_device(groups[i], clocks.device), steps), strict=True):
-                column.append(value.expand_as(steps) if isinstance(value, Tensor) else torch.full_like(steps, value))
-        return torch.stack([torch.cat(column) for column in rows], 1).float(), list(range(len(members)))
+            of_group = scalars_of(rule, _on_device(groups[i], clocks.device), steps)
+            rows.append(
+                [
+                    value.expand_as(steps) if isinstance(value, Tensor) else torch.full_like(steps, value)
+                    for value in of_group
+                ]
+            )
+        columns = [torch.cat(column) for column in zip(*rows, strict=True)]
+        return torch.stack(columns, 1).float(), list(range(len(members)))
 
 
 def _vector_of(steps: Sequence[Tensor], device: torch.device) -> Tensor:

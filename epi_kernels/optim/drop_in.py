@@ -426,7 +426,7 @@ class DropInAdamW(Named, AdamW):
                     continue
                 with named(f"{key} of {self._name(param)} is {dtype}"):
                     values = frozenset({param.dtype})
-                    dispatch.choose("masked_adamw_", param.device.type, self._backend, values, frozenset({dtype}))
+                    dispatch.choose("sweep_", param.device.type, self._backend, values, frozenset({dtype}))
 
     def _clock_device(self, param: Tensor, group: dict[str, Any]) -> torch.device | None:
         """Return the device on which the clock of `param` runs, or None: on the host."""

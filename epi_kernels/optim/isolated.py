@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim.lbfgs import LBFGS
 from torch.optim.optimizer import Optimizer
 
-from epi_kernels import dispatch, lock, native, ops
+from epi_kernels import dispatch, lock, ops
 from epi_kernels.distributed import given, local, local_gradient, shard_of
 from epi_kernels.layers import Grouping, LayersArgument, check_saved, has_names
 from epi_kernels.ops.flat import put_
@@ -30,6 +30,7 @@ from epi_kernels.optim.isolation import CLOCK, SHARED, Isolation, check_settings
 from epi_kernels.optim.nonfinite import NonfiniteCounts
 from epi_kernels.optim.plain import plain_settings
 from epi_kernels.optim.scaling import UNSCALED, Scaling
+from epi_kernels.storage import DTYPES
 from epi_kernels.telemetry import Records
 
 # what torch's optimizers are constructed with, and not all of them: it tells the states of one from those of another
@@ -520,7 +521,7 @@ class IsolatedOptimizer(Isolation, Optimizer):
         """Advance the importance by the gradients."""
         for device in dict.fromkeys(param.device for param in stepping):
             here = [param for param in stepping if param.device == device]
-            if self._backend == "auto" and any(param.dtype in native.DTYPES for param in here):
+            if self._backend == "auto" and any(param.dtype in DTYPES for param in here):
                 dispatch.say_if_slow(device)
             signed = [self.state[param]["importance"] for param in here]
             betas = [stepping[param]["importance_beta"] for param in here]

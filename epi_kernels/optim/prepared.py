@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from epi_kernels import dispatch, native
+from epi_kernels import dispatch
 from epi_kernels.contract import check_lists, shares_memory
 from epi_kernels.distributed import Ranks, group_of, is_dtensor, local, local_gradient
 from epi_kernels.notices import warn
@@ -24,6 +24,7 @@ from epi_kernels.optim.clocks import DeviceClocks, HostClocks
 from epi_kernels.optim.complex import as_real
 from epi_kernels.optim.drop_in import DropInAdamW, releases_of
 from epi_kernels.optim.groups import settings_of
+from epi_kernels.storage import DTYPES
 
 _NOTHING: dict[str, Any] = {}
 _PLAIN = {Tensor, Parameter}
@@ -309,11 +310,11 @@ class PreparedAdamW(DropInAdamW):
     def _say_what_is_slow(self, params: Iterable[Tensor]) -> None:
         """Warn where "auto" takes the reference backend for parameters that have a faster one on a usual machine."""
         for param in params if self._backend == "auto" else ():
-            if param.dtype not in native.DTYPES:
+            if param.dtype not in DTYPES:
                 continue
             dispatch.say_if_slow(param.device)
             other = [dtype for dtype in moment_dtypes(self.state.get(param, _NOTHING)) if dtype != torch.float32]
-            fast = dispatch.choose("masked_adamw_", param.device.type, "auto").backend
+            fast = dispatch.choose("sweep_", param.device.type, "auto").backend
             if other and fast != "reference" and not self._told_of_moments:
                 self._told_of_moments = True
                 warn(

@@ -1,6 +1,6 @@
 """SparseAdamW: AdamW of selected entries alone, with state for them alone (PIECE, arXiv 2511.15375)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,13 +10,14 @@ from torch import Tensor
 from epi_kernels.contract import arithmetic_dtype
 from epi_kernels.distributed import is_dtensor, local, shard_of, wrapped
 from epi_kernels.notices import warn
-from epi_kernels.ops import SparseSweep
+from epi_kernels.ops import Gather, Tensors
 from epi_kernels.ops.flat import put_
 from epi_kernels.optim.checkpoint import pairs_of, placed_alike, taken
 from epi_kernels.optim.groups import digest_of, masks_of, position_of
 from epi_kernels.optim.places import Following, Place, Places, check_shape
 from epi_kernels.optim.prepared import Bundle, Prepared, Present
 from epi_kernels.optim.refusals import require_default
+from epi_kernels.rules import ADAMW
 
 # positions fit int32 below this
 _NARROW = 1 << 31
@@ -41,17 +42,18 @@ class _Selection:
 
 @dataclass(slots=True)
 class _Bundle(Bundle):
-    sweep: SparseSweep = field(init=False)
+    gather: Gather = field(init=False)
 
-    def tensors(self, now: Present) -> Iterator[list[Tensor]]:
-        """Yield the lists that `sparse_adamw_` takes."""
+    def indices(self, now: Present) -> list[Tensor]:
+        """Return the positions of the selected entries."""
         # of a DTensor the positions have another key
         keys = [key for key in ("indices", "trainable") if key in now.state]
-        positions = [
-            next(filter(_is_there, each)) for each in zip(*(self.state(now, key) for key in keys), strict=True)
-        ]
-        yield from (self.params(now), self.grads(now), positions)
-        yield from (self.state(now, key) for key in ("exp_avg", "exp_avg_sq"))
+        return [next(filter(_is_there, each)) for each in zip(*(self.state(now, key) for key in keys), strict=True)]
+
+    def tensors(self, now: Present) -> Tensors:
+        """Return the tensors that `gather_` takes."""
+        slots = {key: self.state(now, key) for key in ("exp_avg", "exp_avg_sq")}
+        return Tensors(self.params(now), self.grads(now), slots)
 
 
 class SparseAdamW(Following):
@@ -316,8 +318,8 @@ class SparseAdamW(Following):
 
     def _update(self, prepared: Prepared, now: Present) -> None:
         for number, bundle in enumerate(prepared.bundles):
-            scalars, rows = prepared.clocks.scalars(number, bundle.groups, self.param_groups)
-            bundle.sweep.step_(*bundle.tensors(now), scalars, rows)
+            scalars, rows = prepared.clocks.scalars(ADAMW, number, bundle.groups, self.param_groups)
+            bundle.gather.step_(bundle.tensors(now), bundle.indices(now), scalars, rows)
 
     def _moves(self, param: Tensor) -> bool:
         # a DTensor even where this rank has nothing: to come by its gradient may take all ranks
@@ -341,8 +343,7 @@ class SparseAdamW(Following):
 
     def _bundle(self, now: Present, where: list[int], groups: list[int], plain: bool) -> _Bundle:
         bundle = _Bundle(where, groups, plain)
-        params, grads, indices, exp_avgs, exp_avg_sqs = bundle.tensors(now)
-        bundle.sweep = SparseSweep(params, grads, indices, exp_avgs, exp_avg_sqs, self._backend)
+        bundle.gather = Gather(ADAMW, bundle.tensors(now), bundle.indices(now), self._backend)
         return bundle
 
     # State -----------------------------------------------------------------------------------------------------------
