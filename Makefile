@@ -7,6 +7,7 @@
 #   make gpu-test | gpu-bench | gpu-sanitize    one of them, or compute-sanitizer; RESULTS=folder gets logs and JSON
 #   make deepspeed  install DeepSpeed into .venv, and the tests that need it
 #   make lint    ruff, clang-format, mypy
+#   make schema  write csrc/schema.h, which follows from epi_kernels/schema.py and the rules
 #   make format  let ruff and clang-format rewrite the files
 #   make clean   remove everything that make made
 
@@ -18,7 +19,7 @@ SOURCES := $(wildcard csrc/*.h csrc/*/* tests/*.cpp)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz gpu gpu-build gpu-test gpu-bench gpu-sanitize deepspeed lint format clean
+.PHONY: help demo test fuzz gpu gpu-build gpu-test gpu-bench gpu-sanitize deepspeed lint schema format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -68,6 +69,9 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 	$(BIN)/mypy
+
+schema: $(VENV)/.dev
+	$(BIN)/python -c 'from epi_kernels import schema; print(schema.header(), end="")' > csrc/schema.h
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix-only .

@@ -26,14 +26,14 @@ if platform.machine() in ("x86_64", "AMD64"):
     LEVELS |= {"v3": "-march=x86-64-v3", "v4": "-march=x86-64-v4"}
 
 # compiled once for each level; csrc/cpu/kernels.h says why these alone
-KERNELS = ["masked_adamw", "importance", "threshold", "sparse_adamw", "level"]
+KERNELS = ["sweep", "importance", "threshold", "gather", "level"]
 SHARED = ["entries", "parallel"]
 
 # the same arithmetic by nvcc: no contraction, IEEE division and roots, subnormals. Machine code for A100, H100 and
 # B200, of those that nvcc knows, and PTX of the last for what comes after it
 CUDA_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -fmad=false -prec-div=true -prec-sqrt=true -ftz=false"
 CUDA_ARCHITECTURES = ("80", "90", "100")
-CUDA_KERNELS = ["masked_adamw", "threshold"]
+CUDA_KERNELS = ["threshold"]
 
 NATIVE = Extension("epi_kernels._native", [f"csrc/cpu/{name}.cpp" for name in (*KERNELS, *SHARED)], optional=True)
 CUDA = Extension("epi_kernels._cuda", [f"csrc/cuda/{name}.cu" for name in CUDA_KERNELS], optional=True)

@@ -33,7 +33,7 @@ from triton.compiler import ASTSource
 from epi_kernels.ops import tiles
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-STEMS = ("masked_adamw", "importance", "threshold", "sparse_adamw")
+STEMS = ("sweep", "importance", "threshold", "gather")
 
 # Instructions of a thread that an A100 issues in the time in which it moves a byte: 108 processors with 4 schedulers of
 # 32 lanes at 1.41 GHz, over 2.0 TB/s

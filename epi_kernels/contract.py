@@ -1,11 +1,10 @@
-"""What every operation of the package agrees on: scalars, score keys, and the checks of its arguments.
+"""What every operation of the package agrees on: dtypes, score keys, and the checks of its arguments.
 
 Backends import this module and nothing above it. A check stands here once; a backend assumes that it has passed.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,54 +26,6 @@ SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 # A product or quotient that decides a mask counts as 0 below this. Not below SMALLEST_NORMAL: a result that rounds up
 # to that number on one hardware is flushed on the other, which rounds it to all bits of a normal number first.
 NEGLIGIBLE = 2 * SMALLEST_NORMAL
-
-
-class Scalars(NamedTuple):
-    """The numbers of one AdamW step of one tensor, computed once in double; a backend rounds them to its arithmetic.
-
-    Every backend sees the same ``1 - beta`` and the same bias corrections, so that none is computed twice with
-    different roundings.
-    """
-
-    sign: float  # of the gradient: -1 maximizes
-    decay: float  # 1 - lr * weight_decay
-    beta1: float
-    one_minus_beta1: float
-    beta2: float
-    one_minus_beta2: float
-    step_size: float  # lr / (1 - beta1^t)
-    bias_correction2_sqrt: float  # sqrt(1 - beta2^t)
-    eps: float
-    importance_beta: float
-    one_minus_importance_beta: float
-
-    @classmethod
-    def of(cls, group: dict[str, Any], step: Any) -> "Scalars":
-        """Return the scalars of a parameter group at `step` (1 is the first).
-
-        Args:
-            group: lr, betas, eps, weight_decay and maximize as torch.optim.AdamW keeps them; importance_beta if any.
-            step: the parameter's own clock, after this step was counted. A float; or float64 clocks in a
-                tensor, for which the numbers of the group may be tensors too: what depends on either is then a tensor.
-        """
-        lr, eps, weight_decay = group["lr"], group["eps"], group["weight_decay"]
-        beta1, beta2 = group["betas"]
-        if not isinstance(step, Tensor):
-            lr, eps, weight_decay, beta1, beta2 = map(float, (lr, eps, weight_decay, beta1, beta2))
-        importance_beta = group.get("importance_beta", 0.0)
-        return cls(
-            sign=-1.0 if group["maximize"] else 1.0,
-            decay=1.0 - lr * weight_decay,
-            beta1=beta1,
-            one_minus_beta1=1.0 - beta1,
-            beta2=beta2,
-            one_minus_beta2=1.0 - beta2,
-            step_size=lr / (1.0 - beta1**step),
-            bias_correction2_sqrt=(1.0 - beta2**step) ** 0.5,
-            eps=eps,
-            importance_beta=importance_beta,
-            one_minus_importance_beta=1.0 - importance_beta,
-        )
 
 
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -152,7 +103,7 @@ def check_lists(**lists: Sequence[Tensor | None]) -> None:
                 raise ValueError(f"{name}[{i}] is on {tensor.device} but {first}[{i}] is on {device}")
 
 
-def check_indices(params: Sequence[Tensor], indices: Sequence[Tensor], **states: Sequence[Tensor]) -> None:
+def check_indices(params: Sequence[Tensor], indices: Sequence[Tensor], **states: Sequence[Tensor | None]) -> None:
     """Check the indices of a sparse operation and the compact tensors that have one value for each.
 
     The order of the indices makes the first and the last decide their range. They are read on the CPU alone: on an
@@ -178,8 +129,9 @@ def check_indices(params: Sequence[Tensor], indices: Sequence[Tensor], **states:
                     f"indices[{i}] goes from {first} to {last} but params[{i}] has {param.numel()} entries"
                 )
     for name, tensors in states.items():
-        if [tensor.shape for tensor in tensors] != [chosen.shape for chosen in indices]:
-            shapes = [tuple(tensor.shape) for tensor in tensors]
+        shapes = [None if tensor is None else tuple(tensor.shape) for tensor in tensors]
+        wanted = [tuple(chosen.shape) for chosen in indices]
+        if len(shapes) != len(wanted) or any(s not in (None, w) for s, w in zip(shapes, wanted, strict=True)):
             raise ValueError(f"{name} has the shapes {shapes}; pass one value for each of the indices")
     check_lists(**states)
 
@@ -236,19 +188,19 @@ def check_positions(name: str, positions: Sequence[int], count: int, of: str, le
             raise ValueError(f"{name}[{i}] is {position}, and {of} has {length}; pass 0 to {length - 1}")
 
 
-def check_rows(scalars: Tensor, rows: Sequence[int], count: int) -> None:
-    """Check a table of `Scalars` and the row that each of `count` tensors uses of it.
+def check_rows(scalars: Tensor, rows: Sequence[int], count: int, width: int) -> None:
+    """Check a table of scalars, `width` to a row, and the row that each of `count` tensors uses of it.
 
     Raises:
         TypeError: the table is not float64.
-        ValueError: the shape is not [n, 11], a tensor has no row in it, or it is not on the CPU.
+        ValueError: the shape is not [n, width], a tensor has no row in it, or it is not on the CPU.
     """
     if scalars.dtype != torch.float64:
         raise TypeError(f"scalars is {scalars.dtype}; pass torch.float64")
     if scalars.device.type != "cpu":
         raise ValueError(f"scalars is on {scalars.device}; pass it on cpu")
-    if scalars.dim() != 2 or scalars.shape[1] != len(Scalars._fields):
-        raise ValueError(f"scalars has shape {tuple(scalars.shape)}, not [n, {len(Scalars._fields)}]")
+    if scalars.dim() != 2 or scalars.shape[1] != width:
+        raise ValueError(f"scalars has shape {tuple(scalars.shape)}, not [n, {width}]")
     if len(rows) != count or not all(0 <= row < len(scalars) for row in rows):
         raise ValueError(
             f"rows is {list(rows)}; pass for each of {count} tensors one of {len(scalars)} rows of scalars"

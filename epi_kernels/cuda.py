@@ -1,6 +1,6 @@
 """The library of the CUDA kernels: found and loaded once, with ctypes. Its interface is csrc/epi_cuda.h.
 
-That header's structs are the rows of `epi_kernels.ops.masked_adamw.sweep` and `epi_kernels.ops.threshold.rows`.
+Its rows are those of `epi_kernels.schema`.
 """
 
 import ctypes
@@ -11,29 +11,26 @@ import torch
 from torch import Tensor
 
 from epi_kernels import library
-
-ABI_VERSION = 2
+from epi_kernels.schema import VERSION
 
 _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
-# rows, pieces, number of pieces
-_PIECES = (_POINTER, _POINTER, _INT64)
+# rows, chunks, number of chunks
+_CHUNKS = (_POINTER, _POINTER, _INT64)
 
 # function -> its result and arguments; those that launch end with the stream
 _FUNCTIONS = {
     "epi_cuda_compiler": (ctypes.c_char_p, ()),
-    "epi_cuda_sweep_piece": (_INT64, ()),
-    "epi_cuda_histogram_piece": (_INT64, ()),
+    "epi_cuda_histogram_chunk": (_INT64, ()),
     "epi_cuda_device_error": (_INT32, ()),
-    "epi_cuda_masked_adamw": (_INT32, (*_PIECES, *(_POINTER,) * 5, *(_INT32,) * 4, _POINTER)),
-    "epi_cuda_score_histogram": (_INT32, (*_PIECES, *(_POINTER,) * 2, _INT32, _INT32, _POINTER, _POINTER)),
+    "epi_cuda_score_histogram": (_INT32, (*_CHUNKS, *(_POINTER,) * 2, _INT32, _INT32, _POINTER, _POINTER)),
 }
 
 
 @functools.cache
 def load() -> ctypes.CDLL | str:
     """Return the library, or why there is none. Needs neither a driver nor a device."""
-    return library.load("_cuda", "epi_cuda_abi_version", ABI_VERSION, _FUNCTIONS, "nvcc")
+    return library.load("_cuda", "epi_cuda_abi_version", VERSION, _FUNCTIONS, "nvcc")
 
 
 @functools.cache
@@ -55,14 +52,9 @@ def compiler() -> str:
     return str(_library().epi_cuda_compiler().decode())
 
 
-def sweep_piece() -> int:
-    """Return the entries of a piece of epi_cuda_masked_adamw."""
-    return int(_library().epi_cuda_sweep_piece())
-
-
-def histogram_piece() -> int:
-    """Return the entries of a piece of epi_cuda_score_histogram."""
-    return int(_library().epi_cuda_histogram_piece())
+def histogram_chunk() -> int:
+    """Return the entries of a chunk of epi_cuda_score_histogram."""
+    return int(_library().epi_cuda_histogram_chunk())
 
 
 def call(function: str, device: torch.device, *arguments: Tensor | int | None) -> None:

@@ -1,7 +1,7 @@
 """Which backend runs an operation, and why: the only place where that is decided.
 
 A backend of an operation is a module ``epi_kernels/ops/<stem>/<backend>.py`` that has a function of the operation's
-name; for masked_adamw_ and sparse_adamw_ a class Sweep. Modules are imported when first chosen, so that a missing
+name; for sweep_ and gather_ a class, Sweep and Gather. Modules are imported when first chosen, so that a missing
 compiler or GPU costs nothing.
 """
 
@@ -17,25 +17,26 @@ import torch
 from epi_kernels import native
 from epi_kernels.contract import arithmetic_dtype
 from epi_kernels.notices import warn
+from epi_kernels.storage import DTYPES
 
 # "auto" takes the first that can run; the order is by speed, and by what is tried most
 BACKENDS = ("triton", "cuda", "native", "reference")
 
-# what csrc/cuda has: the histogram, which Triton cannot keep in shared memory, and the step, for want of Triton
-_CUDA = ("masked_adamw_", "score_histogram")
+# what csrc/cuda has: the histogram, which Triton cannot keep in shared memory
+_CUDA = ("score_histogram",)
 
 # what "auto" tries before the others
 _FIRST = {"score_histogram": "cuda"}
 
 # operation -> the folder of epi_kernels/ops that holds it
 STEMS = {
-    "masked_adamw_": "masked_adamw",
+    "sweep_": "sweep",
     "importance_": "importance",
     "gradient_sums_": "importance",
     "score_histogram": "threshold",
     "select_digit_": "threshold",
     "lock_": "threshold",
-    "sparse_adamw_": "sparse_adamw",
+    "gather_": "gather",
 }
 
 FLOAT32 = frozenset({torch.float32})
@@ -150,8 +151,8 @@ def _obstacle(
     """Return why a backend cannot run on these tensors; empty if it can."""
     if backend == "reference":
         return ""
-    if not values <= native.DTYPES.keys():
-        return f"it takes {_names(native.DTYPES)} and not {_names(values - native.DTYPES.keys())}"
+    if not values <= DTYPES.keys():
+        return f"it takes {_names(DTYPES)} and not {_names(values - DTYPES.keys())}"
     if not states <= FLOAT32:
         return f"its moments and importance are float32 and not {_names(states - FLOAT32)}"
     if backend == "triton":

@@ -1,6 +1,6 @@
 """The library of the native backend: found and loaded once, with ctypes. Its interface is csrc/epi_native.h.
 
-The structs below repeat that header's, field by field. One array of them describes the tensors of a call.
+An array of structs describes the tensors of a call: see `epi_kernels.schema`.
 """
 
 import ctypes
@@ -13,98 +13,19 @@ import torch
 from torch import Tensor
 
 from epi_kernels import library
-
-ABI_VERSION = 3
-
-# what parameters and gradients may be -> enum epi_dtype
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-# where the lock bit is -> enum epi_lock_in
-LOCK_IN = {"none": 0, "importance": 1, "exp_avg_sq": 2, "static": 3}
-
-_SCALARS = ("scalars", np.float32, (11,))  # contract.Scalars
-
-ADAMW_TENSOR = np.dtype(
-    [
-        ("size", np.int64),
-        ("param", np.uintp),
-        ("grad", np.uintp),
-        ("exp_avg", np.uintp),
-        ("exp_avg_sq", np.uintp),
-        ("max_exp_avg_sq", np.uintp),
-        ("lock", np.uintp),
-        ("nonfinite", np.int64),
-        ("param_dtype", np.int32),
-        ("grad_dtype", np.int32),
-        ("lock_in", np.int32),
-        _SCALARS,
-    ],
-    align=True,
-)
-
-IMPORTANCE_TENSOR = np.dtype(
-    [
-        ("size", np.int64),
-        ("importance", np.uintp),
-        ("grad", np.uintp),
-        ("nonfinite", np.int64),
-        ("grad_dtype", np.int32),
-        ("layer", np.int32),
-        ("betas", np.float32, (2,)),
-    ],
-    align=True,
-)
-
-SUMS_TENSOR = np.dtype(
-    [
-        ("size", np.int64),
-        ("sum", np.uintp),
-        ("square_sum", np.uintp),
-        ("grad", np.uintp),
-        ("grad_dtype", np.int32),
-    ],
-    align=True,
-)
-
-SCORE_TENSOR = np.dtype(
-    [
-        ("size", np.int64),
-        ("importance", np.uintp),
-        ("counts", np.int64, (3,)),
-        ("range", np.float32, (2,)),
-        ("normalized", np.int32),
-        ("budget", np.int32),
-    ],
-    align=True,
-)
-
-SPARSE_TENSOR = np.dtype(
-    [
-        ("size", np.int64),
-        ("param", np.uintp),
-        ("grad", np.uintp),
-        ("param_offsets", np.uintp),
-        ("grad_offsets", np.uintp),
-        ("exp_avg", np.uintp),
-        ("exp_avg_sq", np.uintp),
-        ("param_dtype", np.int32),
-        ("grad_dtype", np.int32),
-        ("wide_offsets", np.int32),
-        _SCALARS,
-    ],
-    align=True,
-)
+from epi_kernels.schema import VERSION
+from epi_kernels.storage import DTYPES
 
 _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
 # function -> its arguments behind (tensors, count) and before the number of threads
 _FUNCTIONS = {
-    "epi_masked_adamw": (_INT32,),
+    "epi_sweep": (_INT32, _INT32),
     "epi_importance": (_POINTER, _INT64, ctypes.c_float, _INT32),
     "epi_gradient_sums": (),
     "epi_score_histogram": (_POINTER, _INT32, _INT32, _POINTER),
     "epi_lock": (_POINTER,),
-    "epi_sparse_adamw": (),
+    "epi_gather": (_INT32,),
 }
 
 
@@ -115,7 +36,7 @@ def _load() -> ctypes.CDLL | str:
         name: (None, (_POINTER, _INT64, *arguments, _INT32)) for name, arguments in _FUNCTIONS.items()
     }
     functions["epi_compiler"] = (ctypes.c_char_p, ())
-    return library.load("_native", "epi_abi_version", ABI_VERSION, functions, "a C++ compiler")
+    return library.load("_native", "epi_abi_version", VERSION, functions, "a C++ compiler")
 
 
 def obstacle() -> str:
@@ -134,9 +55,9 @@ def simd_level() -> int:
     return int(_library().epi_simd_level())
 
 
-def limit_simd_level(level: int) -> int:
-    """Use the best instruction set up to `level`, and return it. Results are the same on each."""
-    return int(_library().epi_limit_simd_level(level))
+def function(name: str) -> Any:
+    """Return a function of the library, for whoever calls it again and again."""
+    return getattr(_library(), name)
 
 
 def call(function: str, table: "np.ndarray[Any, Any]", *arguments: float) -> None:
@@ -148,7 +69,7 @@ def table_of(struct: "np.dtype[Any]", **columns: Sequence[Tensor | None]) -> "np
     """Return a table with the pointers of tensors, a row for each position, and zero elsewhere.
 
     Args:
-        struct: one of the structs above.
+        struct: that of a row of `epi_kernels.schema`.
         columns: field -> flat tensors. The first gives the sizes. A None in a list, or an empty list, is NULL. Where
             the struct has a field ``<name>_dtype`` it is filled too.
     """

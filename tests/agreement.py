@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from epi_kernels import lock, ops
-from epi_kernels.contract import Scalars
+from epi_kernels.engine.clocks import scalars_of
+from epi_kernels.ops import Tensors
+from epi_kernels.rules import ADAMW
 
 HALVES = (torch.float32, torch.bfloat16, torch.float16)
 GROUP = {
@@ -69,9 +71,9 @@ def step_lists(params: list[Tensor], grads: list[Tensor], lock_in: str, amsgrad:
     lists = {
         "params": params,
         "grads": grads,
-        "exp_avgs": like(lambda p: torch.randn(p.shape) * 0.1),
-        "exp_avg_sqs": like(lambda p: torch.rand(p.shape) * 0.1),
-        "max_exp_avg_sqs": like(lambda p: torch.rand(p.shape) * 0.1) if amsgrad else [],
+        "exp_avg": like(lambda p: torch.randn(p.shape) * 0.1),
+        "exp_avg_sq": like(lambda p: torch.rand(p.shape) * 0.1),
+        "max_exp_avg_sq": like(lambda p: torch.rand(p.shape) * 0.1) if amsgrad else [],
         "locks": [],
     }
     if lock_in == "importance":
@@ -81,7 +83,7 @@ def step_lists(params: list[Tensor], grads: list[Tensor], lock_in: str, amsgrad:
     elif lock_in == "static":
         lists["locks"] = [lock.static_lock(where) for where in locked]
     elif lock_in == "exp_avg_sq":
-        lists["exp_avg_sqs"] = [lock.with_lock(v, where) for v, where in zip(lists["exp_avg_sqs"], locked, strict=True)]
+        lists["exp_avg_sq"] = [lock.with_lock(v, where) for v, where in zip(lists["exp_avg_sq"], locked, strict=True)]
     return lists
 
 
@@ -97,13 +99,37 @@ def signed(shape: tuple[int, ...]) -> Tensor:
     return lock.with_lock(values, torch.rand(shape) < 0.3)
 
 
+SLOTS = [slot.name for slot in ADAMW.slots]
+
+
+def tensors_of(lists: Lists) -> Tensors:
+    """Return the record of the tensors of a step."""
+    slots = {name: lists[name] for name in SLOTS if lists.get(name)}
+    return Tensors(lists["params"], lists["grads"], slots, lists["locks"])
+
+
+def flat_slots(lists: Lists) -> list[Tensor]:
+    """Return the slots as `ops.sweep_` takes them."""
+    return [tensor for name in SLOTS for tensor in lists.get(name, [])]
+
+
+def scalars(lock_in: str, step: int, **group: Any) -> Tensor:
+    """Return a row of scalars; a lock in a slot has that slot's beta."""
+    importance = {"importance": lock_in} if lock_in == "exp_avg_sq" else {}
+    return torch.tensor([scalars_of(ADAMW, {**GROUP, **importance, **group}, step)], dtype=torch.float64)
+
+
 def step_arguments(lists: Lists, lock_in: str, *, step: int = 3, **group: Any) -> dict[str, Any]:
-    """Return the arguments of `ops.masked_adamw_` without a backend: one group, its clock at `step`."""
+    """Return the arguments of `ops.sweep_` without a backend: one group, its clock at `step`."""
     count = len(lists["params"])
     return {
-        **lists,
+        "rule": "adamw",
+        "params": lists["params"],
+        "grads": lists["grads"],
+        "slots": flat_slots(lists),
+        "locks": lists["locks"],
         "nonfinite": torch.zeros(count, dtype=torch.int64),
-        "scalars": torch.tensor([Scalars.of({**GROUP, **group}, step)], dtype=torch.float64),
+        "scalars": scalars(lock_in, step, **group),
         "rows": [0] * count,
         "lock_in": lock_in,
         "lockable": [lock_in != "none"] * count,
@@ -118,7 +144,7 @@ def step(lists: Lists, backend: str, lock_in: str, changes: dict[str, Any] | Non
     lists = clones(lists)
     call = {**step_arguments(lists, lock_in, **group), **(changes or {})}
     call["nonfinite"] = torch.zeros_like(call["nonfinite"])
-    ops.masked_adamw_(**call, backend=backend)
+    ops.sweep_(**call, backend=backend)
     return {**lists, "nonfinite": [call["nonfinite"]]}
 
 

@@ -60,8 +60,8 @@ from torch.nn import Module, Parameter
 
 from epi_kernels import EPIAdamW, IsolatedOptimizer, MaskedAdamW, SparseAdamW
 from epi_kernels.distributed import local
-from epi_kernels.optim.release import release_gradients
 from epi_kernels.isolation.telemetry import Record
+from epi_kernels.optim.release import release_gradients
 
 # what is open: pattern of a finding -> why it is known. A program goes on behind such a one where it can
 KNOWN: dict[str, str] = {}

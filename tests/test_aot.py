@@ -53,11 +53,11 @@ def test_every_kernel_has_a_variant() -> None:
 
 
 @triton.jit
-def doubled_kernel(rows, pieces, PROMISE: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr):
-    _tensor, start = located(pieces, BLOCK * TILES)
+def doubled_kernel(rows, chunks, PROMISE: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr):
+    _tensor, start = located(chunks, BLOCK * TILES)
     if PROMISE:
-        at = pointer(rows, start, tl.float32)
-        half_at = pointer(rows + 1, start, tl.bfloat16)
+        at = pointer(tl.load(rows), start, tl.float32)
+        half_at = pointer(tl.load(rows + 1), start, tl.bfloat16)
     else:
         at = tl.load(rows).to(tl.pointer_type(tl.float32)) + start
         half_at = tl.load(rows + 1).to(tl.pointer_type(tl.bfloat16)) + start
@@ -70,7 +70,7 @@ def doubled_kernel(rows, pieces, PROMISE: tl.constexpr, ROUNDS: tl.constexpr, BL
 
 
 def doubled(**changes: Any) -> Variant:
-    arguments = {"rows": "*i64", "pieces": "*i64", "PROMISE": True, "ROUNDS": 1, **changes}
+    arguments = {"rows": "*i64", "chunks": "*i64", "PROMISE": True, "ROUNDS": 1, **changes}
     return Variant("doubled", doubled_kernel, arguments, 10, 30, {128: 1, 64: 1}, {128: 1}, registers=40)
 
 

@@ -55,18 +55,18 @@ def lock_arguments() -> dict[str, Any]:
     return {**kept, "thresholds": torch.tensor([0.1, 0.2])}
 
 
-def masked_arguments() -> dict[str, Any]:
+def sweep_arguments() -> dict[str, Any]:
     arguments = step_arguments(step_lists([torch.ones(5)], [gradient((5,))], "importance", False), "importance")
     return {**arguments, "grad_factor": torch.ones(()), "found_inf": torch.zeros(())}
 
 
-def sparse_arguments() -> dict[str, Any]:
+def gather_arguments() -> dict[str, Any]:
     return {
+        "rule": "adamw",
         "params": [torch.ones(4, 3)],
         "grads": [gradient((4, 3))],
         "indices": [torch.tensor([1, 5])],
-        "exp_avgs": [torch.zeros(2)],
-        "exp_avg_sqs": [torch.zeros(2)],
+        "slots": [torch.zeros(2), torch.zeros(2)],
         "scalars": torch.ones(1, 11, dtype=torch.float64),
         "rows": [0],
     }
@@ -77,8 +77,8 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] =
     "score_histogram": (ops.score_histogram, histogram_arguments),
     "select_digit_": (ops.select_digit_, digit_arguments),
     "lock_": (ops.lock_, lock_arguments),
-    "masked_adamw_": (ops.masked_adamw_, masked_arguments),
-    "sparse_adamw_": (ops.sparse_adamw_, sparse_arguments),
+    "sweep_": (ops.sweep_, sweep_arguments),
+    "gather_": (ops.gather_, gather_arguments),
 }
 
 # operation -> its small tensors, and those of its numbers that are positions in one of them
@@ -87,15 +87,15 @@ TENSORS = {
     "score_histogram": ("ranges", "selection", "due"),
     "select_digit_": ("counts", "selection"),
     "lock_": ("ranges", "thresholds", "due"),
-    "masked_adamw_": ("nonfinite", "scalars", "grad_factor", "found_inf"),
-    "sparse_adamw_": ("scalars",),
+    "sweep_": ("nonfinite", "scalars", "grad_factor", "found_inf"),
+    "gather_": ("scalars",),
 }
 POSITIONS = {
     "importance_": ("layers",),
     "score_histogram": ("layers", "budgets"),
     "lock_": ("layers", "budgets"),
-    "masked_adamw_": ("rows",),
-    "sparse_adamw_": ("rows",),
+    "sweep_": ("rows",),
+    "gather_": ("rows",),
 }
 OTHER = {torch.float32: torch.float64, torch.float64: torch.float32, torch.int64: torch.int32}
 

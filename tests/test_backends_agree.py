@@ -9,9 +9,15 @@
 - The comparison sees one unit in the last place.
 """
 
+import ctypes
+import functools
 import math
-from collections.abc import Iterator
+import os
+import shutil
+import tempfile
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -28,25 +34,43 @@ from agreement import (
     step,
     step_arguments,
     step_lists,
+    tensors_of,
 )
 from conftest import AVAILABLE
 from torch import Tensor
 
-from epi_kernels import lock, native, ops
+from epi_kernels import library, lock, native, ops
+from epi_kernels.rules import ADAMW
 
 CHALLENGERS = [(backend, level) for backend in AVAILABLE for level in ((1, 3, 4) if backend == "native" else (4,))]
 
 
+@functools.cache
+def library_at(level: int) -> ctypes.CDLL:
+    """Return a library of its own, which has chosen its SIMD level with this one as the highest."""
+    folder = Path(tempfile.mkdtemp())
+    for path in Path(library.__file__).parent.glob("_native*.so"):
+        shutil.copy(path, folder)
+    with (
+        mock.patch.object(library, "__file__", str(folder / "library.py")),
+        mock.patch.dict(os.environ, {"EPI_KERNELS_SIMD_LEVEL": str(level)}),
+    ):
+        loaded = native._load.__wrapped__()
+        loaded.epi_simd_level()
+    shutil.rmtree(folder)
+    return loaded
+
+
 @pytest.fixture(params=[c for c in CHALLENGERS if c[0] != "reference"], ids=lambda c: f"{c[0]} {c[1]}")
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run on one backend, native on one of its SIMD levels."""
     name, level = request.param
-    if name == "native" and native.limit_simd_level(level) != level:
-        native.limit_simd_level(4)
-        pytest.skip("this machine or platform does not have that SIMD level")
-    yield name
     if name == "native":
-        native.limit_simd_level(4)
+        loaded = library_at(level)
+        monkeypatch.setattr(native, "_load", lambda: loaded)
+        if native.simd_level() != level:
+            pytest.skip("this machine or platform does not have that SIMD level")
+    return name
 
 
 # The step ------------------------------------------------------------------------------------------------------------
@@ -83,10 +107,10 @@ def test_step_of_every_pair_of_dtypes(
 def test_step_of_special_values(backend: str, lock_in: str, amsgrad: bool, dtype: torch.dtype) -> None:
     p, g, m = (t.reshape(-1) for t in torch.meshgrid(SPECIAL, SPECIAL, SPECIAL, indexing="ij"))
     lists = step_lists([p.to(dtype)], [g.to(dtype)], lock_in, amsgrad)
-    lists["exp_avgs"] = [m.clone()]
-    lists["exp_avg_sqs"][0] = torch.copysign(m, lists["exp_avg_sqs"][0])
+    lists["exp_avg"] = [m.clone()]
+    lists["exp_avg_sq"][0] = torch.copysign(m, lists["exp_avg_sq"][0])
     if amsgrad:
-        lists["max_exp_avg_sqs"][0] = p.abs()
+        lists["max_exp_avg_sq"][0] = p.abs()
     assert_steps_agree(backend, lists, lock_in)
 
 
@@ -95,8 +119,8 @@ def test_rounding_to_16_bits_is_torchs(backend: str, dtype: torch.dtype) -> None
     # p * decay is the result where the moments stay zero: every 16-bit value, scaled to ties, carries and overflow
     every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
     zero = torch.zeros(every.shape)
-    lists = {"params": [every], "grads": [zero], "exp_avgs": [zero], "exp_avg_sqs": [zero]}
-    lists |= {"max_exp_avg_sqs": [], "locks": []}
+    lists = {"params": [every], "grads": [zero], "exp_avg": [zero], "exp_avg_sq": [zero]}
+    lists |= {"max_exp_avg_sq": [], "locks": []}
     for decay in (1.0, 0.5, 1 + 2**-8, 1 - 2**-9, 1 + 2**-11, 1 + 3 * 2**-11, 2**-7, 0.3, 2.0):
         assert_steps_agree(backend, lists, "none", lr=1.0, weight_decay=1 - decay)
 
@@ -132,7 +156,7 @@ def test_step_of_any_strides(
     param, grad = layouts()[param_layout], layouts()[grad_layout]
     lists = step_lists([param], [grad], lock_in, True)
     if state_layout == "contiguous":
-        lists |= {name: [t.contiguous() for t in lists[name]] for name in ("exp_avgs", "max_exp_avg_sqs", "locks")}
+        lists |= {name: [t.contiguous() for t in lists[name]] for name in ("exp_avg", "max_exp_avg_sq", "locks")}
     assert_steps_agree(backend, lists, lock_in)
 
 
@@ -144,7 +168,7 @@ def test_views_at_any_alignment(backend: str, offset: int) -> None:
     expected = step(lists, "reference", "importance")
     around = storage.clone()
     mine = {**clones(lists), "params": [around[here]]}
-    ops.masked_adamw_(**step_arguments(mine, "importance"), backend=backend)
+    ops.sweep_(**step_arguments(mine, "importance"), backend=backend)
     assert_same(mine, {name: expected[name] for name in mine})
     around[here] = storage[here]
     assert torch.equal(around, storage)
@@ -157,7 +181,7 @@ def test_the_neighbours_of_a_view_stay(backend: str) -> None:
     before = storage.clone()
     lists = step_lists([view], [torch.randn(view.shape)], "importance", False)
     locked = lock.is_locked(lists["locks"][0])
-    ops.masked_adamw_(**step_arguments(lists, "importance"), backend=backend)
+    ops.sweep_(**step_arguments(lists, "importance"), backend=backend)
     moved = storage.view(torch.int32) != before.view(torch.int32)
     assert torch.equal(moved[5:35:2, 7:47:3].t(), ~locked)
     assert moved.sum() == (~locked).sum()
@@ -171,7 +195,7 @@ def test_groups_of_different_settings_in_one_call(backend: str, lock_in: str) ->
         grad[1:2] = torch.copysign(torch.tensor(math.nan), torch.tensor(-1.0))  # its sign is no lock
     lists = step_lists(params, grads, lock_in, True)
     lockable = [i % 3 != 1 for i in range(len(SIZES))]
-    lists["max_exp_avg_sqs"] = [m if i % 2 else None for i, m in enumerate(lists["max_exp_avg_sqs"])]
+    lists["max_exp_avg_sq"] = [m if i % 2 else None for i, m in enumerate(lists["max_exp_avg_sq"])]
     lists["locks"] = [held if can else None for held, can in zip(lists["locks"], lockable, strict=False)]
     rows = [i % 4 for i in range(len(SIZES))]
     groups = ({"betas": (0.5, 0.9)}, {"lr": 1.0, "maximize": True}, {"weight_decay": 0.0}, {"importance_beta": 0.3})
@@ -188,7 +212,7 @@ def test_gradient_factor(backend: str, lock_in: str, grad_dtype: torch.dtype) ->
     plain, half = (
         step(lists, backend, lock_in, {"grad_factor": None if f is None else torch.tensor(f)}) for f in (None, 0.3)
     )
-    assert differing(plain["exp_avgs"][-1], half["exp_avgs"][-1]) > 60_000
+    assert differing(plain["exp_avg"][-1], half["exp_avg"][-1]) > 60_000
     assert_steps_agree(backend, lists, lock_in, {"grad_factor": torch.tensor(0.3)})
     assert_steps_agree(backend, lists, lock_in, {"grad_factor": torch.tensor(2.0**-16)}, maximize=True)
 
@@ -199,7 +223,7 @@ def test_gradient_factor(backend: str, lock_in: str, grad_dtype: torch.dtype) ->
 def test_under_a_factor_that_is_not_finite_the_entries_of_a_tensor_are_counted_and_no_more(
     backend: str, lock_in: str, all_lockable: bool, factor: float
 ) -> None:
-    sizes = (1, 5, 4096, 4097, 8192, 8195)  # tiles and pieces that end with their tensor, and that do not
+    sizes = (1, 5, 4096, 4097, 8192, 8195)  # tiles and chunks that end with their tensor, and that do not
     params, grads = ([torch.randn(size) for size in sizes] for _ in range(2))
     lists = step_lists(params, grads, lock_in, False)
     changes: dict[str, Any] = {"grad_factor": torch.tensor(factor)}
@@ -223,10 +247,8 @@ def test_found_inf_changes_nothing_at_all(backend: str, lock_in: str) -> None:
 def test_empty_lists(backend: str) -> None:
     none: list[Tensor] = []
     scalars, counts = torch.empty(0, 11, dtype=torch.float64), torch.empty(0, dtype=torch.int64)
-    ops.masked_adamw_(
-        none, none, none, none, none, none, counts, scalars, [], "importance", [], False, None, None, backend
-    )
-    ops.sparse_adamw_(none, none, none, none, none, scalars, [], backend)
+    ops.sweep_("adamw", none, none, none, none, counts, scalars, [], "importance", [], False, None, None, backend)
+    ops.gather_("adamw", none, none, none, none, scalars, [], backend)
     ops.gradient_sums_(none, none, none, backend)
     ranges = torch.tensor([[math.inf, -math.inf]] * 2)
     ops.importance_(none, none, ranges, counts, torch.empty(0, 2, dtype=torch.float64), [], True, None, None, backend)
@@ -335,10 +357,9 @@ def test_advanced_may_be_known_to_the_device_alone(backend: str, lock_in: str) -
             lists = step_lists([torch.randn(9000)], [torch.randn(9000)], lock_in, amsgrad=False)
             lists["grads"][0][7] = torch.inf
             call = step_arguments(lists, lock_in)
-            names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "locks")
-            tensors = [call[name] for name in names]
-            sweep = ops.Sweep(*tensors, lock_in, [True], backend)
-            sweep.step_(*tensors, call["nonfinite"], call["scalars"], [0], advanced=flag)
+            tensors = tensors_of(lists)
+            sweep = ops.Sweep(ADAMW, tensors, lock_in, [True], backend)
+            sweep.step_(tensors, call["nonfinite"], call["scalars"], [0], advanced=flag)
             results.append({**lists, "nonfinite": [call["nonfinite"]]})
         assert_same(*results)
         assert results[0]["nonfinite"][0].item() == (not advanced)

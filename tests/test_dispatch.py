@@ -19,7 +19,7 @@ needs_native = pytest.mark.skipif(bool(native.obstacle()), reason=native.obstacl
 @pytest.mark.parametrize("operation", dispatch.STEMS)
 def test_reference_runs_everywhere(operation: str) -> None:
     choice = dispatch.choose(operation, "cpu", "reference", frozenset({torch.float64}), frozenset({torch.float64}))
-    assert hasattr(choice.module, "Sweep" if operation in ("masked_adamw_", "sparse_adamw_") else operation)
+    assert hasattr(choice.module, {"sweep_": "Sweep", "gather_": "Gather"}.get(operation, operation))
     assert choice.backend == "reference"
 
 
@@ -28,7 +28,7 @@ def test_reference_runs_everywhere(operation: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_native_is_the_choice_of_auto_on_a_cpu(operation: str, dtype: torch.dtype) -> None:
     choice = dispatch.choose(operation, "cpu", "auto", frozenset({dtype}))
-    assert hasattr(choice.module, "Sweep" if operation in ("masked_adamw_", "sparse_adamw_") else operation)
+    assert hasattr(choice.module, {"sweep_": "Sweep", "gather_": "Gather"}.get(operation, operation))
     assert choice.backend == "native"
 
 
@@ -80,9 +80,9 @@ def test_unknown_backend() -> None:
 
 
 def test_a_backend_that_is_not_there_is_never_replaced_in_silence() -> None:
-    with pytest.raises(NotImplementedError, match="backend='cuda' has no importance_, gradient_sums_"):
+    with pytest.raises(NotImplementedError, match="backend='cuda' has no sweep_, importance_, .*; use backend='auto'"):
         EPIAdamW([Parameter(torch.ones(1))], backend="cuda", layers="tensor")
-    with pytest.raises(RuntimeError, match="backend='triton' cannot run masked_adamw_ here: .*TRITON_INTERPRET=1"):
+    with pytest.raises(RuntimeError, match="backend='triton' cannot run sweep_ here: .*TRITON_INTERPRET=1"):
         EPIAdamW([Parameter(torch.ones(1))], backend="triton", layers="tensor")
 
 
@@ -100,7 +100,7 @@ def test_the_command_line_says_what_runs_here() -> None:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """Pretend that there is an A100; {stem: obstacle} of its CUDA kernels."""
     pytest.importorskip("triton")
-    obstacles = dict.fromkeys(("masked_adamw", "threshold"), "")
+    obstacles = {"threshold": ""}
     for stem in obstacles:
         module = importlib.import_module(f"epi_kernels.ops.{stem}.cuda")
         monkeypatch.setattr(module, "obstacle", lambda device, stem=stem: obstacles[stem])
@@ -130,15 +130,17 @@ def test_a_histogram_that_disagrees_on_the_device_is_not_used(gpu: dict[str, str
         dispatch.choose("score_histogram", "cuda", "cuda")
 
 
-def test_without_triton_cuda_steps_and_the_reference_does_the_rest(
+def test_without_triton_cuda_counts_and_the_reference_does_the_rest(
     gpu: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "triton" else find(name, *rest)
     )
-    assert on_gpu("masked_adamw_") == "cuda"
-    assert on_gpu("lock_") == "reference"
+    assert {operation: on_gpu(operation) for operation in dispatch.STEMS} == {
+        **dict.fromkeys(dispatch.STEMS, "reference"),
+        "score_histogram": "cuda",
+    }
     with pytest.raises(RuntimeError, match="triton is not installed; pip install triton"):
         dispatch.choose("lock_", "cuda", "triton")
 
@@ -161,9 +163,9 @@ def test_each_gpu_is_judged_by_itself_and_not_by_the_current_one(
     backends = [dispatch.choose("score_histogram", device, "auto").backend for device in devices]
     assert backends == ["cuda", "reference", "triton"]
     for backend in ("triton", "cuda"):
-        assert dispatch.choose("masked_adamw_", devices[0], backend).backend == backend
+        assert dispatch.choose("score_histogram", devices[0], backend).backend == backend
         with pytest.raises(RuntimeError, match="compute capability 8.0 and this GPU has 7.5"):
-            dispatch.choose("masked_adamw_", devices[1], backend)
+            dispatch.choose("score_histogram", devices[1], backend)
     assert dispatch.explain(devices[1], "auto") == "reference"
     assert dispatch.explain(devices[0], "auto") != "reference"
 
@@ -207,7 +209,7 @@ def test_a_torch_for_rocm_is_refused_with_the_reason_and_auto_takes_the_referenc
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))  # of an MI300
     assert dispatch.choose(operation, torch.device("cuda", 0), "auto").backend == "reference"
     for backend in ("triton", "cuda"):
-        if backend == "triton" or operation in ("masked_adamw_", "score_histogram"):
+        if backend == "triton" or operation == "score_histogram":
             with pytest.raises(RuntimeError, match="this torch is built for ROCm 6.4.1; or use backend='auto'"):
                 dispatch.choose(operation, torch.device("cuda", 0), backend)
 

@@ -7,7 +7,8 @@ between machines, would be the largest score on one of them and none on another.
 import pytest
 import torch
 
-from epi_kernels.ops.equations import importance_average, score, second_moment
+from epi_kernels.ops.equations import importance_average, score
+from epi_kernels.rules.adamw import second_moment
 
 
 def test_a_constant_layer_scores_exactly_zero() -> None:

@@ -31,6 +31,7 @@ from agreement import (
     clones,
     gradient,
     placed,
+    scalars,
     signed,
     step,
     step_arguments,
@@ -42,11 +43,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from epi_kernels import EPIAdamW, dispatch, ops
-from epi_kernels.contract import Scalars
+from epi_kernels.rules import ADAMW
 
 pytestmark = pytest.mark.gpu
-
-SWEEPS = ("triton", "cuda")
 
 
 @pytest.fixture(autouse=True)
@@ -73,64 +72,56 @@ def require(operation: str, backend: str) -> None:
         pytest.skip(str(refusal))
 
 
-def assert_step_agrees(
-    backend: str, lists: Lists, lock_in: str, changes: dict[str, Any] | None = None, **group: Any
-) -> None:
+def assert_step_agrees(lists: Lists, lock_in: str, changes: dict[str, Any] | None = None, **group: Any) -> None:
     """Compare a step on the GPU with the reference on the CPU."""
-    require("masked_adamw_", backend)
+    require("sweep_", "triton")
     expected = step(lists, "reference", lock_in, changes, **group)
     ours = {name: moved(tensors, "cuda") for name, tensors in clones(lists).items()}
-    call = {**step_arguments(lists, lock_in, **group), **(changes or {}), **ours}
+    call = {**step_arguments(ours, lock_in, **group), **(changes or {})}
     call |= {name: moved(call[name], "cuda") for name in ("nonfinite", "grad_factor", "found_inf")}
-    ops.masked_adamw_(**call, backend=backend)
-    found = {name: moved(call[name], "cpu") for name in lists}
+    ops.sweep_(**call, backend="triton")
+    found = {name: moved(tensors, "cpu") for name, tensors in ours.items()}
     assert_same({**found, "nonfinite": [call["nonfinite"].cpu()]}, expected)
 
 
-@pytest.mark.parametrize("backend", SWEEPS)
 @pytest.mark.parametrize("lock_in", ["none", "importance", "exp_avg_sq", "static"])
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("advanced", [False, True])
-def test_step_of_every_size_and_kind(backend: str, lock_in: str, amsgrad: bool, advanced: bool) -> None:
+def test_step_of_every_size_and_kind(lock_in: str, amsgrad: bool, advanced: bool) -> None:
     sizes = (*SIZES, 1 << 20)
     lists = step_lists([torch.randn(size) for size in sizes], [gradient((size,)) for size in sizes], lock_in, amsgrad)
-    assert_step_agrees(backend, lists, lock_in, {"advanced": advanced})
-    assert_step_agrees(backend, lists, lock_in, {"advanced": advanced}, betas=(0.3, 0.9), maximize=True)
-    assert_step_agrees(backend, lists, lock_in, {"advanced": advanced, "grad_factor": torch.tensor(0.3)})
-    assert_step_agrees(backend, lists, lock_in, {"advanced": advanced, "found_inf": torch.tensor(1.0)})
+    assert_step_agrees(lists, lock_in, {"advanced": advanced})
+    assert_step_agrees(lists, lock_in, {"advanced": advanced}, betas=(0.3, 0.9), maximize=True)
+    assert_step_agrees(lists, lock_in, {"advanced": advanced, "grad_factor": torch.tensor(0.3)})
+    assert_step_agrees(lists, lock_in, {"advanced": advanced, "found_inf": torch.tensor(1.0)})
 
 
-@pytest.mark.parametrize("backend", SWEEPS)
 @pytest.mark.parametrize("param_dtype", HALVES)
 @pytest.mark.parametrize("grad_dtype", HALVES)
 @pytest.mark.parametrize("lock_in", ["none", "importance", "exp_avg_sq", "static"])
-def test_step_of_every_pair_of_dtypes(
-    backend: str, lock_in: str, param_dtype: torch.dtype, grad_dtype: torch.dtype
-) -> None:
+def test_step_of_every_pair_of_dtypes(lock_in: str, param_dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
     params, grads = [torch.randn(size).to(param_dtype) for size in SIZES], [gradient((s,), grad_dtype) for s in SIZES]
-    assert_step_agrees(backend, step_lists(params, grads, lock_in, False), lock_in)
+    assert_step_agrees(step_lists(params, grads, lock_in, False), lock_in)
 
 
-@pytest.mark.parametrize("backend", SWEEPS)
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("amsgrad", [False, True])
-def test_step_of_special_values(backend: str, dtype: torch.dtype, amsgrad: bool) -> None:
+def test_step_of_special_values(dtype: torch.dtype, amsgrad: bool) -> None:
     p, g, m = (t.reshape(-1) for t in torch.meshgrid(SPECIAL, SPECIAL, SPECIAL, indexing="ij"))
     lists = step_lists([p.to(dtype)], [g.to(dtype)], "importance", amsgrad)
-    lists |= {"exp_avgs": [m.clone()], "exp_avg_sqs": [m.abs()]}
-    assert_step_agrees(backend, lists, "importance")
+    lists |= {"exp_avg": [m.clone()], "exp_avg_sq": [m.abs()]}
+    assert_step_agrees(lists, "importance")
 
 
-@pytest.mark.parametrize("backend", SWEEPS)
-def test_step_of_views_and_of_groups_of_different_settings(backend: str) -> None:
+def test_step_of_views_and_of_groups_of_different_settings() -> None:
     params = [torch.randn(9001)[1:], torch.randn(40, 50)[::2, 1::3], torch.randn(70, 90).t(), torch.randn(())]
     lists = step_lists(params, [gradient(p.shape) for p in params], "importance", True)
-    lists["max_exp_avg_sqs"][2] = None
+    lists["max_exp_avg_sq"][2] = None
     lists["locks"][0] = None
     groups = ({"betas": (0.5, 0.9)}, {"lr": 1.0, "maximize": True})
-    scalars = [step_arguments(lists, "importance", **group)["scalars"] for group in groups]
-    changes = {"lockable": [False, True, True, True], "rows": [0, 1, 1, 0], "scalars": torch.cat(scalars)}
-    assert_step_agrees(backend, lists, "importance", changes)
+    table = torch.cat([scalars("importance", 3, **group) for group in groups])
+    changes = {"lockable": [False, True, True, True], "rows": [0, 1, 1, 0], "scalars": table}
+    assert_step_agrees(lists, "importance", changes)
 
 
 @pytest.mark.parametrize("keep_finite", [True, False])
@@ -158,7 +149,6 @@ def test_importance_ranges_and_sums(dtype: torch.dtype, keep_finite: bool) -> No
     assert_same(*results)
 
 
-@pytest.mark.parametrize("backend", SWEEPS)
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("hot", ["spread", "equal", "99% zeros"])
 def test_histograms_digits_and_locks(backend: str, normalize: bool, hot: str) -> None:
@@ -193,12 +183,12 @@ def test_selected_entries(dtype: torch.dtype) -> None:
     grads = [torch.randn(p.shape).to(dtype) for p in params]
     indices = [torch.randperm(p.numel())[: p.numel() // 3].sort().values for p in params]
     state = [[torch.rand(len(i)) for i in indices] for _ in range(2)]
-    scalars = step_arguments({"params": params, "locks": []}, "none")["scalars"]
+    row = scalars("none", 3)
     results = []
     for device, backend in (("cpu", "reference"), ("cuda", "triton")):
         mine = [moved([t.clone() for t in tensors], device) for tensors in (params, *state)]
         rest = [moved(tensors, device) for tensors in (grads, indices)]
-        ops.sparse_adamw_(mine[0], *rest, mine[1], mine[2], scalars, [0] * len(params), backend)
+        ops.gather_("adamw", mine[0], *rest, [*mine[1], *mine[2]], row, [0] * len(params), backend)
         results.append({str(i): moved(tensors, "cpu") for i, tensors in enumerate(mine)})
     assert_same(*results)
 
@@ -208,9 +198,9 @@ def test_a_step_against_float64() -> None:
     wide = {name: [t.double() for t in tensors] for name, tensors in lists.items()}
     expected = step(wide, "reference", "none")["params"][0]
     call = {name: moved(tensors, "cuda") for name, tensors in clones(lists).items()}
-    arguments = {**step_arguments(lists, "none"), **call}
+    arguments = step_arguments(call, "none")
     arguments["nonfinite"] = arguments["nonfinite"].cuda()
-    ops.masked_adamw_(**arguments, backend="triton")
+    ops.sweep_(**arguments, backend="triton")
     update = (expected - wide["params"][0]).abs().max()
     assert (call["params"][0].cpu() - expected).abs().max() <= STEP_ERROR * update
     assert (lists["params"][0] - expected).abs().max() > STEP_ERROR * update  # had it done nothing
@@ -452,11 +442,12 @@ def test_entries_beyond_two_to_the_31() -> None:
     m, v, importance = (torch.zeros(size, device="cuda") for _ in "mvS")
     where = torch.tensor([0, (1 << 31) - 1, 1 << 31, (1 << 31) + 5000, size - 1], device="cuda")
     param[where], grad[where] = 1.0, torch.arange(1.0, 6.0, device="cuda").bfloat16()
-    row = Scalars(1.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.5, 1.0, 0.0, 0.0, 1.0)  # theta - 0.5 sign(g), S = g^2
-    scalars, counts = torch.tensor([row], dtype=torch.float64), torch.zeros(1, dtype=torch.int64, device="cuda")
-    lists = ([param], [grad], [m], [v], [], [importance])
-    sweep = ops.Sweep(*lists, "importance", [True], "triton")
-    sweep.step_(*lists, counts, scalars, [0], advanced=False)
+    # theta - 0.5 sign(g), S = g^2
+    settings = {"lr": 0.5, "betas": (0.0, 0.0), "eps": 0.0, "weight_decay": 0.0, "importance_beta": 0.0}
+    row, counts = scalars("importance", 1, **settings), torch.zeros(1, dtype=torch.int64, device="cuda")
+    tensors = ops.Tensors([param], [grad], {"exp_avg": [m], "exp_avg_sq": [v]}, [importance])
+    sweep = ops.Sweep(ADAMW, tensors, "importance", [True], "triton")
+    sweep.step_(tensors, counts, row, [0], advanced=False)
     assert importance[where].tolist() == [1.0, 4.0, 9.0, 16.0, 25.0]
     assert importance.count_nonzero() == 5
     assert param[where].tolist() == [0.5] * 5
@@ -480,7 +471,7 @@ for _ in range(4):
     optimizer.step()
 p, indices = torch.randn(1000, device="cuda"), torch.arange(0, 1000, 7, device="cuda")
 state = [torch.zeros(len(indices), device="cuda") for _ in range(2)]
-ops.sparse_adamw_([p], [p.clone()], [indices], *([s] for s in state), torch.ones(1, 11).double(), [0], "triton")
+ops.gather_("adamw", [p], [p.clone()], [indices], state, torch.ones(1, 11).double(), [0], "triton")
 sums = [torch.zeros(9001, device="cuda") for _ in range(2)]
 ops.gradient_sums_(*([s] for s in sums), [params[3].grad], "triton")
 torch.cuda.synchronize()

@@ -159,7 +159,7 @@ def test_nothing_changes_where_it_is_not_due(backend: str) -> None:
 def test_under_a_factor_that_is_not_finite_the_entries_of_a_tensor_are_counted_and_no_more(
     backend: str, factor: float
 ) -> None:
-    sizes = (1, 5, 4096, 4097, 8192, 8195, 3)  # tiles and pieces that end with their tensor, and that do not
+    sizes = (1, 5, 4096, 4097, 8192, 8195, 3)  # tiles and chunks that end with their tensor, and that do not
     grads: list[Tensor | None] = [torch.randn(size) for size in sizes]
     grads[-1] = None
     importances = [torch.rand(size) for size in sizes]

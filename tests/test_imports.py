@@ -1,6 +1,7 @@
 """Imports run one way, each module only to a lower tier.
 
-optim -> ops (functional) -> ops/<stem>/<backend> -> ops/equations, ops/flat, dispatch -> contract, lock, native, layers
+optim -> ops (functional) -> ops/<stem>/<backend> -> rules and storage in Triton -> ops/equations, ops/tiles, dispatch
+-> native, ops/table -> schema -> rules, storage; contract, lock and layers import nothing
 
 Backends of one operation never import another operation's, nor each other's. Heavy optional packages are imported by
 nobody at import time.
@@ -18,13 +19,25 @@ ROOT = Path(epi_kernels.__file__).parent
 
 # first match decides; a module may import only from tiers above its own line in the file, that is, a lower number
 TIERS = [
-    ("epi_kernels.library", -1),
+    ("epi_kernels.library", -3),
     ("epi_kernels.notices", -1),
     ("epi_kernels._version", 0),
     ("epi_kernels.lock", 0),
     ("epi_kernels.contract", 0),
-    ("epi_kernels.native", 0),
-    ("epi_kernels.cuda", 0),
+    ("epi_kernels.rules.rule", -6),
+    ("epi_kernels.rules.adamw", -5),
+    ("epi_kernels.rules.", 1),  # in Triton
+    ("epi_kernels.rules", -4),
+    ("epi_kernels.storage.kind", -6),
+    ("epi_kernels.storage.float32", -5),
+    ("epi_kernels.storage.half", -5),
+    ("epi_kernels.storage.", 1),  # in Triton
+    ("epi_kernels.storage", -4),
+    ("epi_kernels.ops.tensors", -3),
+    ("epi_kernels.schema", -3),
+    ("epi_kernels.schema", -2),
+    ("epi_kernels.native", -1),
+    ("epi_kernels.cuda", -1),
     ("epi_kernels.metrics", 0),
     ("epi_kernels.layers", 0),
     ("epi_kernels.integrations.", 0),
@@ -34,13 +47,13 @@ TIERS = [
     ("epi_kernels.plots", 1),
     ("epi_kernels.ops.equations", 1),
     ("epi_kernels.ops.flat", 0),
-    ("epi_kernels.ops.table", 0),
-    ("epi_kernels.ops.tiles", 1),
+    ("epi_kernels.ops.table", -1),
+    ("epi_kernels.ops.tiles", 0),
     ("epi_kernels.ops.equations_triton", 0),
+    ("epi_kernels.ops.slots_triton", 0),
     ("epi_kernels.dispatch", 1),
     ("epi_kernels.ops.functional", 3),
-    ("epi_kernels.ops.masked_adamw.sweep", 1),
-    ("epi_kernels.ops.sparse_adamw.offsets", 0),
+    ("epi_kernels.ops.gather.offsets", 0),
     ("epi_kernels.ops.threshold.rows", 1),
     ("epi_kernels.ops.", 2),  # ops/<stem>/<backend>
     ("epi_kernels.ops", 4),
@@ -52,7 +65,7 @@ TIERS = [
     ("epi_kernels.optim.groups", 1),
     ("epi_kernels.optim.compiled", 0),
     ("epi_kernels.optim.checkpoint", 2),
-    ("epi_kernels.optim.clocks", 1),
+    ("epi_kernels.optim.clocks", 5),
     ("epi_kernels.optim.differentiable", 1),
     ("epi_kernels.optim.scaling", 1),
     ("epi_kernels.optim.complex", 5),

@@ -34,8 +34,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from epi_kernels import EPIAdamW, MaskedAdamW, SparseAdamW
 from epi_kernels.distributed import local, wrapped
-from epi_kernels.optim import release_gradients
 from epi_kernels.isolation.telemetry import RECORDS, Budget, Record, Records
+from epi_kernels.optim import release_gradients
 
 EPI: dict[str, Any] = {"lr": 0.1, "isolation_ratio": 0.2, "mask_interval": 2, "layers": "tensor"}
 OURS: dict[str, Any] = {

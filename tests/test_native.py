@@ -1,19 +1,17 @@
-"""What is of the native backend alone: its threads, its structs, and tensors beyond 2^31 entries.
+"""What is of the native backend alone: its threads, and tensors beyond 2^31 entries.
 
 Its results are in test_backends_agree.
 """
 
-import ctypes
 import mmap
 from collections.abc import Iterator
 
 import pytest
 import torch
-from agreement import GROUP, assert_steps_agree, gradient, signed, step_lists
+from agreement import assert_steps_agree, gradient, scalars, signed, step_lists
 from torch import Tensor
 
 from epi_kernels import native, ops
-from epi_kernels.contract import Scalars
 
 pytestmark = pytest.mark.skipif(bool(native.obstacle()), reason=native.obstacle() or "it is built")
 
@@ -52,10 +50,8 @@ def test_entries_beyond_two_to_the_31() -> None:
     param, grad = untouched_zeros(size), untouched_zeros(size)
     indices = torch.tensor([0, 77, (1 << 31) - 1, 1 << 31, size - 1])
     param[indices], grad[indices] = torch.ones(5, dtype=torch.bfloat16), torch.full((5,), 2.0, dtype=torch.bfloat16)
-    moments, squares = [torch.zeros(5)], [torch.zeros(5)]
-    row = Scalars.of({**GROUP, "lr": 0.5, "weight_decay": 0.0}, 1)
-    scalars = torch.tensor([row], dtype=torch.float64)
-    ops.sparse_adamw_([param], [grad], [indices], moments, squares, scalars, [0], "native")
+    slots, row = [torch.zeros(5), torch.zeros(5)], scalars("none", 1, lr=0.5, weight_decay=0.0)
+    ops.gather_("adamw", [param], [grad], [indices], slots, row, [0], "native")
     assert param[indices].tolist() == [0.5] * 5
     assert param[indices - 1].tolist()[1:4] == [0.0, 0.0, 0.5]
     assert param[[1, 78, size - 2]].tolist() == [0.0] * 3
@@ -65,15 +61,3 @@ def untouched_zeros(size: int) -> Tensor:
     """Return bfloat16 zeros whose pages are given memory when touched."""
     pages = mmap.mmap(-1, 2 * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0))
     return torch.frombuffer(pages, dtype=torch.bfloat16)
-
-
-def test_the_structs_have_the_sizes_that_the_compiler_gives_them() -> None:
-    sizes = (ctypes.c_int64 * 5).in_dll(native._library(), "epi_struct_sizes")
-    structs = (
-        native.ADAMW_TENSOR,
-        native.IMPORTANCE_TENSOR,
-        native.SUMS_TENSOR,
-        native.SCORE_TENSOR,
-        native.SPARSE_TENSOR,
-    )
-    assert [struct.itemsize for struct in structs] == list(sizes)

@@ -1,4 +1,4 @@
-"""Tables of tensors: pieces cover every entry once, rows go up when they change, alignment is that of every address."""
+"""Tables of tensors: chunks cover every entry once, rows go up when they change, alignment is that of every address."""
 
 import gc
 import threading
@@ -12,20 +12,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from epi_kernels.native import LOCK_IN
+from epi_kernels.ops import Tensors
 from epi_kernels.ops import table as table_module
-from epi_kernels.ops.masked_adamw.sweep import FIELDS, TableSweep
-from epi_kernels.ops.table import PIECE_BITS, Table, Uploads, zeros
+from epi_kernels.ops.table import Table, Uploads, zeros
+from epi_kernels.rules import ADAMW
+from epi_kernels.schema import CHUNK_BITS, LOCK_IN, SWEEP
 
 CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("sizes", [[], [0], [1], [4], [5, 0, 0, 9], [0, 8, 3]])
-def test_pieces_cover_every_entry_once(sizes: list[int]) -> None:
+def test_chunks_cover_every_entry_once(sizes: list[int]) -> None:
     table = Table(("size",), sizes, 4, CPU)
     covered = [[0] * size for size in sizes]
-    for piece in table.pieces.tolist():
-        tensor, number = piece >> PIECE_BITS, piece & ((1 << PIECE_BITS) - 1)
+    for chunk in table.chunks.tolist():
+        tensor, number = chunk >> CHUNK_BITS, chunk & ((1 << CHUNK_BITS) - 1)
         for entry in range(4 * number, min(4 * number + 4, sizes[tensor])):
             covered[tensor][entry] += 1
     assert all(count == 1 for tensor in covered for count in tensor)
@@ -33,7 +34,7 @@ def test_pieces_cover_every_entry_once(sizes: list[int]) -> None:
 
 def test_a_size_beyond_2_to_the_31() -> None:
     table = Table(("size",), [7, (1 << 35) + 1], 1 << 30, CPU)
-    assert table.pieces.tolist() == [0, *[1 << PIECE_BITS | i for i in range(33)]]
+    assert table.chunks.tolist() == [0, *[1 << CHUNK_BITS | i for i in range(33)]]
     assert table.rows().tolist() == [[7], [(1 << 35) + 1]]
 
 
@@ -60,39 +61,36 @@ def test_aligned_needs_every_address_to_be() -> None:
     assert table.rows()[:, 4].tolist() == [0, 1, 1, 0]
 
 
-class Launches(TableSweep):
-    """A sweep on a GPU but for the launch: keeps the rows that the kernel would get."""
-
-    rows: Tensor
-
-    def _piece(self) -> int:
-        return 4
-
-    def _launch(self, *_: Any) -> None:
-        self.rows = self._table.rows()
-
-
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("lock_in", LOCK_IN)
-def test_a_step_of_aligned_tensors_is_aligned_wherever_the_lock_is(lock_in: str, amsgrad: bool) -> None:
+def test_a_step_of_aligned_tensors_is_aligned_wherever_the_lock_is(
+    lock_in: str, amsgrad: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    from epi_kernels.ops import tiles
+    from epi_kernels.ops.sweep.triton import Sweep
+
+    launched: list[Tensor] = []
+    monkeypatch.setattr(tiles, "launch", lambda kernel, programs, device, rows, *_, **__: launched.append(rows))
+
     def tensors(dtype: torch.dtype = torch.float32) -> list[Tensor]:
         memory = [torch.zeros(9, dtype=dtype, device="cpu") for _ in range(3)]
         return [memory[0][:8], memory[1][1:], memory[2][:8]]  # the second is not aligned
 
     lockable = [lock_in != "none", True, False]
-    locks: list[Tensor | None] = [None] * 3
+    locks: list[Tensor | None] = []
     if lock_in in ("importance", "static"):
         states = tensors(torch.int8 if lock_in == "static" else torch.float32)
         locks = [state if can else None for state, can in zip(states, lockable, strict=True)]
-    largest: list[Any] = tensors() if amsgrad else [None] * 3
-    lists = (tensors(), tensors(), tensors(), tensors(), largest, locks)
-    sweep = Launches(*lists, lock_in, lockable)
+    names = [slot.name for slot in ADAMW.slots if amsgrad or slot.option is None]
+    given = Tensors(tensors(), tensors(), {name: tensors() for name in names}, locks)
+    sweep = Sweep(ADAMW, given, lock_in, lockable)
     count, scalars = torch.zeros(3, dtype=torch.int64, device="cpu"), torch.zeros(1, 11, dtype=torch.float32)
     for moved in (False, True):
-        sweep.step_(*lists, moved, count, scalars, [0] * 3, False, None, None)
-        assert sweep.rows[:, FIELDS.index("aligned")].tolist() == [1, 0, 1]
+        sweep.step_(given, count, scalars, [0] * 3, False, None, None, moved)
+        assert launched[-1][:, SWEEP.word("aligned")].tolist() == [1, 0, 1]
     if lock_in != "none":
-        assert [word != 0 for word in sweep.rows[:, FIELDS.index("lock")].tolist()] == lockable
+        assert [word != 0 for word in launched[-1][:, SWEEP.word("lock")].tolist()] == lockable
 
 
 def test_zeros_are_new_each_time() -> None:
@@ -164,13 +162,13 @@ class Device:
         monkeypatch.setattr(Tensor, "to", sent)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=self.stream))
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
-        table_module._pieces.cache_clear()
+        table_module._chunks.cache_clear()
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     yield Device(monkeypatch)
-    table_module._pieces.cache_clear()
+    table_module._chunks.cache_clear()
 
 
 @pytest.mark.parametrize("due", [None, torch.ones(1, dtype=torch.float32, device="cpu")], ids=["always", "due"])
@@ -185,13 +183,13 @@ def test_what_a_captured_step_reads_lives_on_after_an_eager_step_with_other_grad
     for capturing in (False, True):  # the second has nothing to send
         with uploads.step(capturing=capturing):
             table.rows(due)
-    read = weakref.ref(table._there), weakref.ref(table.pieces)
+    read = weakref.ref(table._there), weakref.ref(table.chunks)
     for address in (2, 3):
         with uploads.step(capturing=False):
             table.set("grad", [address])
             table.rows(due)
     del table
-    table_module._pieces.cache_clear()
+    table_module._chunks.cache_clear()
     gc.collect()
     assert all(tensor() is not None for tensor in read)
 
@@ -207,17 +205,17 @@ def test_what_the_step_before_has_sent_is_neither_pinned_nor_sent_again(gpu: Dev
     assert (gpu.pinned, gpu.copies) == (2, 2)
 
 
-def test_pieces_are_shared_within_a_stream_alone_and_not_out_of_a_capture(gpu: Device) -> None:
-    def pieces() -> Tensor:
-        return Table(("size",), [9], 4, gpu.device).pieces
+def test_chunks_are_shared_within_a_stream_alone_and_not_out_of_a_capture(gpu: Device) -> None:
+    def chunks() -> Tensor:
+        return Table(("size",), [9], 4, gpu.device).chunks
 
-    first = pieces()
-    assert pieces() is first
+    first = chunks()
+    assert chunks() is first
     gpu.stream = 1
-    other = pieces()
+    other = chunks()
     assert other is not first
     assert other.tolist() == first.tolist()
     gpu.stream, gpu.capturing = 2, True
-    captured = pieces()
+    captured = chunks()
     gpu.capturing = False
-    assert pieces() is not captured
+    assert chunks() is not captured

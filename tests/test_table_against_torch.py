@@ -22,8 +22,7 @@ TORCH = torch.optim.AdamW
 SETTINGS = {"isolation_ratio", "importance_beta", "mask_interval", "layers", "normalize", "scope", "threshold"}
 OURS: dict[type, dict[str, set[str]]] = {
     EPIAdamW: {
-        "arguments": SETTINGS
-        | {"importance", "process_group", "clip_grad_norm", "backend"},
+        "arguments": SETTINGS | {"importance", "process_group", "clip_grad_norm", "backend"},
         "group": SETTINGS | {"importance", "clip_grad_norm", "layer_digest", "layers_auto", "isolation_clock"},
         "state": {"importance"},
         "methods": {"isolation_mask", "importance", "refresh", "telemetry", "bind_deepspeed"},

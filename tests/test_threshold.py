@@ -105,7 +105,7 @@ def test_the_working_memory_does_not_grow_with_the_model(monkeypatch: pytest.Mon
     model = torch.rand(3000, 2000)
     found = threshold("reference", [model], [60_000], exact=True).item()
     assert found == model.flatten().kthvalue(6_000_000 - 59_999).values
-    assert 0 < largest <= reference.PIECE < model.numel()
+    assert 0 < largest <= reference.CHUNK < model.numel()
 
 
 def test_scores_are_normalised_by_layer_with_ieee_operations(backend: str) -> None:

@@ -1,41 +1,44 @@
-// Entries of any dtype as float32, and back.
+// Runs of entries of any storage as float32, and back.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
-#include "../epi_native.h"
-#include "../halves.h"
+#include "../storage/all.h"
 
 namespace epi {
+namespace {
 
-static inline int64_t bytes_of(int32_t dtype) { return dtype == EPI_FLOAT32 ? 4 : 2; }
+template <typename Storage>
+constexpr bool is_float32 = std::is_same_v<typename Storage::Memory, float>;
 
-static inline const void* at(const void* memory, int32_t dtype, int64_t i) {
-    return static_cast<const char*>(memory) + i * bytes_of(dtype);
+// Return `size` entries from the i-th on as float32: the memory itself where it is, else converted into `buffer`.
+template <typename Storage>
+inline float* opened(const void* memory, int64_t i, int64_t size, float* __restrict buffer) {
+    using Memory = typename Storage::Memory;
+    const Memory* const first = static_cast<const Memory*>(memory) + i;
+    if constexpr (is_float32<Storage>) {
+        return const_cast<float*>(first);
+    } else {
+        const Memory* __restrict from = first;
+        for (int64_t j = 0; j < size; ++j) buffer[j] = Storage::load(from[j]);
+        return buffer;
+    }
 }
 
-static inline void* at(void* memory, int32_t dtype, int64_t i) {
-    return static_cast<char*>(memory) + i * bytes_of(dtype);
+// Put `size` entries that were opened back, unless they are in place.
+template <typename Storage>
+inline void closed(const float* __restrict values, void* memory, int64_t i, int64_t size) {
+    if constexpr (!is_float32<Storage>) {
+        auto* __restrict to = static_cast<typename Storage::Memory*>(memory) + i;
+        for (int64_t j = 0; j < size; ++j) to[j] = Storage::store(values[j]);
+    }
 }
 
-// Return `size` entries as float32: the memory itself where it is, else converted into `buffer`.
-static inline const float* as_float32(const void* memory, int32_t dtype, int64_t size, float* __restrict buffer) {
-    if (dtype == EPI_FLOAT32) return static_cast<const float*>(memory);
-    const uint16_t* __restrict halves = static_cast<const uint16_t*>(memory);
-    if (dtype == EPI_BFLOAT16)
-        for (int64_t i = 0; i < size; ++i) buffer[i] = from_bfloat16(halves[i]);
-    else
-        for (int64_t i = 0; i < size; ++i) buffer[i] = from_float16(halves[i]);
-    return buffer;
+// `opened` by the number of a dtype.
+inline float* as_float32(const void* memory, int32_t dtype, int64_t i, int64_t size, float* buffer) {
+    return with_storage(dtype, [&](auto storage) { return opened<decltype(storage)>(memory, i, size, buffer); });
 }
 
-// Round `size` values into memory of a 16-bit dtype.
-static inline void store_halves(const float* __restrict values, int32_t dtype, int64_t size, void* memory) {
-    uint16_t* __restrict halves = static_cast<uint16_t*>(memory);
-    if (dtype == EPI_BFLOAT16)
-        for (int64_t i = 0; i < size; ++i) halves[i] = to_bfloat16(values[i]);
-    else
-        for (int64_t i = 0; i < size; ++i) halves[i] = to_float16(values[i]);
-}
-
+}  // namespace
 }  // namespace epi

@@ -3,6 +3,8 @@
 // Counts are integers, and minima and maxima do not depend on an order: the results are those of one thread.
 #include <atomic>
 #include <cmath>
+#include <cstdlib>
+#include <functional>
 #include <memory>
 
 #include "kernels.h"
@@ -16,8 +18,11 @@ struct Level {
     const Kernels* kernels;
 };
 
-Level best_level(int32_t limit) {
+// The highest level that this machine has. EPI_KERNELS_SIMD_LEVEL, read once, is the highest that may be used.
+Level best_level() {
 #if defined(__x86_64__)
+    const char* const wish = std::getenv("EPI_KERNELS_SIMD_LEVEL");
+    const int limit = wish ? std::atoi(wish) : 4;
     __builtin_cpu_init();
     if (limit >= 4 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
@@ -29,8 +34,8 @@ Level best_level(int32_t limit) {
     return {1, &baseline::kernels};
 }
 
-Level& level() {
-    static Level chosen = best_level(4);
+const Level& level() {
+    static const Level chosen = best_level();
     return chosen;
 }
 
@@ -59,10 +64,7 @@ constexpr int32_t INFINITE_BITS = 0x7f800000;
 
 using namespace epi;
 
-int32_t epi_abi_version(void) { return EPI_ABI_VERSION; }
-
-const int64_t epi_struct_sizes[5] = {sizeof(epi_adamw_tensor), sizeof(epi_importance_tensor), sizeof(epi_sums_tensor),
-                                     sizeof(epi_score_tensor), sizeof(epi_sparse_tensor)};
+int32_t epi_abi_version(void) { return EPI_VERSION; }
 
 const char* epi_compiler(void) {
 #if defined(__clang__)
@@ -74,18 +76,13 @@ const char* epi_compiler(void) {
 
 int32_t epi_simd_level(void) { return level().number; }
 
-int32_t epi_limit_simd_level(int32_t limit) {
-    level() = best_level(limit);
-    return level().number;
-}
-
-void epi_masked_adamw(epi_adamw_tensor* tensors, int64_t count, int32_t advanced, int32_t threads) {
+void epi_sweep(epi_sweep_tensor* tensors, int64_t count, int32_t rule, int32_t advanced, int32_t threads) {
     const Kernels& kernels = *level().kernels;
     Chunks all(tensors, count);
     run(all, threads, [&](Chunks& chunks) {
         for (Chunk chunk; chunks.take(&chunk);) {
-            epi_adamw_tensor& tensor = tensors[chunk.tensor];
-            add(tensor.nonfinite, kernels.masked_adamw(tensor, chunk.begin, chunk.end, advanced != 0));
+            epi_sweep_tensor& tensor = tensors[chunk.tensor];
+            add(tensor.nonfinite, kernels.sweep(rule, tensor, chunk.begin, chunk.end, advanced != 0));
         }
     });
 }
@@ -167,10 +164,10 @@ void epi_lock(epi_score_tensor* tensors, int64_t count, const float* thresholds,
     });
 }
 
-void epi_sparse_adamw(const epi_sparse_tensor* tensors, int64_t count, int32_t threads) {
+void epi_gather(const epi_gather_tensor* tensors, int64_t count, int32_t rule, int32_t threads) {
     const Kernels& kernels = *level().kernels;
     Chunks all(tensors, count);
     run(all, threads, [&](Chunks& chunks) {
-        for (Chunk chunk; chunks.take(&chunk);) kernels.sparse_adamw(tensors[chunk.tensor], chunk.begin, chunk.end);
+        for (Chunk chunk; chunks.take(&chunk);) kernels.gather(rule, tensors[chunk.tensor], chunk.begin, chunk.end);
     });
 }

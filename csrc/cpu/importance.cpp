@@ -1,5 +1,7 @@
 // The EMA of squared gradients and its range in one pass, and the sums that PIECE needs. Contract:
 // epi_kernels.ops.importance_ and gradient_sums_.
+#include "../importance.h"
+
 #include "convert.h"
 #include "kernels.h"
 
@@ -7,7 +9,7 @@ namespace epi::EPI_LEVEL {
 namespace {
 
 // entries at a time: a 16-bit gradient is converted into a buffer of the first-level cache, counters stay int32
-constexpr int64_t PIECE = 2048;
+constexpr int64_t BLOCK = 2048;
 
 template <bool keep_finite>
 int32_t advance(float* __restrict importance, const float* __restrict grad, int64_t size, float grad_factor, float beta,
@@ -39,31 +41,29 @@ Range range_of(const float* importance, int64_t size, Range range) {
 
 int64_t importance(const epi_importance_tensor& tensor, int64_t begin, int64_t end, float grad_factor, bool keep_finite,
                    Range* range) {
-    alignas(64) float buffer[PIECE];
+    alignas(64) float buffer[BLOCK];
     int64_t nonfinite = 0;
     Range found = *range;
-    for (int64_t i = begin; i < end; i += PIECE) {
-        const int64_t size = end - i < PIECE ? end - i : PIECE;
-        float* const piece = tensor.importance + i;
+    for (int64_t i = begin; i < end; i += BLOCK) {
+        const int64_t size = end - i < BLOCK ? end - i : BLOCK;
+        float* const block = tensor.importance + i;
         if (tensor.grad) {
-            const float* const grad =
-                as_float32(at(tensor.grad, tensor.grad_dtype, i), tensor.grad_dtype, size, buffer);
+            const float* const grad = as_float32(tensor.grad, tensor.grad_dtype, i, size, buffer);
             nonfinite += keep_finite
-                             ? advance<true>(piece, grad, size, grad_factor, tensor.beta, tensor.one_minus_beta)
-                             : advance<false>(piece, grad, size, grad_factor, tensor.beta, tensor.one_minus_beta);
+                             ? advance<true>(block, grad, size, grad_factor, tensor.beta, tensor.one_minus_beta)
+                             : advance<false>(block, grad, size, grad_factor, tensor.beta, tensor.one_minus_beta);
         }
-        found = range_of(piece, size, found);
+        found = range_of(block, size, found);
     }
     *range = found;
     return nonfinite;
 }
 
 void gradient_sums(const epi_sums_tensor& tensor, int64_t begin, int64_t end) {
-    alignas(64) float buffer[PIECE];
-    for (int64_t i = begin; i < end; i += PIECE) {
-        const int64_t size = end - i < PIECE ? end - i : PIECE;
-        const float* __restrict grad =
-            as_float32(at(tensor.grad, tensor.grad_dtype, i), tensor.grad_dtype, size, buffer);
+    alignas(64) float buffer[BLOCK];
+    for (int64_t i = begin; i < end; i += BLOCK) {
+        const int64_t size = end - i < BLOCK ? end - i : BLOCK;
+        const float* __restrict grad = as_float32(tensor.grad, tensor.grad_dtype, i, size, buffer);
         float* __restrict sum = tensor.sum + i;
         float* __restrict square_sum = tensor.square_sum + i;
         for (int64_t j = 0; j < size; ++j) {

@@ -19,28 +19,28 @@ struct LockCounts {
 };
 
 struct Kernels {
-    int64_t (*masked_adamw)(const epi_adamw_tensor&, int64_t begin, int64_t end, bool advanced);
+    int64_t (*sweep)(int32_t rule, const epi_sweep_tensor&, int64_t begin, int64_t end, bool advanced);
     int64_t (*importance)(const epi_importance_tensor&, int64_t begin, int64_t end, float grad_factor, bool keep_finite,
                           Range*);
     void (*gradient_sums)(const epi_sums_tensor&, int64_t begin, int64_t end);
     void (*score_histogram)(const epi_score_tensor&, int64_t begin, int64_t end, int64_t prefix, int32_t shift,
                             int32_t digit_bits, uint32_t* histogram);
     LockCounts (*lock)(const epi_score_tensor&, int64_t begin, int64_t end, float threshold);
-    void (*sparse_adamw)(const epi_sparse_tensor&, int64_t begin, int64_t end);
+    void (*gather)(int32_t rule, const epi_gather_tensor&, int64_t begin, int64_t end);
 };
 
 #ifdef EPI_LEVEL
 namespace EPI_LEVEL {
 
 // the two counts are the entries whose squared gradient is not finite
-int64_t masked_adamw(const epi_adamw_tensor&, int64_t begin, int64_t end, bool advanced);
+int64_t sweep(int32_t rule, const epi_sweep_tensor&, int64_t begin, int64_t end, bool advanced);
 int64_t importance(const epi_importance_tensor&, int64_t begin, int64_t end, float grad_factor, bool keep_finite,
                    Range*);
 void gradient_sums(const epi_sums_tensor&, int64_t begin, int64_t end);
 void score_histogram(const epi_score_tensor&, int64_t begin, int64_t end, int64_t prefix, int32_t shift,
                      int32_t digit_bits, uint32_t* histogram);
 LockCounts lock(const epi_score_tensor&, int64_t begin, int64_t end, float threshold);
-void sparse_adamw(const epi_sparse_tensor&, int64_t begin, int64_t end);
+void gather(int32_t rule, const epi_gather_tensor&, int64_t begin, int64_t end);
 
 }  // namespace EPI_LEVEL
 #endif

@@ -3,14 +3,14 @@
 //
 // A score grows with S: a difference and a quotient that round once do not change order. So "the score is at least x"
 // is "S is at least some S of this tensor", and all but the first pass compare the bits of S and divide nothing.
-#include "../adamw.h"
+#include "../importance.h"
 #include "kernels.h"
 
 namespace epi::EPI_LEVEL {
 namespace {
 
 // scores at a time, in the first-level cache: computing them vectorises, counting them does not
-constexpr int64_t PIECE = 1024;
+constexpr int64_t BLOCK = 1024;
 
 float score_of(const epi_score_tensor& tensor, float importance) {
     return tensor.normalized ? score(importance, tensor.low, tensor.high) : raw_score(importance);
@@ -54,9 +54,9 @@ void score_histogram(const epi_score_tensor& tensor, int64_t begin, int64_t end,
                      int32_t digit_bits, uint32_t* histogram) {
     const uint32_t mask = (1u << digit_bits) - 1;
     if (prefix == 0) {  // all scores at the highest digit; below it, those that are 0 or next to it
-        alignas(64) float scores[PIECE];
-        for (int64_t i = begin; i < end; i += PIECE) {
-            const int64_t size = end - i < PIECE ? end - i : PIECE;
+        alignas(64) float scores[BLOCK];
+        for (int64_t i = begin; i < end; i += BLOCK) {
+            const int64_t size = end - i < BLOCK ? end - i : BLOCK;
             scores_of(tensor, i, size, scores);
             for (int64_t j = 0; j < size; ++j) {
                 const uint32_t digits = bits_of(scores[j]) >> shift;
@@ -86,8 +86,8 @@ LockCounts lock(const epi_score_tensor& tensor, int64_t begin, int64_t end, floa
     const float smallest = float_of(SMALLEST_NORMAL);
     const uint32_t first = first_reaching(tensor, threshold > smallest ? threshold : smallest);
     LockCounts counts = {0, 0, 0};
-    for (int64_t i = begin; i < end; i += PIECE) {
-        const int64_t size = end - i < PIECE ? end - i : PIECE;
+    for (int64_t i = begin; i < end; i += BLOCK) {
+        const int64_t size = end - i < BLOCK ? end - i : BLOCK;
         float* __restrict importance = tensor.importance + i;
         int32_t locked = 0, newly_locked = 0, released = 0;
         for (int64_t j = 0; j < size; ++j) {

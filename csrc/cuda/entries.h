@@ -1,34 +1,16 @@
-// What the kernels share: entries in memory, one or four at a time, and the pieces. The work of a thread is in headers
+// What the kernels share: entries in memory, one or four at a time, and the chunks. The work of a thread is in headers
 // that a C++ compiler takes too, so that it can be tested on a machine without a GPU.
 #pragma once
 
 #include <cstdint>
 
 #include "../epi_cuda.h"
-#include "../halves.h"
+#include "../importance.h"
 
 namespace epi::cuda {
 
-// entries that a thread takes at once: 128 bits of float32, 64 of a 16-bit dtype
+// entries that a thread takes at once: 128 bits
 constexpr int64_t QUAD = 4;
-
-struct Float32 {
-    using Memory = float;
-    EPI_INLINE float load(float value) { return value; }
-    EPI_INLINE float store(float value) { return value; }
-};
-
-struct BFloat16 {
-    using Memory = uint16_t;
-    EPI_INLINE float load(uint16_t value) { return from_bfloat16(value); }
-    EPI_INLINE uint16_t store(float value) { return to_bfloat16(value); }
-};
-
-struct Float16 {
-    using Memory = uint16_t;
-    EPI_INLINE float load(uint16_t value) { return from_float16(value); }
-    EPI_INLINE uint16_t store(float value) { return to_float16(value); }
-};
 
 template <typename Memory, int width>
 struct alignas(width * sizeof(Memory)) Pack {
@@ -50,22 +32,17 @@ EPI_INLINE Pack<Memory, width> load(int64_t address, int64_t i) {
     return *pack_at<width, Memory>(address, i);
 }
 
-template <int width, typename Memory>
-EPI_INLINE void store(int64_t address, int64_t i, const Pack<Memory, width>& pack) {
-    *pack_at<width, Memory>(address, i) = pack;
-}
-
 // A run of entries of one tensor. From `quads_end` on they are taken one by one.
-struct Piece {
+struct Chunk {
     int64_t tensor, begin, quads_end, end;
 };
 
-EPI_INLINE int64_t tensor_of(int64_t piece) { return piece >> EPI_CUDA_PIECE_BITS; }
+EPI_INLINE int64_t tensor_of(int64_t chunk) { return chunk >> EPI_CHUNK_BITS; }
 
-EPI_INLINE Piece piece_of(int64_t piece, int64_t entries, int64_t size, bool aligned) {
-    const int64_t begin = (piece & ((int64_t{1} << EPI_CUDA_PIECE_BITS) - 1)) * entries;
+EPI_INLINE Chunk chunk_of(int64_t chunk, int64_t entries, int64_t size, bool aligned) {
+    const int64_t begin = (chunk & ((int64_t{1} << EPI_CHUNK_BITS) - 1)) * entries;
     const int64_t end = size - begin < entries ? size : begin + entries;
-    return {tensor_of(piece), begin, aligned ? begin + (end - begin) / QUAD * QUAD : begin, end};
+    return {tensor_of(chunk), begin, aligned ? begin + (end - begin) / QUAD * QUAD : begin, end};
 }
 
 }  // namespace epi::cuda

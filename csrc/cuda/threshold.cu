@@ -1,4 +1,4 @@
-// One launch for the histograms of all tensors, private to a block until its piece is counted; the work is in
+// One launch for the histograms of all tensors, private to a block until its chunk is counted; the work is in
 // threshold.h. Also what the library says about itself.
 #include "threshold.h"
 
@@ -11,20 +11,20 @@ namespace {
 constexpr int32_t THREADS = 256;
 
 __global__ void __launch_bounds__(THREADS)
-    score_histogram_kernel(const epi_cuda_score_row* __restrict__ rows, const int64_t* __restrict__ pieces,
+    score_histogram_kernel(const epi_score_row* __restrict__ rows, const int64_t* __restrict__ chunks,
                            const float* __restrict__ ranges, const int64_t* __restrict__ selection, int32_t shift,
                            int32_t digit_bits, unsigned long long* __restrict__ counts) {
     __shared__ uint32_t bins[1 << LARGEST_DIGIT];
     const int32_t bin_count = 1 << digit_bits;
     for (int32_t i = threadIdx.x; i < bin_count; i += THREADS) bins[i] = 0;
-    const int64_t number = pieces[blockIdx.x];
-    const epi_cuda_score_row row = rows[tensor_of(number)];
-    const Piece piece = piece_of(number, HISTOGRAM_PIECE, row.size, row.aligned != 0);
+    const int64_t number = chunks[blockIdx.x];
+    const epi_score_row row = rows[tensor_of(number)];
+    const Chunk chunk = chunk_of(number, HISTOGRAM_CHUNK, row.size, row.aligned != 0);
     const Digit digit = digit_of(row, selection, shift, digit_bits);
     __syncthreads();
 
     // the constant 1 lets the hardware add up equal bins of a warp: ATOMS.POPC.INC
-    const uint32_t zeros = __reduce_add_sync(~0u, histogram(row, piece, range_of(row, ranges), digit, threadIdx.x,
+    const uint32_t zeros = __reduce_add_sync(~0u, histogram(row, chunk, range_of(row, ranges), digit, threadIdx.x,
                                                             THREADS, [](uint32_t bin) { atomicAdd(&bins[bin], 1u); }));
     if (zeros && threadIdx.x % 32 == 0) atomicAdd(&bins[0], zeros);
     __syncthreads();
@@ -39,9 +39,7 @@ __global__ void __launch_bounds__(THREADS)
 
 using namespace epi::cuda;
 
-int32_t epi_cuda_abi_version(void) { return EPI_CUDA_ABI_VERSION; }
-
-const int64_t epi_cuda_row_sizes[2] = {sizeof(epi_cuda_adamw_row), sizeof(epi_cuda_score_row)};
+int32_t epi_cuda_abi_version(void) { return EPI_VERSION; }
 
 const char* epi_cuda_compiler(void) {
     return "nvcc " TEXT(__CUDACC_VER_MAJOR__) "." TEXT(__CUDACC_VER_MINOR__) "." TEXT(__CUDACC_VER_BUILD__);
@@ -52,17 +50,17 @@ int32_t epi_cuda_device_error(void) {
     return cudaFuncGetAttributes(&attributes, score_histogram_kernel);
 }
 
-int64_t epi_cuda_histogram_piece(void) { return HISTOGRAM_PIECE; }
+int64_t epi_cuda_histogram_chunk(void) { return HISTOGRAM_CHUNK; }
 
-int32_t epi_cuda_score_histogram(const int64_t* rows, const int64_t* pieces, int64_t piece_count, const float* ranges,
+int32_t epi_cuda_score_histogram(const int64_t* rows, const int64_t* chunks, int64_t chunk_count, const float* ranges,
                                  const int64_t* selection, int32_t shift, int32_t digit_bits, int64_t* counts,
                                  void* stream) {
-    if (piece_count == 0) return cudaSuccess;
-    if (piece_count < 0 || piece_count > INT32_MAX || shift < 0 || digit_bits < 1 || digit_bits > LARGEST_DIGIT ||
+    if (chunk_count == 0) return cudaSuccess;
+    if (chunk_count < 0 || chunk_count > INT32_MAX || shift < 0 || digit_bits < 1 || digit_bits > LARGEST_DIGIT ||
         shift + digit_bits > 31)
         return cudaErrorInvalidValue;
-    score_histogram_kernel<<<static_cast<uint32_t>(piece_count), THREADS, 0, static_cast<cudaStream_t>(stream)>>>(
-        reinterpret_cast<const epi_cuda_score_row*>(rows), pieces, ranges, selection, shift, digit_bits,
+    score_histogram_kernel<<<static_cast<uint32_t>(chunk_count), THREADS, 0, static_cast<cudaStream_t>(stream)>>>(
+        reinterpret_cast<const epi_score_row*>(rows), chunks, ranges, selection, shift, digit_bits,
         reinterpret_cast<unsigned long long*>(counts));
     return cudaGetLastError();
 }

@@ -6,7 +6,7 @@
 namespace epi::cuda {
 
 // A block clears and adds up as many as 4096 bins; 16384 entries are four times as much to read.
-constexpr int64_t HISTOGRAM_PIECE = 16384;
+constexpr int64_t HISTOGRAM_CHUNK = 16384;
 
 constexpr int32_t LARGEST_DIGIT = 12;
 
@@ -24,7 +24,7 @@ struct ScoreRange {
 // Pass every bin to `add`, that of a zero score excepted; return how many scores are 0. All of an untouched or a
 // constant layer are, and each would wait for the one before it at the same address.
 template <int width, typename Add>
-EPI_INLINE uint32_t count(const epi_cuda_score_row& row, const ScoreRange& range, const Digit& digit, int64_t i,
+EPI_INLINE uint32_t count(const epi_score_row& row, const ScoreRange& range, const Digit& digit, int64_t i,
                           const Add& add) {
     const auto importance = load<width, float>(row.importance, i);
     uint32_t zeros = 0;
@@ -42,22 +42,22 @@ EPI_INLINE uint32_t count(const epi_cuda_score_row& row, const ScoreRange& range
 
 // Return the number of zero scores of this thread that belong into bin 0.
 template <typename Add>
-EPI_INLINE uint32_t histogram(const epi_cuda_score_row& row, const Piece& piece, const ScoreRange& range,
-                              const Digit& digit, int32_t thread, int32_t threads, const Add& add) {
+EPI_INLINE uint32_t histogram(const epi_score_row& row, const Chunk& chunk, const ScoreRange& range, const Digit& digit,
+                              int32_t thread, int32_t threads, const Add& add) {
     uint32_t zeros = 0;
-    for (int64_t i = piece.begin + thread * QUAD; i < piece.quads_end; i += threads * QUAD)
+    for (int64_t i = chunk.begin + thread * QUAD; i < chunk.quads_end; i += threads * QUAD)
         zeros += count<QUAD>(row, range, digit, i, add);
-    for (int64_t i = piece.quads_end + thread; i < piece.end; i += threads)
+    for (int64_t i = chunk.quads_end + thread; i < chunk.end; i += threads)
         zeros += count<1>(row, range, digit, i, add);
     return digit.prefix == 0 ? zeros : 0;
 }
 
-EPI_INLINE ScoreRange range_of(const epi_cuda_score_row& row, const float* ranges) {
+EPI_INLINE ScoreRange range_of(const epi_score_row& row, const float* ranges) {
     if (!ranges) return {false, 0.0f, 0.0f};
     return {true, ranges[2 * row.layer], ranges[2 * row.layer + 1]};
 }
 
-EPI_INLINE Digit digit_of(const epi_cuda_score_row& row, const int64_t* selection, int32_t shift, int32_t digit_bits) {
+EPI_INLINE Digit digit_of(const epi_score_row& row, const int64_t* selection, int32_t shift, int32_t digit_bits) {
     return {static_cast<uint32_t>(selection[2 * row.budget]), shift, digit_bits};
 }
 

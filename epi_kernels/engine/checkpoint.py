@@ -237,9 +237,7 @@ def check_state(
             raise ValueError(f"the state has no entry for {name_of(param, groups)}, which would not train any more")
 
 
-def _check_keys(
-    entry: dict[str, Any], name: str, rule: Rule, group: dict[str, Any], known: Sequence[str]
-) -> None:
+def _check_keys(entry: dict[str, Any], name: str, rule: Rule, group: dict[str, Any], known: Sequence[str]) -> None:
     wanted = [slot for slot in rule.slots if slot.wanted(group)]
     missing = [key for key in ("step", *(slot.name for slot in wanted)) if key not in entry]
     if missing:

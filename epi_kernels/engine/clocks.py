@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from epi_kernels.engine.settings import Groups
-from epi_kernels.ops.scalars import scalars_of
 from epi_kernels.rules import Rule
+from epi_kernels.schema import SweepScalars
 
 # vectors that the clocks of a plan may lie in before they are brought together: each is an addition
 _MOST_VECTORS = 4
@@ -89,9 +89,7 @@ class HostClocks(_Clocks):
                 self._values[i] = value
         return True
 
-    def scalars(
-        self, bundle: int, members: Sequence[int], groups: Groups, rule: Rule
-    ) -> tuple[Tensor, list[int]]:
+    def scalars(self, bundle: int, members: Sequence[int], groups: Groups, rule: Rule) -> tuple[Tensor, list[int]]:
         """Return (rows of scalars, the row of each parameter); `members` are the parameters' groups."""
         first = sum(self._sizes[:bundle])
         values = self._values[first : first + len(members)]
@@ -133,9 +131,7 @@ class DeviceClocks(_Clocks):
                 elements.add_(1 if found is None else (found == 0).to(elements.vector.dtype))
         return True
 
-    def scalars(
-        self, bundle: int, members: Sequence[int], groups: Groups, rule: Rule
-    ) -> tuple[Tensor, list[int]]:
+    def scalars(self, bundle: int, members: Sequence[int], groups: Groups, rule: Rule) -> tuple[Tensor, list[int]]:
         """Return (rows of scalars, the row of each parameter), the rows computed and left on the device.
 
         A tensor among lr, betas, eps and weight_decay is read there, so that a schedule that writes into it reaches a
@@ -157,13 +153,36 @@ class DeviceClocks(_Clocks):
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).float(), list(range(len(members)))
 
 
-def _vectors_of(
-    steps: Sequence[Tensor], device: torch.device
-) -> tuple[list[_Elements], list[Tensor], list[int]]:
+def scalars_of(rule: Rule, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
+    """Return a row of scalars: `SweepScalars`, then the rule's.
+
+    Args:
+        rule: whose scalars follow.
+        group: a parameter group of torch: what the rule reads, and maximize; importance_beta where it has an importance
+            of its own. Where ``group["importance"]`` names the rule's importance slot, that slot's beta, the second of
+            ``group["betas"]``, is the importance's.
+        step: the parameter's own clock, this step counted; a float, or float64 clocks in a tensor, for which what
+            depends on it, or on a number of the group that is a tensor, is a tensor.
+
+    Example:
+        >>> from epi_kernels.rules import ADAMW
+        >>> group = {"lr": 0.5, "betas": (0.5, 0.75), "eps": 0.0, "weight_decay": 0.0, "maximize": False}
+        >>> scalars_of(ADAMW, group, 1)
+        (1.0, 0.0, 1.0, 1.0, 0.5, 0.5, 0.75, 0.25, 1.0, 0.5, 0.0)
+    """
+    in_slot = rule.importance_slot is not None and group.get("importance") == rule.importance_slot
+    beta = group["betas"][1] if in_slot else group.get("importance_beta", 0.0)
+    if not isinstance(step, Tensor):
+        beta = float(beta)
+    own = SweepScalars(-1.0 if group["maximize"] else 1.0, beta, 1.0 - beta)
+    return (*own, *rule.scalars.of(group, step))
+
+
+def _vectors_of(steps: Sequence[Tensor], device: torch.device) -> tuple[list[_Elements], list[Tensor], list[int]]:
     """Return the vectors whose elements some clocks are, the clocks as elements, and the position of each in `steps`.
 
-    A clock that is an element of a vector of ours on `device` stays one. The others become elements of a new vector. The order
-    of the positions is that of the vectors and of the elements in each.
+    A clock that is an element of a vector of ours on `device` stays one. The others become elements of a new vector.
+    The order of the positions is that of the vectors and of the elements in each.
     """
     found: dict[int, tuple[Tensor, list[tuple[int, int]]]] = {}  # by id of the vector: it, and (element, position)
     strange, met = [], set()

@@ -1,8 +1,8 @@
 """Parameters found and named in torch's parameter groups, in constant time."""
 
 import zlib
+from collections.abc import Mapping
 from itertools import chain
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from epi_kernels.distributed import is_dtensor, is_slice
 from epi_kernels.engine.settings import Groups
-
 
 # what `position_of` found in the groups that were asked last: id of the groups -> id of a parameter -> position
 _found: dict[int, dict[int, tuple[int, int]]] = {}

@@ -13,8 +13,7 @@ from epi_kernels.engine.scaling import Scaling
 
 
 class Owner(Protocol):
-    """What parts see of the optimizer that they belong to: torch's attributes, and two arguments of ours, which
-    are no attributes for users."""
+    """What the parts of an optimizer see of it: torch's attributes, and two arguments that users do not read back."""
 
     param_groups: list[dict[str, Any]]
     state: Any
@@ -61,7 +60,7 @@ class Method:
         """Take in a group that was just added, or raise and leave no trace of it."""
 
     def constructed(self, owner: Owner) -> None:
-        """Do what needs all groups, once there are other groups: one was added or loaded, or the optimizer is a copy."""
+        """Do what needs all groups, once there are other groups: after an addition, a load, or in a copy."""
 
     def added(self, owner: Owner) -> None:
         """Do what is left once a group was added."""

@@ -17,7 +17,6 @@ from epi_kernels.ops.table import Uploads, zeros
 _RECENT = 8
 
 
-
 @dataclass(slots=True, eq=False)
 class _Counter:
     """The counts of one list of parameters."""

@@ -9,7 +9,7 @@ from torch.optim.optimizer import Optimizer
 
 from epi_kernels import dispatch
 from epi_kernels.contract import FLOATING
-from epi_kernels.distributed import given, is_dtensor, shard_of
+from epi_kernels.distributed import is_dtensor, shard_of
 from epi_kernels.engine import compiled
 from epi_kernels.engine.checkpoint import (
     check_form,
@@ -58,8 +58,8 @@ class Released(Protocol):
 class FusedOptimizer(Optimizer):
     """A torch optimizer whose step is a few fused passes; an optimizer of torch may stand behind it in the class.
 
-    Not used itself. It has a planner, which plans and takes steps, and a method, which says what entries move. Arguments
-    and settings of torch's are checked in torch's words.
+    Not used itself. It has a planner, which plans and takes steps, and a method, which says what entries move.
+    Arguments and settings of torch's are checked in torch's words.
 
     Args:
         params: as torch.optim.Optimizer takes them.
@@ -212,9 +212,7 @@ class FusedOptimizer(Optimizer):
         """Check that a parameter is of a kind and dtype that is taken, and the backend can run on it."""
         name = name_of(param, self.param_groups)
         if param.dtype not in self._dtypes:
-            raise NotImplementedError(
-                f"{name} is {param.dtype}; this class takes {', '.join(map(str, self._dtypes))}"
-            )
+            raise NotImplementedError(f"{name} is {param.dtype}; this class takes {', '.join(map(str, self._dtypes))}")
         if type(param.data) is not Tensor and not is_dtensor(param):
             raise NotImplementedError(
                 f"{name} is a {type(param.data).__name__}; this class takes plain tensors and DTensors"
@@ -271,9 +269,7 @@ class FusedOptimizer(Optimizer):
         self._method.catch_up(self)
         self._take_written()
         # before the hooks of the user, who shall see what a checkpoint holds
-        ours = self.register_state_dict_post_hook(
-            lambda _, packed: self._method.packed(self, packed), prepend=True
-        )
+        ours = self.register_state_dict_post_hook(lambda _, packed: self._method.packed(self, packed), prepend=True)
         try:
             return super().state_dict()
         finally:
@@ -377,9 +373,7 @@ class _Loading:
         check_state(given, own_groups, rule, known, method.state_shape, method.check_entry, complete=method.complete)
         own = [{key: group[key] for key in optimizer._ours} for group in own_groups]
         lacking = method.lacking(given)
-        groups = [
-            {**ours, **lacking, **theirs} for ours, theirs in zip(own, given["param_groups"], strict=True)
-        ]
+        groups = [{**ours, **lacking, **theirs} for ours, theirs in zip(own, given["param_groups"], strict=True)]
         # in a state of an old torch
         usual = {key: optimizer.defaults[key] for key in optimizer._shared}
         for i, group in enumerate(groups):

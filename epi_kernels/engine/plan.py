@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from epi_kernels import dispatch, native
+from epi_kernels import dispatch
 from epi_kernels.contract import check_lists
 from epi_kernels.distributed import local, local_gradient
 from epi_kernels.engine.clocks import DeviceClocks, HostClocks
@@ -28,6 +28,7 @@ from epi_kernels.engine.releases import releases_of
 from epi_kernels.engine.state import moment_dtypes, new_clock
 from epi_kernels.notices import warn
 from epi_kernels.rules import Rule
+from epi_kernels.storage import DTYPES
 
 _NOTHING: dict[str, Any] = {}
 _PLAIN = {Tensor, Parameter}
@@ -196,9 +197,9 @@ class Planner:
 
     def _up_to_date(self, owner: Owner, plan: Plan, now: Present, capturing: bool) -> Present:
         # all that a step does for each tensor is in here and in `_look`, in loops of C where there are any
-        if not plan.gone and plan.identities == self._identities(owner, plan, now):
-            if plan.memory == _memory_of(now):
-                return now
+        alike = not plan.gone and plan.identities == self._identities(owner, plan, now)
+        if alike and plan.memory == _memory_of(now):
+            return now
         if capturing:
             raise RuntimeError(
                 "step() is being captured, and it is not the step of before: its tensors are not prepared, or "
@@ -313,7 +314,7 @@ class Planner:
     def _say_what_is_slow(self, owner: Owner, params: Iterable[Tensor]) -> None:
         """Warn where "auto" takes the reference backend for parameters that have a faster one on a usual machine."""
         for param in params if owner._backend == "auto" else ():
-            if param.dtype not in native.DTYPES:
+            if param.dtype not in DTYPES:
                 continue
             dispatch.say_if_slow(param.device)
             moments = moment_dtypes(self.rule, owner.state.get(param, _NOTHING))
@@ -328,9 +329,7 @@ class Planner:
                     "each optimizer"
                 )
 
-    def _gather_clocks(
-        self, owner: Owner, plan: Plan, bundles: list[list[Tensor]], members: dict[Tensor, int]
-    ) -> None:
+    def _gather_clocks(self, owner: Owner, plan: Plan, bundles: list[list[Tensor]], members: dict[Tensor, int]) -> None:
         """Make every ``state["step"]`` an element of the vectors of the plan's clocks."""
         for param, i in members.items():
             state = owner.state[param]

@@ -1,4 +1,4 @@
-"""The settings of parameter groups: plain values, torch's checks in torch's words, and those that hold for all groups."""
+"""The settings of parameter groups: plain values, torch's checks in torch's words, and what holds for all groups."""
 
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
@@ -59,14 +59,14 @@ def check_torchs(group: Mapping[str, Any]) -> None:
             raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
         if lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
-    if not 0.0 <= lr:
+    if not lr >= 0.0:
         raise ValueError(f"Invalid learning rate: {lr}")
-    if not 0.0 <= group.get("eps", 0.0):
+    if not group.get("eps", 0.0) >= 0.0:
         raise ValueError(f"Invalid epsilon value: {group['eps']}")
     for i in (0, 1):
         if not 0.0 <= betas[i] < 1.0:
             raise ValueError(f"Invalid beta parameter at index {i}: {betas[i]}")
-    if not 0.0 <= group["weight_decay"]:
+    if not group["weight_decay"] >= 0.0:
         raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
     kinds = [isinstance(beta, Tensor) for beta in betas[:2]]
     if not (all(kinds) or all(isinstance(beta, float) for beta in betas[:2])):

@@ -32,6 +32,7 @@ class _Bundle(Bundle):
     lockable: list[bool]
     options: dict[str, list[bool]]  # optional slot -> which parameters step with it
     pairs: bool  # whether the parameters are complex, and their locks repeated for both parts
+    whole: bool = field(init=False)  # no parameter lacks a lock or a slot that others of the bundle have
 
     def tensors(self, rule: Rule, now: Present) -> ops.Tensors:
         """Return the lists that the sweep takes."""
@@ -135,7 +136,7 @@ class Sweeping(Planner):
             bad = bundle.sweep.step_(tensors, bundle.counter, scalars, rows, so_far, factor, found_inf, moved)
             counted |= bad or bundle.pairs
             for written in (tensors.params, *tensors.slots.values(), tensors.locks):
-                increment_version((one for one in written if one is not None) if None in written else written)
+                increment_version(written if bundle.whole else filter(_is_there, written))
         return counted
 
     def _pair_locks(
@@ -241,6 +242,7 @@ class Sweeping(Planner):
         options = {slot.name: [slot.wanted(group) for group in groups] for slot in self.rule.slots if slot.option}
         counter, pairs = self.nonfinite.counter(params), params[0].is_complex()
         made = _Bundle(bundle.where, bundle.groups, bundle.plain, counter, lock_in, lockable, options, pairs)
+        made.whole = all(lockable) and all(all(of_slot) or not any(of_slot) for of_slot in options.values())
         tensors = made.tensors(self.rule, now)
         if pairs and tensors.locks:
             tensors.locks, lock_in = PairLocks(tensors.locks, advances=False).pairs, "static"

@@ -145,6 +145,7 @@ def as_before(base: Optimizer) -> Iterator[None]:
 
 
 def is_torchs(base: Optimizer) -> bool:
+    """Return whether an optimizer is one of torch's own."""
     return type(base).__module__.startswith("torch.optim.")
 
 
@@ -190,5 +191,3 @@ def _goes_on(
             f"{type(base).__name__}, the base, cannot go on from {what}: {type(error).__name__}: {error}"
         ) from error
     return True
-
-

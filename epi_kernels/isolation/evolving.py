@@ -1,9 +1,8 @@
-"""Evolving isolation as the method of a fused optimizer: EPI's masks in the state, in checkpoints and under DeepSpeed."""
+"""Evolving isolation as the method of a fused optimizer: EPI's masks in state and checkpoints, and under DeepSpeed."""
 
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from epi_kernels import lock
@@ -11,7 +10,6 @@ from epi_kernels.distributed import Lost, given, local, wrapped
 from epi_kernels.engine.checkpoint import named
 from epi_kernels.engine.groups import group_of, name_of, params_of
 from epi_kernels.engine.method import Method, Owner
-from epi_kernels.engine.scaling import UNSCALED, Scaling
 from epi_kernels.engine.state import new_state
 from epi_kernels.integrations import deepspeed
 from epi_kernels.isolation.isolation import Isolation

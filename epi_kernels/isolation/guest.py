@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,9 +33,8 @@ class Guest:
         if entry is None:
             entry = state[param] = {}
         elif not isinstance(entry, MutableMapping):
-            raise TypeError(
-                f"the state of {name_of(param, owner.param_groups)} is a {type(entry).__name__}; the importance needs a dict"
-            )
+            name = name_of(param, owner.param_groups)
+            raise TypeError(f"the state of {name} is a {type(entry).__name__}; the importance needs a dict")
         elif not entry:
             self.emptied.add(param)
         entry["importance"] = signed
@@ -108,8 +106,9 @@ class Guest:
                         if isinstance(signed, Tensor)
                         else f"a {type(signed).__name__}"
                     )
+                    name = name_of(param, owner.param_groups)
                     raise ValueError(
-                        f'state[p]["importance"] of {name_of(param, owner.param_groups)} is {what}, and the parameter has shape '
+                        f'state[p]["importance"] of {name} is {what}, and the parameter has shape '
                         f"{tuple(param.shape)} on {param.device}: it must be torch.float32 of that shape there. Bring "
                         "it into that form (0 for a new entry, which is free), or delete it, which starts over at 0 "
                         "with nothing locked"

@@ -17,6 +17,7 @@ LayersArgument = Literal["auto", "block", "tensor"] | Callable[[str], str]
 
 GROUPINGS = ("auto", "block", "tensor")
 
+
 def block(name: str) -> str:
     """Return the layer of a parameter: its transformer block, or its module where it is in none.
 

@@ -84,6 +84,7 @@ class Protected:
         if known is not None and seen is not None and known.signed() is signed:
             self._positions[id(param)] = known._replace(seen=seen)
 
+
 def _seen(signed: Tensor) -> tuple[int, int] | None:
     """Return the address and version of the memory of an importance; None: nobody counts its versions."""
     held = local(signed)

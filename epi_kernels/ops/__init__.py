@@ -5,27 +5,26 @@
 """
 
 from epi_kernels.ops.functional import (
-    SparseSweep,
-    Sweep,
     find_threshold,
     gradient_sums_,
     importance_,
     lock_,
-    masked_adamw_,
     score_histogram,
     select_digit_,
-    sparse_adamw_,
 )
+from epi_kernels.ops.steps import gather_, prepared_gather, prepared_sweep, sweep_
+from epi_kernels.ops.tensors import Tensors
 
 __all__ = [
-    "SparseSweep",
-    "Sweep",
+    "Tensors",
     "find_threshold",
+    "gather_",
     "gradient_sums_",
     "importance_",
     "lock_",
-    "masked_adamw_",
+    "prepared_gather",
+    "prepared_sweep",
     "score_histogram",
     "select_digit_",
-    "sparse_adamw_",
+    "sweep_",
 ]

@@ -1,7 +1,7 @@
 """The per-element mathematics in plain torch, a function per equation; it works in float32 and float64 on any device.
 
 What decides a mask rounds operation by operation, in the order written here, so that every backend can reproduce its
-bits; what moves a parameter rounds as torch.optim.AdamW does. No function changes its arguments.
+bits. No function changes its arguments. How a parameter moves is in `epi_kernels.rules`.
 """
 
 import torch
@@ -28,46 +28,6 @@ def importance_average(importance: Tensor, grad: Tensor, beta: float, one_minus_
 def noticed(value: Tensor) -> Tensor:
     """Return a tensor >= 0 with 0 where a float32 is below `epi_kernels.contract.NEGLIGIBLE`; float64 as it is."""
     return torch.where(value < NEGLIGIBLE, torch.zeros_like(value), value) if value.dtype == torch.float32 else value
-
-
-def first_moment(exp_avg: Tensor, grad: Tensor, one_minus_beta1: float) -> Tensor:
-    """Return m + (1 - beta1) * (g - m) of AdamW (arXiv 1711.05101), rounded as torch.optim.AdamW rounds it."""
-    # lerp multiplies and adds with one rounding. With two, where g and m nearly cancel, the step of a small weight was
-    # 48 ulp away from torch's
-    if one_minus_beta1 == 1.0:
-        # g, but where m is not finite. torch.lerp gives a zero either sign, by the entry's place in a vector
-        return grad - (grad - exp_avg) * 0.0
-    return torch.lerp(exp_avg, grad, one_minus_beta1)
-
-
-def second_moment(exp_avg_sq: Tensor, grad: Tensor, beta2: float, one_minus_beta2: float) -> Tensor:
-    """Return beta2 * v + (1 - beta2) * g * g of AdamW, rounded as torch.optim.AdamW rounds it: one multiply-add."""
-    return torch.addcmul(exp_avg_sq * beta2, grad, grad, value=one_minus_beta2)
-
-
-def moved(
-    param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, decay: float, step_size: float, correction: float, eps: float
-) -> Tensor:
-    """Return (1 - lr * lambda) * theta - step_size * m / (sqrt(v) / correction + eps), the AdamW step.
-
-    Args:
-        param: theta.
-        exp_avg: m, this step's gradient included; same shape and dtype.
-        exp_avg_sq: v, likewise.
-        decay: 1 - lr * lambda.
-        step_size: lr / (1 - beta1^t).
-        correction: sqrt(1 - beta2^t).
-        eps: added to the denominator.
-    """
-    return param * decay - exp_avg * step_size / (square_root(exp_avg_sq) / correction + eps)
-
-
-def square_root(value: Tensor) -> Tensor:
-    """Return the square root, correctly rounded in float32."""
-    # torch.sqrt may be MKL's, which takes the wrong neighbour for 0.6 to 20% of the float32 roots (torch 2.13, AVX-512,
-    # Xeon and EPYC). A root in double, even off by an ulp, is never so close to the middle of two float32 as to round
-    # wrongly
-    return value.double().sqrt().to(value.dtype)
 
 
 def advanced_importance(

@@ -1,7 +1,7 @@
 """The per-element mathematics in Triton: names, equations and roundings of equations.py, in float32.
 
 Compile with `enable_fp_fusion=False`: every product and sum rounds on its own unless `fma` says otherwise, or masks
-would differ between backends. Signs and NaN are tested on bits, as csrc/adamw.h does.
+would differ between backends. Signs and NaN are tested on bits, as csrc/importance.h does.
 """
 
 import triton
@@ -88,31 +88,3 @@ def score(signed, low, high, NORMALIZED: tl.constexpr):
         quotient = noticed(tl.div_rn(distance, tl.broadcast_to(span, value.shape)))
         value = tl.where(valid, quotient, 0.0)
     return tl.where(bits < INFINITE, value, 0.0)
-
-
-# AdamW
-
-
-@triton.jit
-def first_moment(exp_avg, grad, one_minus_beta1):
-    near = one_minus_beta1 < 0.5
-    # not one_minus_beta1 - 1, which is +0 where beta1 is 0: the sign of a zero moment would be another
-    weight = tl.where(near, one_minus_beta1, -(1.0 - one_minus_beta1))
-    return tl.fma(weight, grad - exp_avg, tl.where(near, exp_avg, grad))
-
-
-@triton.jit
-def second_moment(exp_avg_sq, grad, beta2, one_minus_beta2):
-    return tl.fma(grad * one_minus_beta2, grad, exp_avg_sq * beta2)
-
-
-@triton.jit
-def maximum(left, right):
-    # a NaN on either side is the result
-    return tl.where((left > right) | ((bits_of(left) & _MAGNITUDE) > INFINITE), left, right)
-
-
-@triton.jit
-def moved(param, exp_avg, exp_avg_sq, decay, step_size, correction, eps):
-    root = tl.div_rn(tl.sqrt_rn(exp_avg_sq), tl.broadcast_to(correction, exp_avg_sq.shape))
-    return param * decay - tl.div_rn(exp_avg * step_size, root + eps)

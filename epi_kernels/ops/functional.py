@@ -1,4 +1,4 @@
-"""The operations, one in-place function each: check, choose a backend, run.
+"""The operations of importance and threshold, one function each: check, choose a backend, run.
 
 They are registered with torch (``torch.ops.epi_kernels.*``), so that ``torch.compile`` sees one opaque node, and each
 has a fake implementation. All of them work on lists: one call serves every tensor of one device and dtype combination.
@@ -14,171 +14,17 @@ from torch import Tensor
 
 from epi_kernels.contract import (
     KEY_DIGITS,
-    check_indices,
     check_lists,
-    check_one_dtype,
     check_positions,
-    check_rows,
     check_tensor,
     check_value,
 )
 from epi_kernels.dispatch import choose
 from epi_kernels.ops.table import on_device
+from epi_kernels.ops.tensors import dtypes_of
 
 # of a histogram: a digit has at most this many values
 _MOST_BINS = 1 << max(KEY_DIGITS)
-
-LOCK_IN = ("none", "importance", "exp_avg_sq", "static")
-
-
-class Sweep:
-    """`masked_adamw_` prepared for its tensors, for an optimizer that steps the same ones again and again.
-
-    What does not change from step to step, the checks and the table that a backend makes of the tensors, is done once.
-    No tensor is kept: `step_` is given them again.
-
-    Args:
-        params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, locks, lock_in, lockable, backend: see `masked_adamw_`.
-
-    Raises:
-        ValueError, TypeError, NotImplementedError, RuntimeError: as `masked_adamw_`.
-    """
-
-    def __init__(
-        self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        exp_avgs: Sequence[Tensor],
-        exp_avg_sqs: Sequence[Tensor],
-        max_exp_avg_sqs: Sequence[Tensor | None],
-        locks: Sequence[Tensor | None],
-        lock_in: str,
-        lockable: Sequence[bool],
-        backend: str,
-    ) -> None:
-        check_lists(
-            params=params,
-            grads=grads,
-            exp_avgs=exp_avgs,
-            exp_avg_sqs=exp_avg_sqs,
-            max_exp_avg_sqs=max_exp_avg_sqs,
-            locks=locks,
-        )
-        check_one_dtype(params=params, grads=grads)
-        _check_locks(locks, lock_in, lockable, len(params))
-        self._sweep = None
-        if params:
-            absent = [None] * len(params)
-            lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs or absent, locks or absent)
-            states = _dtypes(exp_avgs, exp_avg_sqs, max_exp_avg_sqs, [] if lock_in == "static" else locks)
-            chosen = choose("masked_adamw_", params[0].device, backend, _dtypes(params, grads), states)
-            self._sweep = chosen.module.Sweep(*lists, lock_in, lockable)
-
-    def step_(
-        self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        exp_avgs: Sequence[Tensor],
-        exp_avg_sqs: Sequence[Tensor],
-        max_exp_avg_sqs: Sequence[Tensor | None],
-        locks: Sequence[Tensor | None],
-        nonfinite: Tensor,
-        scalars: Tensor,
-        rows: Sequence[int],
-        *,
-        advanced: bool | Tensor,
-        grad_factor: Tensor | None = None,
-        found_inf: Tensor | None = None,
-        moved: bool = False,
-    ) -> None:
-        """Take one step of all the tensors; the arguments are those of `masked_adamw_`.
-
-        `advanced` may be float32, one value on the tensors' device, where the host does not know it: not 0 is True.
-        `scalars` may be float32 on that device.
-
-        The tensors have the shapes, strides, dtypes and devices of the constructor's: that is not checked again. Where
-        any but the gradients lies at another address than in the constructor, say so by `moved`.
-        """
-        if self._sweep is None:
-            return
-        if not max_exp_avg_sqs or not locks:
-            absent = [None] * len(params)
-            max_exp_avg_sqs, locks = max_exp_avg_sqs or absent, locks or absent
-        lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, locks)
-        self._sweep.step_(*lists, moved, nonfinite, scalars, rows, advanced, grad_factor, found_inf)
-        optional = [tensor for tensor in (*max_exp_avg_sqs, *locks) if tensor is not None]
-        torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *optional])
-
-
-@torch.library.custom_op(
-    "epi_kernels::masked_adamw_",
-    mutates_args=("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "locks", "nonfinite"),
-)
-def masked_adamw_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor | None],
-    locks: Sequence[Tensor | None],
-    nonfinite: Tensor,
-    scalars: Tensor,
-    rows: Sequence[int],
-    lock_in: str,
-    lockable: Sequence[bool],
-    advanced: bool,
-    grad_factor: Tensor | None,
-    found_inf: Tensor | None,
-    backend: str,
-) -> None:
-    """Take one AdamW step in place; entries that are locked keep their bits, their moments advance all the same.
-
-    ::
-
-        g <- factor g
-        S <- beta S + (1 - beta) g^2                                     EPI (arXiv 2604.14010) Eq. 5
-        m <- m + (1 - beta1)(g - m)                                      AdamW (arXiv 1711.05101) Alg. 2
-        v <- beta2 v + (1 - beta2) g^2
-        theta <- theta                                                   where locked, EPI Eq. 12-13
-        theta <- (1 - lr lambda) theta - step_size m / (sqrt(v) / correction + eps)      elsewhere
-
-    Args:
-        params: theta, floating point, of one dtype; written.
-        grads: same shapes, any one floating dtype; read.
-        exp_avgs: m; written.
-        exp_avg_sqs: v; written. Signed (see `epi_kernels.lock`) with ``lock_in="exp_avg_sq"``.
-        max_exp_avg_sqs: largest v so far, for AMSGrad; written. None, or an empty list: no AMSGrad.
-        locks: of the lockable tensors, with ``lock_in="importance"`` the signed S, written; with ``"static"`` int8,
-            read; else None, or an empty list.
-        nonfinite: int64 [tensors]; the number of entries whose g^2 was NaN or infinite is added. Such an entry of S
-            stays as it was.
-        scalars: float64 [n, 11] on the CPU, rows of `epi_kernels.contract.Scalars`.
-        rows: which of them each tensor uses.
-        lock_in: where the lock bit is: "none", "importance", "exp_avg_sq" or "static".
-        lockable: the tensors for which that holds; the others have no lock.
-        advanced: True when this step's g^2 is in the signed tensor already (a refresh came first).
-        grad_factor: float32, one value on the tensors' device, by which every gradient is multiplied first: 1 / scale
-            of automatic mixed precision, a clip factor, or their product.
-        found_inf: float32, one value on the tensors' device. Where it is not 0 nothing changes at all.
-        backend: "auto" or the name of one.
-
-    Raises:
-        ValueError: lists do not belong together, `lock_in` is unknown, or the backend is.
-        TypeError: params or grads have several dtypes; a lock with ``lock_in="static"`` is not int8.
-        NotImplementedError: the backend does not have this operation.
-        RuntimeError: the backend cannot run on these tensors.
-    """
-    sweep = Sweep(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, locks, lock_in, lockable, backend)
-    check_rows(scalars, rows, len(params))
-    if params:
-        check_tensor("nonfinite", nonfinite, torch.int64, (len(params),), params[0].device)
-        check_value("grad_factor", grad_factor, params[0].device)
-        check_value("found_inf", found_inf, params[0].device)
-    lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, locks)
-    sweep.step_(*lists, nonfinite, scalars, rows, advanced=advanced, grad_factor=grad_factor, found_inf=found_inf)
-
-
-masked_adamw_.register_fake(lambda *_: None)
 
 
 @torch.library.custom_op("epi_kernels::importance_", mutates_args=("importances", "ranges", "nonfinite"))
@@ -232,7 +78,7 @@ def importance_(
     check_positions("layers", layers, count, "ranges", len(ranges))
     check_value("grad_factor", grad_factor, device)
     check_value("due", due, device)
-    choose("importance_", ranges.device, backend, _dtypes(grads), _dtypes(importances)).module.importance_(
+    choose("importance_", ranges.device, backend, dtypes_of(grads), dtypes_of(importances)).module.importance_(
         importances, grads, ranges, nonfinite, betas, layers, keep_finite, grad_factor, due
     )
 
@@ -262,8 +108,8 @@ def gradient_sums_(
     """
     check_lists(sums=sums, square_sums=square_sums, grads=grads)
     if sums:
-        states = _dtypes(sums, square_sums)
-        chosen = choose("gradient_sums_", sums[0].device, backend, _dtypes(grads), states)
+        states = dtypes_of(sums, square_sums)
+        chosen = choose("gradient_sums_", sums[0].device, backend, dtypes_of(grads), states)
         chosen.module.gradient_sums_(sums, square_sums, grads)
 
 
@@ -311,7 +157,7 @@ def score_histogram(
     check_tensor("selection", selection, torch.int64, (len(selection), 2), selection.device)
     if not (1 <= bins <= _MOST_BINS and bins & (bins - 1) == 0 and 0 <= shift < 31):
         raise ValueError(f"bins is {bins} and shift {shift}; bins is a power of two up to {_MOST_BINS}, shift 0 to 30")
-    chosen = choose("score_histogram", selection.device, backend, states=_dtypes(importances))
+    chosen = choose("score_histogram", selection.device, backend, states=dtypes_of(importances))
     return cast(
         Tensor, chosen.module.score_histogram(importances, layers, ranges, budgets, selection, shift, bins, due)
     )
@@ -394,7 +240,7 @@ def lock_(
     """
     _check_scored(importances, layers, ranges, budgets, due, "thresholds", len(thresholds), thresholds.device)
     check_tensor("thresholds", thresholds, torch.float32, (len(thresholds),), thresholds.device)
-    chosen = choose("lock_", thresholds.device, backend, states=_dtypes(importances))
+    chosen = choose("lock_", thresholds.device, backend, states=dtypes_of(importances))
     return cast(Tensor, chosen.module.lock_(importances, layers, ranges, budgets, thresholds, due))
 
 
@@ -409,119 +255,6 @@ def _(
     backend: str,
 ) -> Tensor:
     return torch.empty(len(importances), 3, dtype=torch.int64, device=thresholds.device)
-
-
-class SparseSweep:
-    """`sparse_adamw_` prepared for its tensors, for an optimizer that steps the same ones again and again.
-
-    No tensor is kept: `step_` is given them again. Offsets that a backend made from indices live as long as these.
-
-    Args:
-        params, grads, indices, exp_avgs, exp_avg_sqs, backend: see `sparse_adamw_`.
-
-    Raises:
-        ValueError, TypeError, NotImplementedError, RuntimeError: as `sparse_adamw_`.
-    """
-
-    def __init__(
-        self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        indices: Sequence[Tensor],
-        exp_avgs: Sequence[Tensor],
-        exp_avg_sqs: Sequence[Tensor],
-        backend: str,
-    ) -> None:
-        check_lists(params=params, grads=grads)
-        check_one_dtype(params=params, grads=grads)
-        check_indices(params, indices, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
-        self._sweep = None
-        if params:
-            states = _dtypes(exp_avgs, exp_avg_sqs)
-            chosen = choose("sparse_adamw_", params[0].device, backend, _dtypes(params, grads), states)
-            self._sweep = chosen.module.Sweep(params, grads, indices, exp_avgs, exp_avg_sqs)
-
-    def step_(
-        self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        indices: Sequence[Tensor],
-        exp_avgs: Sequence[Tensor],
-        exp_avg_sqs: Sequence[Tensor],
-        scalars: Tensor,
-        rows: Sequence[int],
-    ) -> None:
-        """Take one step of all the tensors; the arguments are those of `sparse_adamw_`.
-
-        All but the gradients are the constructor's; the gradients have the shapes, strides, dtypes and devices of the
-        constructor's. That is not checked again.
-        """
-        if self._sweep is not None:
-            self._sweep.step_(params, grads, indices, exp_avgs, exp_avg_sqs, scalars, rows)
-            torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs])
-
-
-@torch.library.custom_op("epi_kernels::sparse_adamw_", mutates_args=("params", "exp_avgs", "exp_avg_sqs"))
-def sparse_adamw_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    indices: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    scalars: Tensor,
-    rows: Sequence[int],
-    backend: str,
-) -> None:
-    """Take one AdamW step of selected entries in place; the others are not touched, and cost nothing.
-
-    The equations are those of `masked_adamw_` without a lock. State and time are in proportion to the entries selected.
-
-    Args:
-        params: theta, floating point, of one dtype; written at the selected entries alone.
-        grads: same shapes, any one floating dtype; read.
-        indices: 1-D, int64 or int32, for each parameter: the positions of its selected entries in row-major order of
-            its shape, whatever its strides; strictly increasing. Order and distinctness are the caller's business.
-        exp_avgs: m, 1-D, one value for each index; written.
-        exp_avg_sqs: v, likewise.
-        scalars: float64 [n, 11] on the CPU, rows of `epi_kernels.contract.Scalars`.
-        rows: which of them each tensor uses.
-        backend: "auto" or the name of one.
-
-    Raises:
-        ValueError: lists do not belong together, or the backend is unknown. On the CPU also: the first or the last
-            index of a tensor is out of range.
-        TypeError: indices are not integers; params or grads have several dtypes.
-        NotImplementedError: the backend does not have this operation.
-        RuntimeError: the backend cannot run on these tensors.
-
-    Example:
-        >>> theta, scalars = torch.ones(2, 2), Scalars(1.0, 1.0, 0.9, 0.1, 0.99, 0.01, 1.0, 0.1, 0.0, 0.0, 1.0)
-        >>> state = [torch.zeros(1)], [torch.zeros(1)]
-        >>> grads, indices = [torch.ones(2, 2)], [torch.tensor([2])]
-        >>> sparse_adamw_([theta], grads, indices, *state, torch.tensor([scalars], dtype=torch.float64), [0], "auto")
-        >>> theta
-        tensor([[1.0000, 1.0000],
-                [0.9000, 1.0000]])
-    """
-    sweep = SparseSweep(params, grads, indices, exp_avgs, exp_avg_sqs, backend)
-    check_rows(scalars, rows, len(params))
-    sweep.step_(params, grads, indices, exp_avgs, exp_avg_sqs, scalars, rows)
-
-
-sparse_adamw_.register_fake(lambda *_: None)
-
-
-def _check_locks(locks: Sequence[Tensor | None], lock_in: str, lockable: Sequence[bool], count: int) -> None:
-    if lock_in not in LOCK_IN:
-        raise ValueError(f"Invalid lock_in: {lock_in!r}; choose one of {LOCK_IN}")
-    if len(lockable) != count:
-        raise ValueError(f"lockable has {len(lockable)} values for {count} params; pass one for each")
-    for i, can in enumerate(lockable):
-        fixed = locks[i] if locks else None
-        if (fixed is not None) != (can and lock_in in ("importance", "static")):
-            raise ValueError(f"locks[{i}] is {'None' if fixed is None else 'a tensor'} with {lock_in=}, lockable={can}")
-        if fixed is not None and lock_in == "static" and fixed.dtype != torch.int8:
-            raise TypeError(f"locks[{i}] is {fixed.dtype}; with lock_in='static' pass int8")
 
 
 def _check_devices(importances: Sequence[Tensor], device: torch.device) -> None:
@@ -548,10 +281,6 @@ def _check_scored(
         check_positions("layers", layers, len(importances), "ranges", len(ranges))
     check_positions("budgets", budgets, len(importances), of_budgets, budget_count)
     check_value("due", due, device)
-
-
-def _dtypes(*lists: Sequence[Tensor | None]) -> frozenset[torch.dtype]:
-    return frozenset(tensor.dtype for tensors in lists for tensor in tensors if tensor is not None)
 
 
 def find_threshold(

@@ -1,8 +1,8 @@
 """Lists of tensors as one table in the memory of a device, so that one launch serves them all.
 
-A row of 64-bit words describes a tensor: its size, addresses, and whatever a kernel wants to know about it. A launch
-has a program for each *piece*, a run of entries of one tensor; a second table says which. Both go up from pinned memory
-without waiting, and only when they differ from what is there already.
+A row of 64-bit words describes a tensor: its size, addresses, and whatever a kernel wants to know about it
+(`epi_kernels.schema`). A launch has a program for each *chunk*, a run of entries of one tensor; a second table says
+which. Both go up from pinned memory without waiting, and only when they differ from what is there already.
 """
 
 import functools
@@ -14,32 +14,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# a piece is tensor << PIECE_BITS | number of the piece in that tensor
-PIECE_BITS = 40
+from epi_kernels.schema import CHUNK_BITS
 
 # the alignment, in bytes, from which kernels read and write 128 bits at a time
 ALIGNMENT = 16
 
 
 class Table:
-    """The rows and pieces of a list of tensors on `device`.
+    """The rows and chunks of a list of tensors on `device`.
 
     Args:
         fields: the names of the words of a row, in order. "size" is filled here, and so is "aligned": 1 where every
             address of the row is a multiple of ALIGNMENT. `set` gives the others.
         sizes: the number of entries of each tensor.
-        piece: entries of a piece, the last of a tensor excepted.
+        chunk: entries of a chunk, the last of a tensor excepted.
         device: where the table is read.
 
     Example:
-        >>> table = Table(("size", "layer"), sizes=[5, 0, 2], piece=4, device=torch.device("cpu"))
+        >>> table = Table(("size", "layer"), sizes=[5, 0, 2], chunk=4, device=torch.device("cpu"))
         >>> table.set("layer", [1, 1, 2])
-        >>> table.rows().tolist(), [(int(p) >> 40, int(p) & 1) for p in table.pieces]
+        >>> table.rows().tolist(), [(int(p) >> 40, int(p) & 1) for p in table.chunks]
         ([[5, 1], [0, 1], [2, 2]], [(0, 0), (0, 1), (2, 0)])
     """
 
-    def __init__(self, fields: Sequence[str], sizes: Sequence[int], piece: int, device: torch.device) -> None:
-        self.pieces = _pieces_of(tuple(sizes), piece, device)
+    def __init__(self, fields: Sequence[str], sizes: Sequence[int], chunk: int, device: torch.device) -> None:
+        self.chunks = _chunks_of(tuple(sizes), chunk, device)
         self._columns = {name: i for i, name in enumerate(fields)}
         self._host = np.zeros((len(sizes), len(fields)), np.int64)
         self._addresses: set[int] = set()  # columns
@@ -73,7 +72,7 @@ class Table:
             self._there = on_device(values, self._device) if uploads is None else uploads.of(values, self._device)
         uploads = Uploads.current()
         if uploads is not None:  # they may have been sent up in a step long before
-            uploads.keep((self.pieces, self._there))
+            uploads.keep((self.chunks, self._there))
         if due is None:
             return self._there
         rows = self._there.clone()
@@ -166,23 +165,23 @@ def _pinned_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.zeros(shape, dtype=dtype, device="cpu", pin_memory=True)
 
 
-def _pieces_of(sizes: tuple[int, ...], piece: int, device: torch.device) -> Tensor:
-    """Return int64 [pieces], tensor << PIECE_BITS | number, for the pieces of every tensor in order.
+def _chunks_of(sizes: tuple[int, ...], chunk: int, device: torch.device) -> Tensor:
+    """Return int64 [chunks], tensor << CHUNK_BITS | number, for the chunks of every tensor in order.
 
     Tables of the same sizes share it, within a stream: another may run ahead of the copy. While a graph is captured
     nothing is copied yet, and what is shared would stay unfilled for those that have no part in the graph.
     """
     if device.type != "cuda":
-        return _pieces(sizes, piece, device, 0)
+        return _chunks(sizes, chunk, device, 0)
     stream = torch.cuda.current_stream(device).cuda_stream
-    make = _pieces.__wrapped__ if torch.cuda.is_current_stream_capturing() else _pieces
-    return make(sizes, piece, device, stream)
+    make = _chunks.__wrapped__ if torch.cuda.is_current_stream_capturing() else _chunks
+    return make(sizes, chunk, device, stream)
 
 
 @functools.lru_cache(maxsize=16)
-def _pieces(sizes: tuple[int, ...], piece: int, device: torch.device, stream: int) -> Tensor:
-    counts = -(-np.asarray(sizes, np.int64) // piece)
+def _chunks(sizes: tuple[int, ...], chunk: int, device: torch.device, stream: int) -> Tensor:
+    counts = -(-np.asarray(sizes, np.int64) // chunk)
     ends = counts.cumsum()
     tensors = np.repeat(np.arange(len(sizes), dtype=np.int64), counts)
     numbers = np.arange(len(tensors), dtype=np.int64) - np.repeat(ends - counts, counts)
-    return on_device(torch.from_numpy(tensors << PIECE_BITS | numbers), device)
+    return on_device(torch.from_numpy(tensors << CHUNK_BITS | numbers), device)

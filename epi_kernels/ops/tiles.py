@@ -1,6 +1,6 @@
-"""How every Triton kernel finds its piece of a table and reads and writes it, tile by tile.
+"""How every Triton kernel finds its chunk of a table and reads and writes it, tile by tile.
 
-A program takes one piece (`epi_kernels.ops.table`): TILES tiles of BLOCK entries, 4 for each thread. Four is what keeps
+A program takes one chunk (`epi_kernels.ops.table`): TILES tiles of BLOCK entries, 4 for each thread. Four is what keeps
 all dtypes in one layout at the widest access: 128 bits of float32, 64 of bfloat16. With 8, layouts differ, and the
 compiler moves tiles between them through shared memory.
 
@@ -16,13 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from epi_kernels.ops.table import ALIGNMENT, PIECE_BITS, current
+from epi_kernels.ops.table import ALIGNMENT, current
+from epi_kernels.schema import CHUNK_BITS, Row
+from epi_kernels.storage import DTYPES as CODES
+from epi_kernels.storage import STORAGES
 
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 # interpreted, a program costs 20 ms whatever its size; TILES stays above 1 so that the loop is held too
 BLOCK, TILES = (4096, 2) if _INTERPRETED else (512, 8)
-PIECE = BLOCK * TILES
+CHUNK = BLOCK * TILES
 
 # the launch options of every kernel: 4 warps are 4 entries of a block for each thread
 OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
@@ -46,59 +49,68 @@ class Variant(NamedTuple):
 
 
 # of parameters and gradients
-DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+DTYPES = {storage.dtype: getattr(tl, storage.name) for storage in STORAGES}
 
-_PIECE_BITS = tl.constexpr(PIECE_BITS)
-_PIECE_MASK = tl.constexpr((1 << PIECE_BITS) - 1)
+_CHUNK_BITS = tl.constexpr(CHUNK_BITS)
+_CHUNK_MASK = tl.constexpr((1 << CHUNK_BITS) - 1)
 _ALIGNMENT = tl.constexpr(ALIGNMENT)
 
 
-def launch(kernel: Any, programs: int, device: torch.device, *arguments: object) -> None:
-    """Launch a kernel on `device`, a program for each piece; nothing, where there is none."""
+_FLOAT32, _BFLOAT16 = (tl.constexpr(CODES[dtype]) for dtype in (torch.float32, torch.bfloat16))
+_SIZE = tl.constexpr(0)  # the first word of every row
+
+
+def words(row: Row, *names: str) -> list[Any]:
+    """Return the positions of words of a row, as a kernel may use them."""
+    return [tl.constexpr(row.word(name)) for name in names]
+
+
+def launch(kernel: Any, programs: int, device: torch.device, *arguments: object, **constants: object) -> None:
+    """Launch a kernel on `device`, a program for each chunk; nothing, where there is none."""
     if programs:
         with current(device):
-            kernel[(programs,)](*arguments, **OPTIONS)
+            kernel[(programs,)](*arguments, **constants, **OPTIONS)
 
 
 def dtype_codes(tensors: Sequence[Tensor | None]) -> list[int]:
-    """Return the code by which `read_as_float32` knows the dtype of each tensor; None has any."""
-    return [0 if tensor is None else list(DTYPES).index(tensor.dtype) for tensor in tensors]
+    """Return the number by which `read_as_float32` knows the dtype of each tensor; None has any."""
+    return [0 if tensor is None else CODES[tensor.dtype] for tensor in tensors]
 
 
 @triton.jit
-def located(pieces, PIECE: tl.constexpr):
-    """Return (tensor, first entry) of this program's piece, both int64."""
-    piece = tl.load(pieces + tl.program_id(0))
-    return piece >> _PIECE_BITS, (piece & _PIECE_MASK) * PIECE
+def located(chunks, CHUNK: tl.constexpr):
+    """Return (tensor, first entry) of this program's chunk, both int64."""
+    chunk = tl.load(chunks + tl.program_id(0))
+    return chunk >> _CHUNK_BITS, (chunk & _CHUNK_MASK) * CHUNK
 
 
 @triton.jit
-def left_of(row, start, PIECE: tl.constexpr):
-    """Return how many of a piece's entries the tensor of this row has, int32: 0 where it ends before them.
+def left_of(row, start, CHUNK: tl.constexpr):
+    """Return how many of a chunk's entries the tensor of this row has, int32: 0 where it ends before them.
 
     A row has size 0 where a refresh is not due, and `start` may be beyond 2^31: the difference fits no int32 then.
     """
-    return tl.maximum(tl.minimum(tl.load(row) - start, PIECE), 0).to(tl.int32)
+    return tl.maximum(tl.minimum(tl.load(row + _SIZE) - start, CHUNK), 0).to(tl.int32)
 
 
 @triton.jit
-def pointer(word, start, DTYPE: tl.constexpr):
-    """Return the pointer to entry `start` of the tensor whose address is at `word`.
+def pointer(address, start, DTYPE: tl.constexpr):
+    """Return the pointer to entry `start` of the tensor at an address.
 
     It promises an alignment that only a full tile of an aligned tensor may use: see `read`.
     """
     # the promise must be on the address itself: behind the addition it is not seen
-    return tl.multiple_of(tl.load(word).to(tl.pointer_type(DTYPE)), _ALIGNMENT) + start
+    return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), _ALIGNMENT) + start
 
 
 @triton.jit
-def scattered(word, start, DTYPE: tl.constexpr):
-    """Return the pointer to entry `start` of the tensor whose address is at `word`, without a promise.
+def scattered(address, start, DTYPE: tl.constexpr):
+    """Return the pointer to entry `start` of the tensor at an address, without a promise.
 
     The entries of a thread are then not side by side, but as far apart as there are threads. That is how an atomic, a
     gather and a scatter want them: with neighbours, the compiler moves each tile from one layout into the other.
     """
-    return tl.load(word).to(tl.pointer_type(DTYPE)) + start
+    return address.to(tl.pointer_type(DTYPE)) + start
 
 
 @triton.jit
@@ -121,12 +133,12 @@ def write(at, offsets, value, left, FULL: tl.constexpr):
 
 
 @triton.jit
-def read_as_float32(word, code, start, offsets, left, FULL: tl.constexpr):
+def read_as_float32(address, code, start, offsets, left, FULL: tl.constexpr):
     """Return entries of a tensor whose dtype is known at run time alone (`dtype_codes`), as float32."""
-    if code == 0:
-        value = read(pointer(word, start, tl.float32), offsets, left, FULL)
-    elif code == 1:
-        value = read(pointer(word, start, tl.bfloat16), offsets, left, FULL).to(tl.float32)
+    if code == _FLOAT32:
+        value = read(pointer(address, start, tl.float32), offsets, left, FULL)
+    elif code == _BFLOAT16:
+        value = read(pointer(address, start, tl.bfloat16), offsets, left, FULL).to(tl.float32)
     else:
-        value = read(pointer(word, start, tl.float16), offsets, left, FULL).to(tl.float32)
+        value = read(pointer(address, start, tl.float16), offsets, left, FULL).to(tl.float32)
     return value

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.lbfgs import LBFGS
 from torch.optim.optimizer import Optimizer
 
-from epi_kernels import dispatch, native, ops
+from epi_kernels import dispatch, ops
 from epi_kernels.distributed import given, local, local_gradient
 from epi_kernels.engine.checkpoint import check_form, in_our_order, pairs_of
 from epi_kernels.engine.complex import squared_by_importance
@@ -28,6 +28,7 @@ from epi_kernels.isolation.isolation import Isolation
 from epi_kernels.isolation.layers import LayersArgument
 from epi_kernels.isolation.protected import Protected, lock_again, put_back
 from epi_kernels.isolation.settings import CLOCK, SETTINGS, SHARED, check_settings
+from epi_kernels.storage import DTYPES
 
 
 class IsolatedOptimizer(Isolating, Optimizer):
@@ -356,7 +357,7 @@ class IsolatedOptimizer(Isolating, Optimizer):
         """Advance the importance by the gradients."""
         for device in dict.fromkeys(param.device for param in stepping):
             here = [param for param in stepping if param.device == device]
-            if self._backend == "auto" and any(param.dtype in native.DTYPES for param in here):
+            if self._backend == "auto" and any(param.dtype in DTYPES for param in here):
                 dispatch.say_if_slow(device)
             signed = [self.state[param]["importance"] for param in here]
             betas = [stepping[param]["importance_beta"] for param in here]

@@ -202,4 +202,6 @@ def _check(model: torch.nn.Module, optimizer: FusedOptimizer) -> None:
                     "remove() that release first"
                 )
             if param.grad is not None:
-                raise ValueError(f"{name_of(param, optimizer.param_groups)} has a gradient already; call optimizer.zero_grad() first")
+                raise ValueError(
+                    f"{name_of(param, optimizer.param_groups)} has a gradient already; call optimizer.zero_grad() first"
+                )

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from epi_kernels import native
+from epi_kernels import native, schema
 from epi_kernels.ops.flat import Flat
 
 
@@ -25,8 +25,8 @@ def importance_(
     if due is not None and not due:
         return
     flat = Flat(written=[importances], read=[grads])
-    table = native.table_of(native.IMPORTANCE_TENSOR, importance=flat.written[0], grad=flat.read[0])
-    table["betas"] = betas.float().numpy()
+    table = native.table_of(schema.IMPORTANCE.struct, importance=flat.written[0], grad=flat.read[0])
+    table["beta"], table["one_minus_beta"] = betas.float().numpy().T
     table["layer"] = np.asarray(layers, np.int32)
     found = torch.empty(len(ranges), 2, dtype=torch.float32, device="cpu")
     factor = 1.0 if grad_factor is None else grad_factor.item()
@@ -40,6 +40,6 @@ def importance_(
 def gradient_sums_(sums: Sequence[Tensor], square_sums: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     """Add g and g^2 in place; contract: `epi_kernels.ops.gradient_sums_`."""
     flat = Flat(written=[sums, square_sums], read=[grads])
-    table = native.table_of(native.SUMS_TENSOR, sum=flat.written[0], square_sum=flat.written[1], grad=flat.read[0])
+    table = native.table_of(schema.SUMS.struct, sum=flat.written[0], square_sum=flat.written[1], grad=flat.read[0])
     native.call("epi_gradient_sums", table)
     flat.write_back()

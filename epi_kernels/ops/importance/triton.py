@@ -18,19 +18,22 @@ from epi_kernels.ops.equations_triton import (
 )
 from epi_kernels.ops.flat import Flat
 from epi_kernels.ops.table import Table, on_device
-from epi_kernels.ops.tiles import Variant, left_of, located, pointer, read, read_as_float32, write
+from epi_kernels.ops.tiles import Variant, left_of, located, pointer, read, read_as_float32, words, write
+from epi_kernels.schema import IMPORTANCE, SUMS
 
-# the words of a row
-FIELDS = ("size", "importance", "grad", "grad_dtype", "layer", "aligned")
-SUMS_FIELDS = ("size", "sum", "square_sum", "grad", "grad_dtype", "aligned")
-_WIDTH = tl.constexpr(len(FIELDS))
-_SUMS_WIDTH = tl.constexpr(len(SUMS_FIELDS))
+_WIDTH, _SUMS_WIDTH = tl.constexpr(len(IMPORTANCE.words)), tl.constexpr(len(SUMS.words))
+_IMPORTANCE, _GRAD, _GRAD_DTYPE, _LAYER, _ALIGNED = words(
+    IMPORTANCE, "importance", "grad", "grad_dtype", "layer", "aligned"
+)
+_SUM, _SQUARE_SUM, _SUMS_GRAD, _SUMS_GRAD_DTYPE, _SUMS_ALIGNED = words(
+    SUMS, "sum", "square_sum", "grad", "grad_dtype", "aligned"
+)
 
 
 @triton.jit
 def importance_kernel(
     rows,
-    pieces,
+    chunks,
     betas,
     ranges,
     nonfinite,
@@ -39,19 +42,19 @@ def importance_kernel(
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """Advance one piece of one tensor and merge its range into its layer's.
+    """Advance one chunk of one tensor and merge its range into its layer's.
 
-    rows: int64 [tensors, FIELDS]. betas: float32 [tensors, 2]. ranges: the bits of float32 [layers, 2] as int32, which
-    order as the values do, from (inf, -inf). nonfinite: int64 [tensors]. grad_factor: float32, or None.
+    rows: int64 [tensors, words of IMPORTANCE]. betas: float32 [tensors, 2]. ranges: the bits of float32 [layers, 2]
+    as int32, which order as the values do, from (inf, -inf). nonfinite: int64 [tensors]. grad_factor: float32, or None.
     """
-    tensor, start = located(pieces, BLOCK * TILES)
+    tensor, start = located(chunks, BLOCK * TILES)
     row = rows + tensor * _WIDTH
     left = left_of(row, start, BLOCK * TILES)
     beta, one_minus_beta = tl.load(betas + 2 * tensor), tl.load(betas + 2 * tensor + 1)
     bad = tl.zeros([BLOCK], tl.int32)
     low = tl.full([BLOCK], INFINITE, tl.int32)
     high = tl.full([BLOCK], MINUS_INFINITE, tl.int32)
-    if (left == BLOCK * TILES) & (tl.load(row + 5) != 0):
+    if (left == BLOCK * TILES) & (tl.load(row + _ALIGNED) != 0):
         for tile in range(TILES):
             bad, low, high = _advance_tile(
                 row, beta, one_minus_beta, grad_factor, start, tile * BLOCK, left, bad, low, high,
@@ -63,7 +66,7 @@ def importance_kernel(
                 row, beta, one_minus_beta, grad_factor, start, tile * BLOCK, left, bad, low, high,
                 KEEP_FINITE, BLOCK, False,
             )  # fmt: skip
-    layer = ranges + 2 * tl.load(row + 4)
+    layer = ranges + 2 * tl.load(row + _LAYER)
     tl.atomic_min(layer, tl.min(low), sem="relaxed")
     tl.atomic_max(layer + 1, tl.max(high), sem="relaxed")
     count = tl.sum(bad)
@@ -76,12 +79,12 @@ def _advance_tile(
     row, beta, one_minus_beta, grad_factor, start, first, left, bad, low, high,
     KEEP_FINITE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Advance the tile at entry `first` of the piece; return the counts and bounds with it, entry by entry."""
+    """Advance the tile at entry `first` of the chunk; return the counts and bounds with it, entry by entry."""
     at = first + tl.arange(0, BLOCK)
-    importance_at = pointer(row + 1, start, tl.float32)
+    importance_at = pointer(tl.load(row + _IMPORTANCE), start, tl.float32)
     importance = read(importance_at, at, left, FULL)
-    if tl.load(row + 2) != 0:
-        grad = read_as_float32(row + 2, tl.load(row + 3), start, at, left, FULL)
+    if tl.load(row + _GRAD) != 0:
+        grad = read_as_float32(tl.load(row + _GRAD), tl.load(row + _GRAD_DTYPE), start, at, left, FULL)
         if grad_factor is not None:
             grad *= tl.load(grad_factor)
         importance = advanced_importance(importance, grad, beta, one_minus_beta, KEEP_FINITE)
@@ -103,12 +106,12 @@ def _advance_tile(
 
 
 @triton.jit
-def gradient_sums_kernel(rows, pieces, BLOCK: tl.constexpr, TILES: tl.constexpr):
-    """Add g and g^2 of one piece of one tensor. rows: int64 [tensors, SUMS_FIELDS]."""
-    tensor, start = located(pieces, BLOCK * TILES)
+def gradient_sums_kernel(rows, chunks, BLOCK: tl.constexpr, TILES: tl.constexpr):
+    """Add g and g^2 of one chunk of one tensor. rows: int64 [tensors, words of SUMS]."""
+    tensor, start = located(chunks, BLOCK * TILES)
     row = rows + tensor * _SUMS_WIDTH
     left = left_of(row, start, BLOCK * TILES)
-    if (left == BLOCK * TILES) & (tl.load(row + 5) != 0):
+    if (left == BLOCK * TILES) & (tl.load(row + _SUMS_ALIGNED) != 0):
         for tile in range(TILES):
             _add_tile(row, start, tile * BLOCK, left, BLOCK, True)
     else:
@@ -119,28 +122,28 @@ def gradient_sums_kernel(rows, pieces, BLOCK: tl.constexpr, TILES: tl.constexpr)
 @triton.jit
 def _add_tile(row, start, first, left, BLOCK: tl.constexpr, FULL: tl.constexpr):
     at = first + tl.arange(0, BLOCK)
-    sum_at = pointer(row + 1, start, tl.float32)
-    square_sum_at = pointer(row + 2, start, tl.float32)
-    grad = read_as_float32(row + 3, tl.load(row + 4), start, at, left, FULL)
+    sum_at = pointer(tl.load(row + _SUM), start, tl.float32)
+    square_sum_at = pointer(tl.load(row + _SQUARE_SUM), start, tl.float32)
+    grad = read_as_float32(tl.load(row + _SUMS_GRAD), tl.load(row + _SUMS_GRAD_DTYPE), start, at, left, FULL)
     write(sum_at, at, read(sum_at, at, left, FULL) + grad, left, FULL)
     write(square_sum_at, at, read(square_sum_at, at, left, FULL) + noticed(grad * grad), left, FULL)
 
 
-_TABLES = {"rows": "*i64", "pieces": "*i64"}
-_IMPORTANCE = {**_TABLES, "betas": "*fp32", "ranges": "*i32", "nonfinite": "*i64", "grad_factor": None}
+_TABLES = {"rows": "*i64", "chunks": "*i64"}
+_ARGUMENTS = {**_TABLES, "betas": "*fp32", "ranges": "*i32", "nonfinite": "*i64", "grad_factor": None}
 VARIANTS = (
     # all three dtypes of a gradient are in the code: 128 bits of float32, 64 of the others
-    Variant("importance", importance_kernel, {**_IMPORTANCE, "KEEP_FINITE": True}, 12, 39, {128: 2}, {128: 1}),
+    Variant("importance", importance_kernel, {**_ARGUMENTS, "KEEP_FINITE": True}, 12, 39, {128: 2}, {128: 1}),
     Variant(
         "importance with a factor",
         importance_kernel,
-        {**_IMPORTANCE, "KEEP_FINITE": True, "grad_factor": "*fp32"},
+        {**_ARGUMENTS, "KEEP_FINITE": True, "grad_factor": "*fp32"},
         12,
         40,
         {128: 2},
         {128: 1},
     ),
-    Variant("importance in v", importance_kernel, {**_IMPORTANCE, "KEEP_FINITE": False}, 12, 38, {128: 2}, {128: 1}),
+    Variant("importance in v", importance_kernel, {**_ARGUMENTS, "KEEP_FINITE": False}, 12, 38, {128: 2}, {128: 1}),
     Variant("gradient sums", gradient_sums_kernel, _TABLES, 20, 19, {128: 3}, {128: 2}),
 )
 
@@ -158,17 +161,17 @@ def importance_(
 ) -> None:
     """Advance where there is a gradient, extend the ranges; contract: `epi_kernels.ops.importance_`."""
     flat = Flat(written=[importances], read=[grads])
-    table = Table(FIELDS, [importance.numel() for importance in importances], tiles.PIECE, ranges.device)
+    table = Table(IMPORTANCE.words, [importance.numel() for importance in importances], tiles.CHUNK, ranges.device)
     table.point("importance", flat.written[0])
     table.point("grad", flat.read[0])
     table.set("grad_dtype", tiles.dtype_codes(grads))
     table.set("layer", layers)
     tiles.launch(
         importance_kernel,
-        table.pieces.numel(),
+        table.chunks.numel(),
         ranges.device,
         table.rows(due),
-        table.pieces,
+        table.chunks,
         on_device(betas.float(), ranges.device),
         ranges.view(torch.int32),
         nonfinite,
@@ -183,13 +186,13 @@ def importance_(
 def gradient_sums_(sums: Sequence[Tensor], square_sums: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     """Add g and g^2 in place; contract: `epi_kernels.ops.gradient_sums_`."""
     flat = Flat(written=[sums, square_sums], read=[grads])
-    table = Table(SUMS_FIELDS, [grad.numel() for grad in grads], tiles.PIECE, grads[0].device)
+    table = Table(SUMS.words, [grad.numel() for grad in grads], tiles.CHUNK, grads[0].device)
     table.point("sum", flat.written[0])
     table.point("square_sum", flat.written[1])
     table.point("grad", flat.read[0])
     table.set("grad_dtype", tiles.dtype_codes(grads))
     device = grads[0].device
     tiles.launch(
-        gradient_sums_kernel, table.pieces.numel(), device, table.rows(), table.pieces, tiles.BLOCK, tiles.TILES
+        gradient_sums_kernel, table.chunks.numel(), device, table.rows(), table.chunks, tiles.BLOCK, tiles.TILES
     )
     flat.write_back()

@@ -29,13 +29,13 @@ def score_histogram(
     """Count the scores of each budget by one digit of their bits; contract: `epi_kernels.ops.score_histogram`."""
     flat = Flat(written=[], read=[importances])
     counts = zeros((1, len(selection), bins), torch.int64, selection.device)
-    table = table_of(flat.read[0], layers, budgets, cuda.histogram_piece(), selection.device)
+    table = table_of(flat.read[0], layers, budgets, cuda.histogram_chunk(), selection.device)
     cuda.call(
         "epi_cuda_score_histogram",
         selection.device,
         table.rows(due),
-        table.pieces,
-        table.pieces.numel(),
+        table.chunks,
+        table.chunks.numel(),
         ranges,
         selection,
         shift,
@@ -50,7 +50,7 @@ def obstacle(device: torch.device) -> str:
     """Return why the kernel cannot be used on a GPU; empty if it can. Counts some scores and compares, once."""
     if cuda.obstacle(device):
         return cuda.obstacle(device)
-    values = 10 ** torch.linspace(-12, 0, 3 * cuda.histogram_piece() // 2, dtype=torch.float32, device="cpu")
+    values = 10 ** torch.linspace(-12, 0, 3 * cuda.histogram_chunk() // 2, dtype=torch.float32, device="cpu")
     values[: values.numel() // 3] = 0.0
     layer_range = torch.tensor([[0.0, 0.7]], dtype=torch.float32, device="cpu")
     keys = score(values, layer_range[0]).view(torch.int32)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from epi_kernels import native
+from epi_kernels import native, schema
 from epi_kernels.ops.equations import selected
 from epi_kernels.ops.flat import Flat
 
@@ -58,15 +58,15 @@ def lock_(
     thresholds = thresholds.contiguous()
     native.call("epi_lock", table, thresholds.data_ptr())
     flat.write_back()
-    return torch.from_numpy(table["counts"].copy())
+    return torch.from_numpy(np.stack([table[name] for name in ("locked", "newly_locked", "released")], 1))
 
 
 def _table(
     importances: Sequence[Tensor | None], layers: Sequence[int], ranges: Tensor | None, budgets: Sequence[int]
 ) -> "np.ndarray[Any, Any]":
-    table = native.table_of(native.SCORE_TENSOR, importance=importances)
+    table = native.table_of(schema.SCORE.struct, importance=importances)
     table["budget"] = np.asarray(budgets, np.int32)
     table["normalized"] = ranges is not None
     if ranges is not None:
-        table["range"] = ranges.numpy()[np.asarray(layers, np.intp)]
+        table["low"], table["high"] = ranges.numpy()[np.asarray(layers, np.intp)].T
     return table

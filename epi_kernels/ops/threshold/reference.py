@@ -9,7 +9,7 @@ from epi_kernels import lock
 from epi_kernels.ops.equations import score, selected
 
 # entries scored at a time: the working memory is some MB whatever the size of the model
-PIECE = 1 << 20
+CHUNK = 1 << 20
 
 
 def score_histogram(
@@ -28,8 +28,8 @@ def score_histogram(
         return counts
     for importance, layer, budget in zip(importances, layers, budgets, strict=True):
         layer_range = None if ranges is None else ranges[layer]
-        for piece in _pieces(importance):
-            key = score(piece, layer_range).view(torch.int32) >> shift
+        for chunk in _chunks(importance):
+            key = score(chunk, layer_range).view(torch.int32) >> shift
             digit = key[(key // bins) == selection[budget, 0]] % bins
             counts[0, budget] += torch.bincount(digit, minlength=bins)
     return counts
@@ -56,18 +56,18 @@ def lock_(
         return counts
     for i, (importance, layer, budget) in enumerate(zip(importances, layers, budgets, strict=True)):
         layer_range = None if ranges is None else ranges[layer]
-        for piece in _pieces(importance):
-            value = score(piece, layer_range)
-            before = lock.is_locked(piece)
+        for chunk in _chunks(importance):
+            value = score(chunk, layer_range)
+            before = lock.is_locked(chunk)
             after = (value >= thresholds[budget]) & (value > 0)
-            piece.copy_(lock.with_lock(piece, after))
+            chunk.copy_(lock.with_lock(chunk, after))
             counts[i] += torch.stack([after.sum(), (after & ~before).sum(), (before & ~after).sum()])
     return counts
 
 
-def _pieces(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield views of about PIECE entries that together cover `tensor`, whatever its strides."""
+def _chunks(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield views of about CHUNK entries that together cover `tensor`, whatever its strides."""
     if tensor.dim() == 0:
         yield tensor.view(1)
     elif tensor.numel():
-        yield from tensor.split(max(1, PIECE * tensor.shape[0] // tensor.numel()))
+        yield from tensor.split(max(1, CHUNK * tensor.shape[0] // tensor.numel()))

@@ -12,10 +12,12 @@ from epi_kernels.ops import tiles
 from epi_kernels.ops.equations_triton import bits_of, float_of, is_locked, score, with_lock
 from epi_kernels.ops.flat import Flat
 from epi_kernels.ops.table import zeros
-from epi_kernels.ops.threshold.rows import FIELDS, table_of
-from epi_kernels.ops.tiles import Variant, left_of, located, pointer, read, scattered, write
+from epi_kernels.ops.threshold.rows import table_of
+from epi_kernels.ops.tiles import Variant, left_of, located, pointer, read, scattered, words, write
+from epi_kernels.schema import SCORE
 
-_WIDTH = tl.constexpr(len(FIELDS))
+_WIDTH = tl.constexpr(len(SCORE.words))
+_IMPORTANCE, _LAYER, _BUDGET, _ALIGNED = words(SCORE, "importance", "layer", "budget", "aligned")
 
 # Histograms of each budget among which the programs are shared out: equal scores meet at one address, and an atomic
 # there is one at a time. The host adds nothing up, `select_kernel` does.
@@ -25,7 +27,7 @@ COPIES = 32
 @triton.jit
 def score_histogram_kernel(
     rows,
-    pieces,
+    chunks,
     ranges,
     selection,
     counts,
@@ -36,20 +38,20 @@ def score_histogram_kernel(
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """Count the digits of one piece of one tensor.
+    """Count the digits of one chunk of one tensor.
 
-    rows: int64 [tensors, FIELDS]. ranges: float32 [layers, 2], or None. selection: int64 [budgets, 2]. counts: int64
-    [COPIES, budgets, 1 << DIGIT_BITS].
+    rows: int64 [tensors, words of SCORE]. ranges: float32 [layers, 2], or None. selection: int64 [budgets, 2]. counts:
+    int64 [COPIES, budgets, 1 << DIGIT_BITS].
     """
-    tensor, start = located(pieces, BLOCK * TILES)
+    tensor, start = located(chunks, BLOCK * TILES)
     row = rows + tensor * _WIDTH
     left = left_of(row, start, BLOCK * TILES)
-    budget = tl.load(row + 3)
+    budget = tl.load(row + _BUDGET)
     prefix = tl.load(selection + 2 * budget).to(tl.int32)
     histogram = counts + ((tl.program_id(0) % COPIES) * BUDGETS + budget) * (1 << DIGIT_BITS)
     # 32 bits at a time: with 128, the atomics had each tile move through shared memory, at 11 barriers
-    at = scattered(row + 1, start, tl.float32)
-    low, high = _range(ranges, tl.load(row + 2))
+    at = scattered(tl.load(row + _IMPORTANCE), start, tl.float32)
+    low, high = _range(ranges, tl.load(row + _LAYER))
     # most scores may be 0, and all of a constant layer are: counted apart, they do not queue for one address
     zeros = tl.zeros([BLOCK], tl.int32)
     one = tl.full([BLOCK], 1, tl.int64)
@@ -100,22 +102,22 @@ def select_kernel(counts, selection, thresholds, BUDGETS, COPIES, SHIFT: tl.cons
 
 
 @triton.jit
-def lock_kernel(rows, pieces, ranges, thresholds, counts, BLOCK: tl.constexpr, TILES: tl.constexpr):
-    """Lock one piece of one tensor.
+def lock_kernel(rows, chunks, ranges, thresholds, counts, BLOCK: tl.constexpr, TILES: tl.constexpr):
+    """Lock one chunk of one tensor.
 
-    rows: int64 [tensors, FIELDS]. ranges: float32 [layers, 2], or None. thresholds: float32 [budgets]. counts: int64
-    [tensors, 3], added to.
+    rows: int64 [tensors, words of SCORE]. ranges: float32 [layers, 2], or None. thresholds: float32 [budgets]. counts:
+    int64 [tensors, 3], added to.
     """
-    tensor, start = located(pieces, BLOCK * TILES)
+    tensor, start = located(chunks, BLOCK * TILES)
     row = rows + tensor * _WIDTH
     left = left_of(row, start, BLOCK * TILES)
-    at = pointer(row + 1, start, tl.float32)
-    low, high = _range(ranges, tl.load(row + 2))
-    threshold = tl.load(thresholds + tl.load(row + 3))
+    at = pointer(tl.load(row + _IMPORTANCE), start, tl.float32)
+    low, high = _range(ranges, tl.load(row + _LAYER))
+    threshold = tl.load(thresholds + tl.load(row + _BUDGET))
     locked = tl.zeros([BLOCK], tl.int32)
     newly = tl.zeros([BLOCK], tl.int32)
     released = tl.zeros([BLOCK], tl.int32)
-    if (left == BLOCK * TILES) & (tl.load(row + 4) != 0):
+    if (left == BLOCK * TILES) & (tl.load(row + _ALIGNED) != 0):
         for tile in range(TILES):
             locked, newly, released = _lock_tile(
                 at, low, high, threshold, tile * BLOCK, left, locked, newly, released, ranges is not None, BLOCK, True
@@ -125,7 +127,7 @@ def lock_kernel(rows, pieces, ranges, thresholds, counts, BLOCK: tl.constexpr, T
             locked, newly, released = _lock_tile(
                 at, low, high, threshold, tile * BLOCK, left, locked, newly, released, ranges is not None, BLOCK, False
             )
-    # most pieces have nothing to add, and where nothing is due none has: all of a tensor would queue for three words
+    # most chunks have nothing to add, and where nothing is due none has: all of a tensor would queue for three words
     _add(counts + 3 * tensor, tl.sum(locked))
     _add(counts + 3 * tensor + 1, tl.sum(newly))
     _add(counts + 3 * tensor + 2, tl.sum(released))
@@ -157,7 +159,7 @@ def _lock_tile(
     return locked, newly, released
 
 
-_TABLES = {"rows": "*i64", "pieces": "*i64", "ranges": "*fp32"}
+_TABLES = {"rows": "*i64", "chunks": "*i64", "ranges": "*fp32"}
 
 
 def _histogram(name: str, shift: int, bits: int, **changes: Any) -> Variant:
@@ -209,13 +211,13 @@ def score_histogram(
     # several budgets share the entries out by themselves, and each copy costs 32 KiB for each of them
     copies = max(1, COPIES // max(1, len(selection)))
     counts = zeros((copies, len(selection), bins), torch.int64, selection.device)
-    table = table_of(flat.read[0], layers, budgets, tiles.PIECE, selection.device)
+    table = table_of(flat.read[0], layers, budgets, tiles.CHUNK, selection.device)
     tiles.launch(
         score_histogram_kernel,
-        table.pieces.numel(),
+        table.chunks.numel(),
         selection.device,
         table.rows(due),
-        table.pieces,
+        table.chunks,
         ranges,
         selection,
         counts,
@@ -248,13 +250,13 @@ def lock_(
     """Lock every entry whose score reaches its budget's threshold; contract: `epi_kernels.ops.lock_`."""
     flat = Flat(written=[importances])
     counts = zeros((len(importances), 3), torch.int64, thresholds.device)
-    table = table_of(flat.written[0], layers, budgets, tiles.PIECE, thresholds.device)
+    table = table_of(flat.written[0], layers, budgets, tiles.CHUNK, thresholds.device)
     tiles.launch(
         lock_kernel,
-        table.pieces.numel(),
+        table.chunks.numel(),
         thresholds.device,
         table.rows(due),
-        table.pieces,
+        table.chunks,
         ranges,
         thresholds,
         counts,

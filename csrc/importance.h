@@ -1,23 +1,13 @@
-// The mathematics of one entry, once for CPU and GPU: float32 in, float32 out, no memory and no threads.
+// The mathematics of what decides a mask, for one entry, once for CPU and GPU: float32 in, float32 out, no memory and
+// no threads.
 //
 // Names and equations are those of epi_kernels/ops/equations.py and epi_kernels/lock.py. Every product and sum rounds
-// on its own unless fmaf says otherwise, or masks would differ between backends: compile with -ffp-contract=off (nvcc:
-// -fmad=false).
+// on its own, or masks would differ between backends: compile with -ffp-contract=off (nvcc: -fmad=false).
 #pragma once
 
-#include <cmath>
-#include <cstdint>
-
-#if defined(__CUDACC__)
-#define EPI_INLINE static __host__ __device__ inline
-#else
-#define EPI_INLINE static inline
-#endif
+#include "bits.h"
 
 namespace epi {
-
-constexpr uint32_t SIGN = 0x80000000u;
-constexpr uint32_t INFINITE = 0x7f800000u;  // the bits of +inf; above them are the NaNs
 
 // The bits of numbers below which something that decides a mask counts as 0, so that masks do not depend on whether the
 // hardware flushes subnormals (a library built with -ffast-math switches that on): an importance or a difference of two
@@ -25,35 +15,6 @@ constexpr uint32_t INFINITE = 0x7f800000u;  // the bits of +inf; above them are 
 // smallest normal number on one hardware is flushed on the other.
 constexpr uint32_t SMALLEST_NORMAL = 0x00800000u;
 constexpr uint32_t NEGLIGIBLE = 0x01000000u;
-
-EPI_INLINE uint32_t bits_of(float value) {
-    union {
-        float value;
-        uint32_t bits;
-    } both = {value};
-    return both.bits;
-}
-
-EPI_INLINE float float_of(uint32_t bits) {
-    union {
-        uint32_t bits;
-        float value;
-    } both = {bits};
-    return both.value;
-}
-
-// A choice between bits, so that neither a NaN nor -0.0 is touched. With masks rather than ?:, of which compilers make
-// branches where one side is a constant; such a loop stays scalar.
-EPI_INLINE uint32_t selected(bool condition, uint32_t yes, uint32_t no) {
-    const uint32_t mask = condition ? ~0u : 0u;
-    return (yes & mask) | (no & ~mask);
-}
-
-EPI_INLINE float selected(bool condition, float yes, float no) {
-    return float_of(selected(condition, bits_of(yes), bits_of(no)));
-}
-
-EPI_INLINE bool is_finite(float value) { return (bits_of(value) & INFINITE) != INFINITE; }
 
 // The lock: the sign bit of a signed importance -------------------------------------------------------------------
 
@@ -104,33 +65,6 @@ EPI_INLINE float score(float signed_importance, float low, float high) {
 EPI_INLINE float raw_score(float signed_importance) {
     const float value = usable(signed_importance);
     return selected(is_finite(value), value, 0.0f);
-}
-
-// AdamW -----------------------------------------------------------------------------------------------------------
-
-// m + (1 - beta1) * (g - m) with the roundings of torch.lerp, which goes from the nearer end.
-EPI_INLINE float first_moment(float exp_avg, float grad, float one_minus_beta1) {
-    const bool near = one_minus_beta1 < 0.5f;
-    // not one_minus_beta1 - 1, which is +0 where beta1 is 0: the sign of a zero moment would be another
-    const float weight = near ? one_minus_beta1 : -(1.0f - one_minus_beta1);
-    return fmaf(weight, grad - exp_avg, near ? exp_avg : grad);
-}
-
-// beta2 * v + (1 - beta2) * g * g with the roundings of torch.addcmul.
-EPI_INLINE float second_moment(float exp_avg_sq, float grad, float beta2, float one_minus_beta2) {
-    return fmaf(grad * one_minus_beta2, grad, exp_avg_sq * beta2);
-}
-
-// The larger of two; NaN if one is.
-EPI_INLINE float maximum(float left, float right) {
-    const bool take_left = left > right || (bits_of(left) & ~SIGN) > INFINITE;
-    return take_left ? left : right;
-}
-
-// (1 - lr * lambda) * theta - step_size * m / (sqrt(v) / correction + eps).
-EPI_INLINE float moved(float param, float exp_avg, float exp_avg_sq, float decay, float step_size, float correction,
-                       float eps) {
-    return param * decay - exp_avg * step_size / (sqrtf(exp_avg_sq) / correction + eps);
 }
 
 }  // namespace epi

@@ -1,0 +1,6 @@
+// The list of rules; that of epi_kernels/rules/__init__.py again. A rule is RULE(its name in schema.h, its struct).
+#pragma once
+
+#include "adamw.h"
+
+#define EPI_FOR_EACH_RULE(RULE) RULE(EPI_RULE_ADAMW, AdamW)

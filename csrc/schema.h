@@ -1,0 +1,161 @@
+/* Made by `make schema`: change epi_kernels/schema.py, or a rule, and run that. */
+#ifndef EPI_SCHEMA_H
+#define EPI_SCHEMA_H
+
+#include <stdint.h>
+
+#define EPI_VERSION 774009108
+
+#define EPI_SLOTS 3
+#define EPI_SCALARS 11
+#define EPI_CHUNK_BITS 40
+
+enum epi_dtype {
+    EPI_FLOAT32,
+    EPI_BFLOAT16,
+    EPI_FLOAT16,
+};
+
+enum epi_lock_in {
+    EPI_LOCK_NONE,
+    EPI_LOCK_IMPORTANCE,
+    EPI_LOCK_SLOT,
+    EPI_LOCK_STATIC,
+};
+
+enum epi_rule {
+    EPI_RULE_ADAMW,
+    EPI_RULES,
+};
+
+typedef struct {
+    float sign;
+    float importance_beta;
+    float one_minus_importance_beta;
+} epi_sweep_scalars;
+
+/* Of a rule: the positions of its slots; how many there are, and how many of them every parameter has; a
+ * bit for each that is never negative; the one that can be the importance, or -1; and its scalars. */
+
+enum epi_adamw {
+    EPI_ADAMW_EXP_AVG = 0,
+    EPI_ADAMW_EXP_AVG_SQ = 1,
+    EPI_ADAMW_MAX_EXP_AVG_SQ = 2,
+    EPI_ADAMW_SLOTS = 3,
+    EPI_ADAMW_REQUIRED = 2,
+    EPI_ADAMW_NONNEGATIVE = 6,
+    EPI_ADAMW_IMPORTANCE_SLOT = 1,
+};
+
+typedef struct {
+    float decay;
+    float beta1;
+    float one_minus_beta1;
+    float beta2;
+    float one_minus_beta2;
+    float step_size;
+    float bias_correction2_sqrt;
+    float eps;
+} epi_adamw_scalars;
+
+/* Rows of the host. */
+
+typedef struct {
+    /* entries */
+    int64_t size;
+    /* written */
+    void* param;
+    const void* grad;
+    /* of the rule, written; NULL: an optional one that is not there */
+    void* slots[EPI_SLOTS];
+    /* signed float importance, written; with EPI_LOCK_STATIC int8, read; else NULL */
+    void* lock;
+    /* result: entries whose squared gradient is NaN or infinite */
+    int64_t nonfinite;
+    /* enum epi_dtype */
+    int32_t param_dtype;
+    /* enum epi_dtype */
+    int32_t grad_dtype;
+    /* enum epi_lock_in */
+    int32_t lock_in;
+    /* epi_sweep_scalars, then the rule's */
+    float scalars[EPI_SCALARS];
+} epi_sweep_tensor;
+
+typedef struct {
+    /* selected entries */
+    int64_t size;
+    /* written at the offsets alone */
+    void* param;
+    const void* grad;
+    /* of the selected entries from `param`, in entries; distinct */
+    const void* param_offsets;
+    const void* grad_offsets;
+    /* of the rule, [size] each, written */
+    void* slots[EPI_SLOTS];
+    /* enum epi_dtype */
+    int32_t param_dtype;
+    /* enum epi_dtype */
+    int32_t grad_dtype;
+    /* 1: int64, 0: int32 */
+    int32_t wide_offsets;
+    /* epi_sweep_scalars, then the rule's */
+    float scalars[EPI_SCALARS];
+} epi_gather_tensor;
+
+typedef struct {
+    /* entries */
+    int64_t size;
+    /* signed; written where there is a gradient */
+    float* importance;
+    /* NULL: the range alone */
+    const void* grad;
+    /* result: entries whose squared gradient is NaN or infinite */
+    int64_t nonfinite;
+    /* enum epi_dtype */
+    int32_t grad_dtype;
+    int32_t layer;
+    float beta;
+    float one_minus_beta;
+} epi_importance_tensor;
+
+typedef struct {
+    /* entries */
+    int64_t size;
+    /* written */
+    float* sum;
+    /* written */
+    float* square_sum;
+    const void* grad;
+    /* enum epi_dtype */
+    int32_t grad_dtype;
+} epi_sums_tensor;
+
+typedef struct {
+    /* entries */
+    int64_t size;
+    /* signed; sign bits written by epi_lock */
+    float* importance;
+    /* results of epi_lock */
+    int64_t locked;
+    int64_t newly_locked;
+    int64_t released;
+    /* range of the tensor's layer */
+    float low;
+    float high;
+    /* 0: the score is S itself */
+    int32_t normalized;
+    int32_t budget;
+} epi_score_tensor;
+
+/* A row of a device's table of scores. */
+
+typedef struct {
+    int64_t size;
+    int64_t importance;
+    int64_t layer;
+    int64_t budget;
+    int64_t aligned;
+} epi_score_row;
+
+#endif

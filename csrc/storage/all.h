@@ -1,0 +1,20 @@
+// The storages, and which of them a number of schema.h stands for.
+#pragma once
+
+#include "../schema.h"
+#include "float32.h"
+#include "half.h"
+
+namespace epi {
+namespace {
+
+// Call `visit` with the storage of a dtype; whatever is neither float32 nor bfloat16 is float16.
+template <typename Visit>
+inline auto with_storage(int32_t dtype, const Visit& visit) {
+    if (dtype == EPI_FLOAT32) return visit(Float32{});
+    if (dtype == EPI_BFLOAT16) return visit(BFloat16{});
+    return visit(Float16{});
+}
+
+}  // namespace
+}  // namespace epi

@@ -1,0 +1,14 @@
+// float32 in memory: an entry as it is.
+#pragma once
+
+namespace epi {
+namespace {
+
+struct Float32 {
+    using Memory = float;
+    static inline float load(float value) { return value; }
+    static inline float store(float value) { return value; }
+};
+
+}  // namespace
+}  // namespace epi

@@ -1,0 +1,1 @@
+"""Gather: a rule's step of selected entries alone."""

@@ -1,0 +1,148 @@
+"""One step of a rule over selected entries in Triton: gather, step and scatter, one launch for all tensors."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from epi_kernels.ops import tiles
+from epi_kernels.ops.equations_triton import magnitude
+from epi_kernels.ops.flat import Flat
+from epi_kernels.ops.gather.offsets import Offsets
+from epi_kernels.ops.slots_triton import SIGN, constants_of, read_slots, row_of, rule_scalars, write_slots
+from epi_kernels.ops.table import Table, on_device
+from epi_kernels.ops.tensors import Tensors
+from epi_kernels.ops.tiles import Variant, left_of, located, read, scattered, words
+from epi_kernels.rules import ADAMW, Rule
+from epi_kernels.schema import GATHER
+
+_WIDTH = tl.constexpr(len(GATHER.words))
+_PARAM, _GRAD, _PARAM_OFFSETS, _GRAD_OFFSETS, _FIRST_SLOT, _SCALARS = words(
+    GATHER, "param", "grad", "param_offsets", "grad_offsets", "slots", "scalars"
+)
+
+# A tile waits for its offsets, then for what lies there: chunks of several tiles would do that one after the other,
+# and of few entries leave most of a GPU idle.
+TILES = 1
+
+
+@triton.jit
+def gather_kernel(
+    rows,
+    chunks,
+    scalars,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    OFFSET: tl.constexpr,
+    UPDATE: tl.constexpr,
+    LOAD: tl.constexpr,
+    STORE: tl.constexpr,
+    SLOTS: tl.constexpr,
+    REQUIRED: tl.constexpr,
+    OPTIONAL: tl.constexpr,
+    NONNEGATIVE: tl.constexpr,
+    SCALARS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Step one chunk of the selected entries of one tensor.
+
+    rows: int64 [tensors, words of GATHER]. scalars: float32 [.., m], of `epi_kernels.schema`. OFFSET: int32 or
+    int64. UPDATE to SCALARS: of `constants_of`.
+    """
+    tensor, start = located(chunks, BLOCK * TILES)
+    row = rows + tensor * _WIDTH
+    s = row_of(scalars, tl.load(row + _SCALARS), SCALARS)
+    left = left_of(row, start, BLOCK * TILES)
+    param_at = tl.load(row + _PARAM).to(tl.pointer_type(PARAM))
+    grad_at = tl.load(row + _GRAD).to(tl.pointer_type(GRAD))
+    param_offsets, grad_offsets = tl.load(row + _PARAM_OFFSETS), tl.load(row + _GRAD_OFFSETS)
+    for tile in range(tl.cdiv(left, BLOCK)):
+        at = tile * BLOCK + tl.arange(0, BLOCK)
+        here = param_at + read(scattered(param_offsets, start, OFFSET), at, left, False)
+        there = grad_at + read(scattered(grad_offsets, start, OFFSET), at, left, False)
+        grad = tl.load(there, mask=at < left, other=0).to(tl.float32) * tl.load(s + SIGN)
+        param = tl.load(here, mask=at < left, other=0).to(tl.float32)
+        kept = read_slots(row + _FIRST_SLOT, start, at, left, LOAD, SLOTS, REQUIRED, OPTIONAL, BLOCK, False, True)
+        slots = ()
+        for k in tl.static_range(SLOTS):
+            slots = slots + (magnitude(kept[k]) if (NONNEGATIVE >> k) & 1 else kept[k],)
+        theta, slots = UPDATE(param, grad, slots, rule_scalars(s, SCALARS), None, OPTIONAL)
+        write_slots(row + _FIRST_SLOT, start, at, slots, left, STORE, SLOTS, REQUIRED, OPTIONAL, False, True)
+        tl.store(here, theta.to(PARAM), mask=at < left)
+
+
+def _variant(name: str, dtype: Any, offset: Any, size: int, instructions: int | None = 108, **changes: Any) -> Variant:
+    dtypes = {"PARAM": dtype, "GRAD": dtype, "OFFSET": offset}
+    arguments = {
+        "rows": "*i64",
+        "chunks": "*i64",
+        "scalars": "*fp32",
+        **dtypes,
+        **constants_of(ADAMW, False),
+        **changes,
+    }
+    # a scatter: each entry of p and g is a sector of 32 bytes, which no width helps
+    return Variant(name, gather_kernel, arguments, size, instructions, {}, {})
+
+
+# bytes: p g m v and an offset, p m v; a gradient of the parameter's strides has the parameter's offsets. Instructions
+# are counted in a loop, and one tile leaves none: it is the same code, once
+VARIANTS = (
+    _variant("selected entries, float32, as launched", tl.float32, tl.int32, 32, None, TILES=TILES),
+    _variant("selected entries, float32", tl.float32, tl.int32, 32),
+    _variant("selected entries, bfloat16", tl.bfloat16, tl.int32, 26),
+    _variant("selected entries beyond 2^31, float32", tl.float32, tl.int64, 36),
+)
+
+
+class Gather:
+    """The step of a fixed list of tensors; contract: `epi_kernels.ops.prepared_gather`."""
+
+    def __init__(self, rule: Rule, tensors: Tensors, indices: Sequence[Tensor]) -> None:
+        params, grads = tensors.params, tensors.grads
+        flat = Flat(written=list(tensors.slots.values()))
+        self._strided = flat.strided
+        offsets = Offsets(params, grads, indices)
+        self._device = params[0].device
+        self._table = Table(GATHER.words, [chosen.numel() for chosen in indices], tiles.BLOCK * TILES, self._device)
+        self._words = {slot.name: f"slots[{i}]" for i, slot in enumerate(rule.slots)}
+        self._table.point("param", params)
+        self._table.point("param_offsets", offsets.of_params)
+        self._table.point("grad_offsets", offsets.of_grads)
+        self._point(tensors, flat)
+        self._constants = {
+            "PARAM": tiles.DTYPES[params[0].dtype],
+            "GRAD": tiles.DTYPES[grads[0].dtype],
+            "OFFSET": tl.int64 if offsets.wide else tl.int32,
+            **constants_of(rule, tensors.has_optional(rule)),
+            "BLOCK": tiles.BLOCK,
+            "TILES": TILES,
+        }
+        self._offsets = offsets.kept()
+
+    def step_(self, tensors: Tensors, indices: Sequence[Tensor], scalars: Tensor, rows: Sequence[int]) -> None:
+        """Take the step."""
+        flat = Flat(written=list(tensors.slots.values()), strided=self._strided)
+        if self._strided:  # copies are somewhere else in each step
+            self._point(tensors, flat)
+        self._table.point("grad", tensors.grads)
+        self._table.set("scalars", rows)
+        if self._table.chunks.numel():
+            tiles.launch(
+                gather_kernel,
+                self._table.chunks.numel(),
+                self._device,
+                self._table.rows(),
+                self._table.chunks,
+                on_device(scalars.float(), self._device),
+                **self._constants,
+            )
+        flat.write_back()
+
+    def _point(self, tensors: Tensors, flat: Flat) -> None:
+        """Write the addresses of the slots."""
+        for name, of_slot in zip(tensors.slots, flat.written, strict=True):
+            self._table.point(self._words[name], of_slot)

@@ -1,1 +1,0 @@
-"""Masked AdamW: importance and a locked AdamW step in one sweep."""

@@ -1,1 +1,0 @@
-"""Sparse AdamW: gather, step and scatter over selected entries alone."""

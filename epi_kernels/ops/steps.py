@@ -1,0 +1,284 @@
+"""The steps of a rule, over whole tensors or over selected entries: check, choose a backend, prepare, run.
+
+They are registered with torch (``torch.ops.epi_kernels.*``), so that ``torch.compile`` sees one opaque node. An
+optimizer, which steps the same tensors again and again, prepares a step once and keeps what the backend has made.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epi_kernels.contract import (
+    check_indices,
+    check_lists,
+    check_one_dtype,
+    check_rows,
+    check_tensor,
+    check_value,
+)
+from epi_kernels.dispatch import choose
+from epi_kernels.ops.tensors import Tensors, dtypes_of
+from epi_kernels.rules import Rule, rule_of
+from epi_kernels.schema import width_of
+
+
+def prepared_sweep(rule: Rule, tensors: Tensors, lock_in: str, lockable: Sequence[bool], backend: str) -> Any:
+    """Return a backend's `sweep_` of these tensors, with all prepared that does not change from step to step.
+
+    It keeps no tensor, and has one function, which gets the tensors again::
+
+        step_(tensors, nonfinite, scalars, rows, advanced, grad_factor, found_inf, moved) -> bool
+
+    The tensors have the shapes, strides, dtypes and devices of those here, and the same slots: that is not checked
+    again. Where any but the gradients lies at another address, `moved` says so. `advanced` may be float32, one value on
+    the tensors' device, where the host does not know it: not 0 is True; `scalars` may then be float32 on that device.
+    The result is whether `nonfinite` may have grown. The caller tells autograd what was written.
+
+    Args:
+        rule: how an entry moves.
+        tensors: as `sweep_` takes them. Without a parameter there is nothing to prepare, and None is returned.
+        lock_in, lockable, backend: see `sweep_`.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError, RuntimeError: as `sweep_`.
+    """
+    params, grads, locks = tensors.params, tensors.grads, tensors.locks
+    _check_slots(rule, tensors)
+    check_lists(params=params, grads=grads, **tensors.slots, locks=locks)
+    check_one_dtype(params=params, grads=grads)
+    _check_locks(rule, locks, lock_in, lockable, len(params))
+    if not params:
+        return None
+    states = dtypes_of(*tensors.slots.values(), [] if lock_in == "static" else locks)
+    chosen = choose("sweep_", params[0].device, backend, dtypes_of(params, grads), states)
+    where = "slot" if lock_in == rule.importance_slot else lock_in
+    return chosen.module.Sweep(rule, tensors, where, lockable)
+
+
+@torch.library.custom_op("epi_kernels::sweep_", mutates_args=("params", "slots", "locks", "nonfinite"))
+def sweep_(
+    rule: str,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    slots: Sequence[Tensor | None],
+    locks: Sequence[Tensor | None],
+    nonfinite: Tensor,
+    scalars: Tensor,
+    rows: Sequence[int],
+    lock_in: str,
+    lockable: Sequence[bool],
+    advanced: bool,
+    grad_factor: Tensor | None,
+    found_inf: Tensor | None,
+    backend: str,
+) -> None:
+    """Take one step of a rule in place; entries that are locked keep their bits, their slots advance all the same.
+
+    ::
+
+        g <- factor g
+        S <- beta S + (1 - beta) g^2                       EPI (arXiv 2604.14010) Eq. 5
+        theta', slots <- rule(theta, g, slots)             see `epi_kernels.rules`
+        theta <- theta                                     where locked, EPI Eq. 12-13
+        theta <- theta'                                    elsewhere
+
+    Where the lock is in a slot of the rule, that slot is S, and the rule takes it as the second line has made it.
+
+    Args:
+        rule: the name of one of `epi_kernels.rules.RULES`.
+        params: theta, floating point, of one dtype; written.
+        grads: same shapes, any one floating dtype; read.
+        slots: the first slot of every parameter, then the second of every one, and so on, in the rule's order; same
+            shapes, written. None where a parameter lacks an optional slot; optional slots that none has may be left
+            out. The slot that `lock_in` names is signed (see `epi_kernels.lock`).
+        locks: of the lockable tensors, with ``lock_in="importance"`` the signed S, written; with ``"static"`` int8,
+            read; else None, or an empty list.
+        nonfinite: int64 [tensors]; the number of entries whose g^2 was NaN or infinite is added. Such an entry of S
+            stays as it was, unless S is a slot of the rule.
+        scalars: float64 [n, m] on the CPU, rows of `epi_kernels.engine.clocks.scalars_of`.
+        rows: which of them each tensor uses.
+        lock_in: where the lock bit is: "none", "importance", "static", or the rule's importance slot, "exp_avg_sq" of
+            AdamW.
+        lockable: the tensors for which that holds; the others have no lock.
+        advanced: True when this step's g^2 is in the signed tensor already (a refresh came first).
+        grad_factor: float32, one value on the tensors' device, by which every gradient is multiplied first: 1 / scale
+            of automatic mixed precision, a clip factor, or their product.
+        found_inf: float32, one value on the tensors' device. Where it is not 0 nothing changes at all.
+        backend: "auto" or the name of one.
+
+    Raises:
+        ValueError: lists do not belong together, `rule` or `lock_in` is unknown, or the backend is.
+        TypeError: params or grads have several dtypes; a lock with ``lock_in="static"`` is not int8.
+        NotImplementedError: the backend does not have this operation.
+        RuntimeError: the backend cannot run on these tensors.
+    """
+    of = rule_of(rule)
+    tensors = _tensors(of, params, grads, slots, locks)
+    sweep = prepared_sweep(of, tensors, lock_in, lockable, backend)
+    check_rows(scalars, rows, len(params), width_of(of))
+    if sweep is not None:
+        check_tensor("nonfinite", nonfinite, torch.int64, (len(params),), params[0].device)
+        check_value("grad_factor", grad_factor, params[0].device)
+        check_value("found_inf", found_inf, params[0].device)
+        sweep.step_(tensors, nonfinite, scalars, rows, advanced, grad_factor, found_inf, False)
+        _say_written(tensors)
+
+
+sweep_.register_fake(lambda *_: None)
+
+
+def prepared_gather(rule: Rule, tensors: Tensors, indices: Sequence[Tensor], backend: str) -> Any:
+    """Return a backend's `gather_` of these tensors, with all prepared that does not change from step to step.
+
+    It keeps no tensor, and has one function, which gets the tensors again: ``step_(tensors, indices, scalars, rows)``.
+    All but the gradients are those here; the gradients have the shapes, strides, dtypes and devices of those here. That
+    is not checked again. Offsets that a backend makes from indices live as long as the indices. The caller tells
+    autograd what was written.
+
+    Args:
+        rule: how an entry moves.
+        tensors: as `gather_` takes them, without locks. Without a parameter None is returned.
+        indices, backend: see `gather_`.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError, RuntimeError: as `gather_`.
+    """
+    params, grads = tensors.params, tensors.grads
+    check_lists(params=params, grads=grads)
+    check_one_dtype(params=params, grads=grads)
+    _check_slots(rule, tensors)
+    check_indices(params, indices, **tensors.slots)
+    if not params:
+        return None
+    states = dtypes_of(*tensors.slots.values())
+    chosen = choose("gather_", params[0].device, backend, dtypes_of(params, grads), states)
+    return chosen.module.Gather(rule, tensors, indices)
+
+
+@torch.library.custom_op("epi_kernels::gather_", mutates_args=("params", "slots"))
+def gather_(
+    rule: str,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    slots: Sequence[Tensor | None],
+    scalars: Tensor,
+    rows: Sequence[int],
+    backend: str,
+) -> None:
+    """Take one step of a rule for selected entries in place; the others are not touched, and cost nothing.
+
+    The equations are those of `sweep_` without a lock. State and time are in proportion to the entries selected.
+
+    Args:
+        rule: the name of one of `epi_kernels.rules.RULES`.
+        params: theta, floating point, of one dtype; written at the selected entries alone.
+        grads: same shapes, any one floating dtype; read.
+        indices: 1-D, int64 or int32, for each parameter: the positions of its selected entries in row-major order of
+            its shape, whatever its strides; strictly increasing. Order and distinctness are the caller's business.
+        slots: in the order of `sweep_`, and like there; each 1-D, one value for each index; written.
+        scalars: float64 [n, m] on the CPU, rows of `epi_kernels.engine.clocks.scalars_of`.
+        rows: which of them each tensor uses.
+        backend: "auto" or the name of one.
+
+    Raises:
+        ValueError: lists do not belong together, or the rule or the backend is unknown. On the CPU also: the first or
+            the last index of a tensor is out of range.
+        TypeError: indices are not integers; params or grads have several dtypes.
+        NotImplementedError: the backend does not have this operation.
+        RuntimeError: the backend cannot run on these tensors.
+
+    Example:
+        >>> from epi_kernels.engine.clocks import scalars_of
+        >>> group = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 0.0, "weight_decay": 0.0, "maximize": False}
+        >>> scalars = torch.tensor([scalars_of(rule_of("adamw"), group, 1)], dtype=torch.float64)
+        >>> theta, slots = torch.ones(2, 2), [torch.zeros(1), torch.zeros(1)]
+        >>> gather_("adamw", [theta], [torch.ones(2, 2)], [torch.tensor([2])], slots, scalars, [0], "auto")
+        >>> theta
+        tensor([[1.0000, 1.0000],
+                [0.9000, 1.0000]])
+    """
+    of = rule_of(rule)
+    tensors = _tensors(of, params, grads, slots, [])
+    gather = prepared_gather(of, tensors, indices, backend)
+    check_rows(scalars, rows, len(params), width_of(of))
+    if gather is not None:
+        gather.step_(tensors, indices, scalars, rows)
+        _say_written(tensors)
+
+
+gather_.register_fake(lambda *_: None)
+
+
+def _tensors(
+    rule: Rule,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    slots: Sequence[Tensor | None],
+    locks: Sequence[Tensor | None],
+) -> Tensors:
+    """Return the record of the arguments of an operation, whose slots are one list.
+
+    Raises:
+        ValueError: there are more slots than the rule has, or fewer.
+    """
+    count = len(params)
+    names = [slot.name for slot in rule.slots]
+    if len(slots) not in (count * rule.required, count * len(names)):
+        optional = f"; {names[rule.required :]} may be left out" if rule.required < len(names) else ""
+        raise ValueError(
+            f"slots has {len(slots)} tensors for {count} params; pass all {names[0]}, then all of the next of "
+            f"{names}{optional}"
+        )
+    present = names[: rule.required] if len(slots) == count * rule.required else names
+    named = {name: list(slots[i * count : (i + 1) * count]) for i, name in enumerate(present)}
+    return Tensors(list(params), list(grads), named, list(locks))
+
+
+def _check_slots(rule: Rule, tensors: Tensors) -> None:
+    """Check that the slots are the rule's, in its order, and that none but optional ones are missing.
+
+    Raises:
+        ValueError: they are not; or a parameter has some of the optional slots and not all.
+    """
+    count = len(tensors.params)
+    known = [slot.name for slot in rule.slots]
+    names = list(tensors.slots)
+    if names != [name for name in known if name in names]:
+        raise ValueError(f"the slots are {names}; the rule {rule.name} has {known}, in this order")
+    if not count:
+        return
+    for slot in rule.slots[: rule.required]:
+        of_slot = tensors.slots.get(slot.name, [None] * count)
+        for i, tensor in enumerate(of_slot):
+            if tensor is None:
+                raise ValueError(f"{slot.name}[{i}] is None; the rule {rule.name} keeps it for every parameter")
+    optional = [tensors.slots.get(slot.name, [None] * count) for slot in rule.slots[rule.required :]]
+    for i, of_param in enumerate(zip(*optional, strict=False)):
+        if len({tensor is None for tensor in of_param}) > 1:
+            wanted = [slot.name for slot in rule.slots[rule.required :]]
+            raise ValueError(f"params[{i}] has some of the optional slots {wanted} of {rule.name}; pass all or none")
+
+
+def _say_written(tensors: Tensors) -> None:
+    """Tell autograd what a step has written."""
+    written = [tensor for tensors_of in tensors.written() for tensor in tensors_of if tensor is not None]
+    torch.autograd.graph.increment_version(written)
+
+
+def _check_locks(
+    rule: Rule, locks: Sequence[Tensor | None], lock_in: str, lockable: Sequence[bool], count: int
+) -> None:
+    known = ("none", "importance", *([rule.importance_slot] if rule.importance_slot else []), "static")
+    if lock_in not in known:
+        raise ValueError(f"Invalid lock_in: {lock_in!r}; choose one of {known}")
+    if len(lockable) != count:
+        raise ValueError(f"lockable has {len(lockable)} values for {count} params; pass one for each")
+    for i, can in enumerate(lockable):
+        fixed = locks[i] if locks else None
+        if (fixed is not None) != (can and lock_in in ("importance", "static")):
+            raise ValueError(f"locks[{i}] is {'None' if fixed is None else 'a tensor'} with {lock_in=}, lockable={can}")
+        if fixed is not None and lock_in == "static" and fixed.dtype != torch.int8:
+            raise TypeError(f"locks[{i}] is {fixed.dtype}; with lock_in='static' pass int8")

@@ -1,0 +1,1 @@
+"""Sweep: the importance, a rule and the lock, in one pass over all entries."""

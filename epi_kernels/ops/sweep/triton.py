@@ -1,0 +1,324 @@
+"""One step of a rule in which locked entries do not move, in Triton: one launch for all tensors of a pair of dtypes."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from epi_kernels.ops import tiles
+from epi_kernels.ops.equations_triton import advanced_importance, is_finite, is_locked, magnitude, with_lock
+from epi_kernels.ops.flat import Flat
+from epi_kernels.ops.slots_triton import (
+    IMPORTANCE_BETA,
+    ONE_MINUS_IMPORTANCE_BETA,
+    SIGN,
+    constants_of,
+    read_slots,
+    row_of,
+    rule_scalars,
+    write_slots,
+)
+from epi_kernels.ops.table import Table, on_device
+from epi_kernels.ops.tensors import Tensors
+from epi_kernels.ops.tiles import Variant, left_of, located, pointer, read, words, write
+from epi_kernels.rules import ADAMW, Rule
+from epi_kernels.schema import LOCK_IN as LOCKS
+from epi_kernels.schema import SWEEP
+
+_WIDTH = tl.constexpr(len(SWEEP.words))
+_PARAM, _GRAD, _FIRST_SLOT, _LOCK, _SCALARS, _ALIGNED = words(
+    SWEEP, "param", "grad", "slots", "lock", "scalars", "aligned"
+)
+
+_NONE, _IMPORTANCE, _SLOT, _STATIC = (
+    tl.constexpr(LOCKS.index(name)) for name in ("none", "importance", "slot", "static")
+)
+
+
+@triton.jit
+def sweep_kernel(
+    rows,
+    chunks,
+    scalars,
+    nonfinite,
+    refreshed,
+    grad_factor,
+    found_inf,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    UPDATE: tl.constexpr,
+    LOAD: tl.constexpr,
+    STORE: tl.constexpr,
+    SLOTS: tl.constexpr,
+    REQUIRED: tl.constexpr,
+    OPTIONAL: tl.constexpr,
+    NONNEGATIVE: tl.constexpr,
+    SCALARS: tl.constexpr,
+    LOCK_IN: tl.constexpr,
+    SIGNED: tl.constexpr,
+    ADVANCED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Step one chunk of one tensor.
+
+    rows: int64 [tensors, words of SWEEP]. scalars: float32 [.., m], of `epi_kernels.schema`. nonfinite: int64
+    [tensors]. refreshed, grad_factor, found_inf: float32, or None. Where refreshed is not 0 it stands for ADVANCED.
+    UPDATE to SCALARS: of `constants_of`. SIGNED: the slot that the lock is in; -1: it is in none.
+    """
+    tensor, start = located(chunks, BLOCK * TILES)
+    row = rows + tensor * _WIDTH
+    left = left_of(row, start, BLOCK * TILES)
+    full = (left == BLOCK * TILES) & (tl.load(row + _ALIGNED) != 0)
+    if found_inf is not None:
+        left = tl.where(tl.load(found_inf) == 0, left, 0)
+    tiles = tl.cdiv(left, BLOCK)
+    bad = tl.zeros([BLOCK], tl.int32)
+    if full:
+        for tile in range(tiles):
+            bad += _step_tile(
+                row, scalars, refreshed, grad_factor, start, tile * BLOCK, left, PARAM, GRAD, UPDATE, LOAD, STORE,
+                SLOTS, REQUIRED, OPTIONAL, NONNEGATIVE, SCALARS, LOCK_IN, SIGNED, ADVANCED, BLOCK, True,
+            )  # fmt: skip
+    else:
+        for tile in range(tiles):
+            bad += _step_tile(
+                row, scalars, refreshed, grad_factor, start, tile * BLOCK, left, PARAM, GRAD, UPDATE, LOAD, STORE,
+                SLOTS, REQUIRED, OPTIONAL, NONNEGATIVE, SCALARS, LOCK_IN, SIGNED, ADVANCED, BLOCK, False,
+            )  # fmt: skip
+    if (LOCK_IN == _IMPORTANCE or LOCK_IN == _SLOT) and not ADVANCED:
+        count = tl.sum(bad)
+        if count > 0:
+            tl.atomic_add(nonfinite + tensor, count.to(tl.int64), sem="relaxed")
+
+
+@triton.jit
+def _step_tile(
+    row, scalars, refreshed, grad_factor, start, first, left,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, UPDATE: tl.constexpr, LOAD: tl.constexpr, STORE: tl.constexpr,
+    SLOTS: tl.constexpr, REQUIRED: tl.constexpr, OPTIONAL: tl.constexpr, NONNEGATIVE: tl.constexpr,
+    SCALARS: tl.constexpr, LOCK_IN: tl.constexpr, SIGNED: tl.constexpr, ADVANCED: tl.constexpr, BLOCK: tl.constexpr,
+    FULL: tl.constexpr,
+):  # fmt: skip
+    """Step the tile at entry `first` of the chunk; return where the squared gradient is not finite, int32 0 or 1."""
+    s = row_of(scalars, tl.load(row + _SCALARS), SCALARS)
+    at = first + tl.arange(0, BLOCK)
+    param_at = pointer(tl.load(row + _PARAM), start, PARAM)
+    lock = tl.load(row + _LOCK)
+    importance_at = pointer(lock, start, tl.float32)
+    lockable = lock != 0
+
+    # all reads before the first write, or the later ones would wait for the arithmetic
+    param = read(param_at, at, left, FULL)
+    grad = read(pointer(tl.load(row + _GRAD), start, GRAD), at, left, FULL).to(tl.float32)
+    kept = read_slots(row + _FIRST_SLOT, start, at, left, LOAD, SLOTS, REQUIRED, OPTIONAL, BLOCK, FULL, False)
+    importance = tl.zeros([BLOCK], tl.float32)
+    locked = tl.zeros([BLOCK], tl.int1)
+    if LOCK_IN == _IMPORTANCE:
+        if lockable:
+            importance = read(importance_at, at, left, FULL)
+    if LOCK_IN == _STATIC:
+        if lockable:
+            locked = read(pointer(lock, start, tl.int8), at, left, FULL) < 0
+
+    factor = tl.load(s + SIGN)
+    if grad_factor is not None:
+        factor *= tl.load(grad_factor)
+    grad *= factor
+    if not FULL and grad_factor is not None:
+        # beyond the end zeros are read, and 0 times a factor that is not finite is NaN, which would be counted
+        grad = tl.where(at < left, grad, 0.0)
+    bad = tl.zeros([BLOCK], tl.int32)
+    if (LOCK_IN == _IMPORTANCE or LOCK_IN == _SLOT) and not ADVANCED:
+        counted = lockable
+        if refreshed is not None:
+            counted = lockable & (tl.load(refreshed) == 0)
+        bad += tl.where(counted & (is_finite(grad * grad) == 0), 1, 0)
+
+    # the importance, in a tensor of its own or in a slot
+    beta, one_minus_beta = tl.load(s + IMPORTANCE_BETA), tl.load(s + ONE_MINUS_IMPORTANCE_BETA)
+    if LOCK_IN == _IMPORTANCE:
+        locked = is_locked(importance)
+        if not ADVANCED:
+            after = advanced_importance(importance, grad, beta, one_minus_beta, True)
+            if refreshed is not None:
+                after = tl.where(tl.load(refreshed) == 0, after, importance)
+            if lockable:
+                write(importance_at, at, after, left, FULL)
+    slots = ()
+    for k in tl.static_range(SLOTS):
+        value = kept[k]
+        if k == SIGNED:
+            locked = lockable & is_locked(value)
+            if not ADVANCED:
+                after = advanced_importance(value, grad, beta, one_minus_beta, False)
+                if refreshed is not None:
+                    after = tl.where(tl.load(refreshed) == 0, after, value)
+                value = tl.where(lockable, after, value)
+        if (NONNEGATIVE >> k) & 1:
+            value = magnitude(value)
+        slots = slots + (value,)
+
+    given = None
+    if LOCK_IN == _SLOT:
+        given = lockable
+    theta, slots = UPDATE(param.to(tl.float32), grad, slots, rule_scalars(s, SCALARS), given, OPTIONAL)
+    theta = theta.to(PARAM)
+
+    if LOCK_IN != _NONE:
+        # a selection of bits, never a product with 0: 0 * inf is NaN
+        theta = tl.where(locked, param, theta)
+    write(param_at, at, theta, left, FULL)
+    stored = ()
+    for k in tl.static_range(SLOTS):
+        value = slots[k]
+        if k == SIGNED:
+            value = with_lock(value, locked)
+        stored = stored + (value,)
+    write_slots(row + _FIRST_SLOT, start, at, stored, left, STORE, SLOTS, REQUIRED, OPTIONAL, FULL, False)
+    return bad
+
+
+def _variant(
+    name: str, param: Any, grad: Any, lock_in: str, instructions: int, amsgrad: bool = False, **changes: object
+) -> Variant:
+    """Return a variant: p, g, m and v are read, p, m and v written, and what `lock_in` and AMSGrad add."""
+    advanced = changes.get("ADVANCED", False)
+    param_bits, grad_bits = (min(128, 4 * dtype.primitive_bitwidth) for dtype in (param, grad))
+    reads, writes = Counter([param_bits, grad_bits, 128, 128]), Counter([param_bits, 128, 128])
+    size = param_bits / 16 + grad_bits / 32 + 16
+    if lock_in == "importance":
+        reads[128] += 1
+        writes[128] += not advanced
+        size += 4 if advanced else 8
+    if lock_in == "static":
+        reads[32] += 1
+        size += 1
+    if amsgrad:
+        reads[128] += 1
+        writes[128] += 1
+        size += 8
+    arguments = {
+        "rows": "*i64",
+        "chunks": "*i64",
+        "scalars": "*fp32",
+        "nonfinite": "*i64",
+        "refreshed": None,
+        "grad_factor": None,
+        "found_inf": None,
+        "PARAM": param,
+        "GRAD": grad,
+        **constants_of(ADAMW, amsgrad),
+        **_lock_constants(ADAMW, lock_in),
+        "ADVANCED": False,
+        **changes,
+    }
+    return Variant(name, sweep_kernel, arguments, size, instructions, reads, writes)
+
+
+def _lock_constants(rule: Rule, lock_in: str) -> dict[str, int]:
+    """Return the compile-time arguments that say where the lock is."""
+    names = [slot.name for slot in rule.slots]
+    signed = names.index(str(rule.importance_slot)) if lock_in == "slot" else -1
+    return {"LOCK_IN": LOCKS.index(lock_in), "SIGNED": signed}
+
+
+VARIANTS = (
+    _variant("AdamW, float32", tl.float32, tl.float32, "none", 73),
+    _variant("EPI, float32", tl.float32, tl.float32, "importance", 95),
+    _variant("EPI after a refresh, float32", tl.float32, tl.float32, "importance", 74, ADVANCED=True),
+    _variant(
+        "EPI, float32, factor and found_inf",
+        tl.float32,
+        tl.float32,
+        "importance",
+        95,
+        grad_factor="*fp32",
+        found_inf="*fp32",
+    ),
+    _variant("EPI in a graph, float32", tl.float32, tl.float32, "importance", 97, refreshed="*fp32"),
+    _variant("EPI, float32, AMSGrad", tl.float32, tl.float32, "importance", 99, amsgrad=True),
+    _variant("EPI, bfloat16", tl.bfloat16, tl.bfloat16, "importance", 101),
+    _variant("EPI, bfloat16 with float32 gradients", tl.bfloat16, tl.float32, "importance", 99),
+    _variant("EPI, S = exp_avg_sq, float32", tl.float32, tl.float32, "slot", 91),
+    _variant("EPI, S = exp_avg_sq, bfloat16", tl.bfloat16, tl.bfloat16, "slot", 96),
+    _variant("fixed mask, float32", tl.float32, tl.float32, "static", 77),
+    _variant("fixed mask, bfloat16", tl.bfloat16, tl.bfloat16, "static", 83),
+)
+
+
+class Sweep:
+    """The step of a fixed list of tensors; contract: `epi_kernels.ops.prepared_sweep`."""
+
+    def __init__(self, rule: Rule, tensors: Tensors, lock_in: str, lockable: Sequence[bool]) -> None:
+        params, grads = tensors.params, tensors.grads
+        flat = Flat(written=list(tensors.written()), read=[grads])
+        self._strided = flat.strided
+        self._device = params[0].device
+        self._table = Table(SWEEP.words, [param.numel() for param in params], tiles.CHUNK, self._device)
+        self._words = {slot.name: f"slots[{i}]" for i, slot in enumerate(rule.slots)}
+        self._point(tensors, flat)
+        if lock_in == "slot":
+            self._table.set("lock", lockable)
+        self._constants = {
+            "PARAM": tiles.DTYPES[params[0].dtype],
+            "GRAD": tiles.DTYPES[grads[0].dtype],
+            **constants_of(rule, tensors.has_optional(rule)),
+            **_lock_constants(rule, lock_in),
+            "BLOCK": tiles.BLOCK,
+            "TILES": tiles.TILES,
+        }
+
+    def step_(
+        self,
+        tensors: Tensors,
+        nonfinite: Tensor,
+        scalars: Tensor,
+        rows: Sequence[int],
+        advanced: bool | Tensor,
+        grad_factor: Tensor | None,
+        found_inf: Tensor | None,
+        moved: bool,
+    ) -> bool:
+        """Take the step."""
+        table, flat, grads = self._table, None, tensors.grads
+        if moved or self._strided:  # copies are somewhere else in each step
+            flat = Flat(written=list(tensors.written()), read=[grads], strided=self._strided)
+            self._point(tensors, flat)
+            grads = flat.read[0]
+        table.point("grad", grads)
+        table.set("scalars", rows)
+        if table.chunks.numel():
+            # float32: computed on the device, where the clocks are
+            there = scalars if scalars.dtype == torch.float32 else on_device(scalars.float(), self._device)
+            known, refreshed = (advanced, None) if isinstance(advanced, bool) else (False, advanced)
+            tiles.launch(
+                sweep_kernel,
+                table.chunks.numel(),
+                self._device,
+                table.rows(),
+                table.chunks,
+                there,
+                nonfinite,
+                refreshed,
+                grad_factor,
+                found_inf,
+                ADVANCED=known,
+                **self._constants,
+            )
+        if flat is not None:
+            flat.write_back()
+        return True  # the device alone knows
+
+    def _point(self, tensors: Tensors, flat: Flat) -> None:
+        """Write the addresses of what a step writes."""
+        params, *slots, locks = flat.written
+        columns = {"param": params, "lock": locks}
+        columns |= {self._words[name]: of_slot for name, of_slot in zip(tensors.slots, slots, strict=True)}
+        for word, of_word in columns.items():
+            if any(tensor is not None for tensor in of_word):
+                self._table.point(word, of_word)

@@ -1,0 +1,21 @@
+"""Update rules: a file is a rule, with twins beside it and in csrc/rules. csrc/rules/all.h has this list again."""
+
+from epi_kernels.rules.adamw import ADAMW
+from epi_kernels.rules.rule import Rule, Slot
+
+__all__ = ["ADAMW", "RULES", "Rule", "Slot", "rule_of"]
+
+# a rule's position is its number in compiled code
+RULES: list[Rule] = [ADAMW]
+
+
+def rule_of(name: str) -> Rule:
+    """Return the rule of a name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for rule in RULES:
+        if rule.name == name:
+            return rule
+    raise ValueError(f"Invalid rule: {name!r}; choose one of {[rule.name for rule in RULES]}")

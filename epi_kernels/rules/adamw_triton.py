@@ -1,0 +1,44 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""AdamW in Triton: names, equations and roundings of adamw.py, in float32."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def update(param, grad, slots, scalars, given, OPTIONAL: tl.constexpr):
+    """Return (theta, slots) after the step; contract: `epi_kernels.rules.Rule.update`.
+
+    given: whether the importance slot has this gradient in it already, one value of the program; None: it has not.
+    OPTIONAL: whether the launch has optional slots; one that this tensor lacks is 0.
+    """
+    exp_avg, exp_avg_sq, max_exp_avg_sq = slots
+    decay, _beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, correction, eps = scalars
+    exp_avg = first_moment(exp_avg, grad, one_minus_beta1)
+    advanced = second_moment(exp_avg_sq, grad, beta2, one_minus_beta2)
+    if given is not None:
+        advanced = tl.where(given, exp_avg_sq, advanced)
+    largest = advanced
+    if OPTIONAL:
+        largest = tl.maximum(max_exp_avg_sq, advanced, propagate_nan=tl.PropagateNan.ALL)
+        max_exp_avg_sq = largest
+    return moved(param, exp_avg, largest, decay, step_size, correction, eps), (exp_avg, advanced, max_exp_avg_sq)
+
+
+@triton.jit
+def first_moment(exp_avg, grad, one_minus_beta1):
+    near = one_minus_beta1 < 0.5
+    # not one_minus_beta1 - 1, which is +0 where beta1 is 0: the sign of a zero moment would be another
+    weight = tl.where(near, one_minus_beta1, -(1.0 - one_minus_beta1))
+    return tl.fma(weight, grad - exp_avg, tl.where(near, exp_avg, grad))
+
+
+@triton.jit
+def second_moment(exp_avg_sq, grad, beta2, one_minus_beta2):
+    return tl.fma(grad * one_minus_beta2, grad, exp_avg_sq * beta2)
+
+
+@triton.jit
+def moved(param, exp_avg, exp_avg_sq, decay, step_size, correction, eps):
+    root = tl.div_rn(tl.sqrt_rn(exp_avg_sq), tl.broadcast_to(correction, exp_avg_sq.shape))
+    return param * decay - tl.div_rn(exp_avg * step_size, root + eps)
