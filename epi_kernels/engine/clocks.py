@@ -211,8 +211,8 @@ def _vectors_of(steps: Sequence[Tensor], device: torch.device) -> tuple[list[_El
             dtype = steps[strange[0]].dtype
             vector = torch.stack([steps[i].detach().to(device=device, dtype=dtype) for i in strange])
             _made[vector] = True
-            for i, element in zip(strange, vector.unbind(), strict=True):
-                elements[i] = element
+            for i, own in zip(strange, vector.unbind(), strict=True):
+                elements[i] = own
         vectors.append(_Elements(vector, None))
         order += strange
     return vectors, elements, order
@@ -229,5 +229,5 @@ def _on_device(group: dict[str, Any], device: torch.device) -> dict[str, Any]:
             float(value) if value.device.type == "cpu" != device.type else value.to(device, torch.float64).reshape(())
         )
 
-    numbers = {key: moved(group[key]) for key in ("lr", "eps", "weight_decay") if key in group}
+    numbers: dict[str, Any] = {key: moved(group[key]) for key in ("lr", "eps", "weight_decay") if key in group}
     return {**group, **numbers, "betas": tuple(map(moved, group["betas"]))}

@@ -12,7 +12,10 @@ from epi_kernels.isolation.isolation import Isolation
 class Isolating:
     """Mixed into an optimizer that has an `Isolation`: what users ask of it."""
 
-    _isolation: Isolation
+    @property
+    def _isolation(self) -> Isolation:
+        raise NotImplementedError
+
     _take_written: Callable[[], None]  # of the optimizer: what a program has written into the groups
 
     def isolation_mask(self, param: Tensor) -> Tensor:

@@ -236,11 +236,9 @@ class Isolation:
             self.refresh(owner, (), UNSCALED, clock)
 
     def _warn_of_flat_partitions(self, groups: Groups) -> None:
-        if (
-            self.competition.segments is not None
-            or self._warned
-            or all(has_names(g) or "param_names" not in g or not g["params"] for g in groups)
-        ):
+        if self.competition.segments is not None or self._warned:
+            return
+        if all(has_names(group) or "param_names" not in group or not group["params"] for group in groups):
             return
         self._warned = True
         warn(

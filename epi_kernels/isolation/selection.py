@@ -250,7 +250,7 @@ class Selection(Following):
             raise ValueError(f"indices of {name} do not increase in the state: it was changed, or is not SparseAdamW's")
 
     def _dense(self, entry: dict[str, Any], key: str, shape: torch.Size) -> dict[str, Tensor]:
-        """Return compact slots in a shape, zeros where nothing is selected, and where it is; `key` has the positions."""
+        """Return compact slots in a shape, with zeros between, and which entries are selected; `key` has positions."""
         positions = entry[key].long()
 
         def spread(values: Tensor) -> Tensor:

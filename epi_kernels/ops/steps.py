@@ -39,7 +39,9 @@ def prepared_sweep(rule: Rule, tensors: Tensors, lock_in: str, lockable: Sequenc
     Args:
         rule: how an entry moves.
         tensors: as `sweep_` takes them. Without a parameter there is nothing to prepare, and None is returned.
-        lock_in, lockable, backend: see `sweep_`.
+        lock_in: see `sweep_`.
+        lockable: see `sweep_`.
+        backend: "auto" or the name of one.
 
     Raises:
         ValueError, TypeError, NotImplementedError, RuntimeError: as `sweep_`.
@@ -140,7 +142,8 @@ def prepared_gather(rule: Rule, tensors: Tensors, indices: Sequence[Tensor], bac
     Args:
         rule: how an entry moves.
         tensors: as `gather_` takes them, without locks. Without a parameter None is returned.
-        indices, backend: see `gather_`.
+        indices: see `gather_`.
+        backend: "auto" or the name of one.
 
     Raises:
         ValueError, TypeError, NotImplementedError, RuntimeError: as `gather_`.

@@ -1,6 +1,6 @@
 """EPIAdamW: AdamW with evolving parameter isolation (EPI, arXiv 2604.14010, Alg. 1)."""
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor
 
@@ -147,7 +147,7 @@ class EPIAdamW(Isolating, FusedOptimizer, AdamW):
 
     @property
     def _isolation(self) -> Evolving:
-        return self._planner.method
+        return cast(Evolving, self._method)
 
     def bind_deepspeed(self, engine: Any) -> None:
         """Say which layer every segment of DeepSpeed's flat partitions belongs to: ZeRO-1, 2 and 3.

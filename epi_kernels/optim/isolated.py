@@ -111,7 +111,7 @@ class IsolatedOptimizer(Isolating, Optimizer):
         check_settings(self._settings)
         self._settings = plain_settings(self._settings)
         self._backend, self._process_group = backend, process_group
-        self._isolation = Isolation(layers)
+        self._method = Isolation(layers)
         self._guest, self._entries = Guest(), Protected()
         self._own_state: defaultdict[Tensor, Any] = defaultdict(dict)
         # it makes the hooks of an optimizer; what it assigns else is lost, since there is no base yet that it could
@@ -122,6 +122,10 @@ class IsolatedOptimizer(Isolating, Optimizer):
             self._take_group(group)
         # a scaler then unscales the gradients before the step, which importance needs
         self._step_supports_amp_scaling = False
+
+    @property
+    def _isolation(self) -> Isolation:
+        return self._method
 
     # What belongs to the base ----------------------------------------------------------------------------------------
 
@@ -340,14 +344,14 @@ class IsolatedOptimizer(Isolating, Optimizer):
             for param in group["params"] if group["isolation_ratio"] > 0 else ():
                 if param.grad is None:
                     continue
+                name = name_of(param, self.param_groups)
                 if param.grad.is_sparse:
                     raise RuntimeError(
-                        f"{name_of(param, self.param_groups)} has a sparse gradient; importance needs dense ones. Give its group "
-                        "isolation_ratio=0"
+                        f"{name} has a sparse gradient; importance needs dense ones. Give its group isolation_ratio=0"
                     )
                 if param.is_meta:
                     raise RuntimeError(
-                        f"{name_of(param, self.param_groups)} is on the meta device and has no values; materialise the model first, by "
+                        f"{name} is on the meta device and has no values; materialise the model first, by "
                         'model.to_empty(device="cpu") for instance, and construct the optimizer then'
                     )
                 stepping[param] = group
@@ -490,7 +494,7 @@ class IsolatedOptimizer(Isolating, Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep."""
-        kept = ("_backend", "_settings", "_isolation", "_guest", "_entries", "_own_state")
+        kept = ("_backend", "_settings", "_method", "_guest", "_entries", "_own_state")
         base, importances = self._guest.base_alone(self.base)
         return {
             **{key: self.__dict__[key] for key in kept},
@@ -505,7 +509,7 @@ class IsolatedOptimizer(Isolating, Optimizer):
         state = dict(state)
         copied = state.pop("_copied", {})
         super().__setstate__(state)
-        self._isolation = copy.copy(self._isolation)  # a shallow copy has one of its own
+        self._method = copy.copy(self._method)  # a shallow copy has one of its own
         for param, signed in copied.items():
             self._guest.put(self, param, signed)
         self._isolation.iteration.parameters = len(params_of(self.param_groups))

@@ -55,7 +55,7 @@ class GradientRelease:
         """
         if param in self._stepped:
             raise RuntimeError(
-                f"{name_of(param, self._optimizer.param_groups)} got a second gradient before optimizer.step(): with released "
+                f"{self._name(param)} got a second gradient before optimizer.step(): with released "
                 "gradients there is nothing to accumulate into, the first is applied and gone. Call optimizer.step() "
                 "after each backward(), or remove() the release. After a backward() that raised, "
                 "optimizer.zero_grad() starts over: what has stepped keeps its step"
@@ -66,6 +66,9 @@ class GradientRelease:
         self._optimizer._step_alone(param, group)
         self._stepped.add(param)
         param.grad = None
+
+    def _name(self, param: Tensor) -> str:
+        return name_of(param, self._optimizer.param_groups)
 
     def start_over(self) -> None:
         """Let the next backward() step every parameter again; what has stepped since the last step() keeps that."""
@@ -92,12 +95,12 @@ class GradientRelease:
         for param in (param for group in self._optimizer.param_groups for param in group["params"]):
             if not self._steps(param):
                 raise RuntimeError(
-                    f"{name_of(param, self._optimizer.param_groups)} joined the optimizer after release_gradients, and backward() does not step it; "
-                    "remove() the release and call release_gradients anew"
+                    f"{self._name(param)} joined the optimizer after release_gradients, and backward() does not step "
+                    "it; remove() the release and call release_gradients anew"
                 )
             if param.grad is not None:
                 raise RuntimeError(
-                    f"{name_of(param, self._optimizer.param_groups)} has a gradient that backward() has not released: it was set by hand, or by "
+                    f"{self._name(param)} has a gradient that backward() has not released: it was set by hand, or by "
                     "DistributedDataParallel, which averages it after the step; nothing would apply it. remove() the "
                     "release for that"
                 )
@@ -189,19 +192,18 @@ def _check(model: torch.nn.Module, optimizer: FusedOptimizer) -> None:
     known = set(model.parameters())
     for group in optimizer.param_groups:
         for param in group["params"]:
+            name = name_of(param, optimizer.param_groups)
             if param not in known:
-                raise ValueError(f"{name_of(param, optimizer.param_groups)} is not a parameter of the model")
+                raise ValueError(f"{name} is not a parameter of the model")
             if hasattr(param, "_fsdp_flattened"):
                 raise ValueError(
-                    f"{name_of(param, optimizer.param_groups)} is a slice that FSDP1 made: it gets its gradient from FSDP after "
+                    f"{name} is a slice that FSDP1 made: it gets its gradient from FSDP after "
                     "backward() has come by, and would never be stepped. Use FSDP2, or no release"
                 )
             if releases_of(param):
                 raise ValueError(
-                    f"{name_of(param, optimizer.param_groups)} is released to another optimizer, which steps it in backward(); "
+                    f"{name} is released to another optimizer, which steps it in backward(); "
                     "remove() that release first"
                 )
             if param.grad is not None:
-                raise ValueError(
-                    f"{name_of(param, optimizer.param_groups)} has a gradient already; call optimizer.zero_grad() first"
-                )
+                raise ValueError(f"{name} has a gradient already; call optimizer.zero_grad() first")

@@ -1,7 +1,7 @@
 """SparseAdamW: AdamW of selected entries alone, with state for them alone (PIECE, arXiv 2511.15375)."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -111,7 +111,7 @@ class SparseAdamW(FusedOptimizer, AdamW):
 
     @property
     def _selection(self) -> Selection:
-        return self._method
+        return cast(Selection, self._method)
 
     @torch.no_grad()
     def select(self, trainable: Mapping[str | Tensor, Tensor]) -> None:
