@@ -24,7 +24,7 @@ def available(backend: str) -> bool:
 
 
 # scripts of processes that tests start
-collect_ignore = ["ambient.py", "deepspeed_ranks.py", "ranks.py", "resume.py"]
+collect_ignore = ["ambient.py", "deepspeed_ranks.py", "forked.py", "ranks.py", "resume.py", "sharding.py"]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 AVAILABLE = ["triton"] if INTERPRETED else [backend for backend in dispatch.BACKENDS if available(backend)]
