@@ -1,8 +1,8 @@
-"""The processes of test_ambient.py: ``python tests/ambient.py <state> <backend>`` runs every program in that state.
+"""The processes of test_ambient.py, each of which runs every program in one state.
 
 A state is what a process, or some library in it, has set for everybody: default dtype, default device, flushed
-subnormals, threads. A program uses a class or function of the package and returns what came out. It prints the programs
-whose results are not, bit for bit, those of the ordinary state.
+subnormals, threads. A program uses a class or function of the package and returns what came out. A process fails
+with the programs whose results are not, bit for bit, those of the ordinary state.
 """
 
 import contextlib
@@ -11,7 +11,6 @@ import io
 import math
 import os
 import pickle
-import sys
 import tempfile
 import threading
 import traceback
@@ -436,9 +435,8 @@ def checksum(param: Tensor) -> int:
     return zlib.crc32(param.detach().numpy().data)
 
 
-def main() -> None:
-    state, backend = sys.argv[1:]
-    torch.set_num_threads(1)
+def run(number: int, folder: Path, state: str, backend: str) -> None:
+    """Run all programs of a state, in a process of `forked`."""
     warnings.simplefilter("error", UserWarning)
     warnings.filterwarnings("ignore", message=".*torch.compile|.*Sparse invariant")
     if state == "other threads":
@@ -447,9 +445,4 @@ def main() -> None:
         different = forked(backend)
     else:
         different = everything(state, backend)
-    print("\n".join(different))
-    sys.exit(bool(different))
-
-
-if __name__ == "__main__":
-    main()
+    assert not different, "\n".join(different)

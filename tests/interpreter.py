@@ -1,4 +1,4 @@
-"""Triton's interpreter, made to round as GPUs do, so that what it finds can be compared bit for bit."""
+"""Triton's interpreter, made to round as GPUs do, so that its results can be compared bit for bit, and made faster."""
 
 from typing import Any
 
@@ -31,3 +31,22 @@ def round_as_hardware() -> None:
 
     InterpreterBuilder.create_fma = fused
     InterpreterBuilder.cast_impl = converted
+
+
+def patch_once() -> None:
+    """Let it patch triton.language where a kernel is launched, and not again at each call of a function in a kernel.
+
+    It lists all of triton.language to do so, which was more than half of its time.
+    """
+    from triton.language.core import is_builtin
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+
+    def patch_unless_patched(function: Any) -> Any:
+        # kernels call functions of tl, and those of Triton's own library call functions of tl.core
+        if any(is_builtin(language.load) for language in (interpreter.tl, interpreter.tl.core)):
+            return patch(function)
+        return interpreter._LangPatchScope()  # nothing to undo
+
+    interpreter._patch_lang = patch_unless_patched

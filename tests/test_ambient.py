@@ -1,6 +1,6 @@
 """What a process has set for everybody changes no result: default dtype and device, flushed subnormals, threads, forks.
 
-Each test is a process of its own (ambient.py), since what is wrong here may abort or wait for ever.
+Each test is a process of its own (ambient.py, forked.py), since what is wrong here may abort or wait for ever.
 
 - Parameters, states, masks, scores and deltas of every class and both CPU backends have the bits of the ordinary state.
 - With flushed subnormals the masks have them too, of gradients whose squares are subnormal included.
@@ -11,11 +11,10 @@ Each test is a process of its own (ambient.py), since what is wrong here may abo
 
 import ast
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import ambient
+import forked
 import pytest
 import torch
 from conftest import available
@@ -42,15 +41,6 @@ FACTORIES = {
 FACTORIES |= {"randn", "randperm", "scalar_tensor", "tensor", "zeros"}
 
 
-def run(state: str, backend: str) -> None:
-    script = Path(__file__).with_name("ambient.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-    done = subprocess.run(
-        [sys.executable, str(script), state, backend], capture_output=True, text=True, timeout=300, env=environment
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 @pytest.mark.parametrize("backend", ["native", "reference"])
 @pytest.mark.parametrize("state", STATES)
 def test_results_are_those_of_the_ordinary_state(state: str, backend: str) -> None:
@@ -58,14 +48,14 @@ def test_results_are_those_of_the_ordinary_state(state: str, backend: str) -> No
         pytest.skip(f"{backend} cannot run here")
     if state == "flushed subnormals" and not torch.set_flush_denormal(False):
         pytest.skip("this CPU cannot flush subnormals")
-    run(state, backend)
+    forked.run(ambient.run, 1, state, backend)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_a_child_of_fork_steps_natively() -> None:
     if not available("native"):
         pytest.skip("native cannot run here")
-    run("forked", "native")
+    forked.run(ambient.run, 1, "forked", "native")
 
 
 def calls(path: Path) -> list[ast.Call]:
