@@ -11,6 +11,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 import epi_kernels
@@ -24,14 +25,13 @@ TIERS = [
     ("epi_kernels._version", 0),
     ("epi_kernels.lock", 0),
     ("epi_kernels.contract", 0),
+    ("epi_kernels.rules.*_triton", 1),
     ("epi_kernels.rules.rule", -6),
-    ("epi_kernels.rules.adamw", -5),
-    ("epi_kernels.rules.", 1),  # in Triton
+    ("epi_kernels.rules.", -5),
     ("epi_kernels.rules", -4),
+    ("epi_kernels.storage.*_triton", 1),
     ("epi_kernels.storage.kind", -6),
-    ("epi_kernels.storage.float32", -5),
-    ("epi_kernels.storage.half", -5),
-    ("epi_kernels.storage.", 1),  # in Triton
+    ("epi_kernels.storage.", -5),
     ("epi_kernels.storage", -4),
     ("epi_kernels.ops.tensors", -3),
     ("epi_kernels.schema", -3),
@@ -85,7 +85,7 @@ TIERS = [
 
 def tier(module: str) -> int:
     for prefix, number in TIERS:
-        if module == prefix or (prefix.endswith(".") and module.startswith(prefix)):
+        if fnmatch(module, prefix) or (prefix.endswith(".") and module.startswith(prefix)):
             return number
     raise AssertionError(f"{module} is in no tier: say in TIERS where it belongs")
 

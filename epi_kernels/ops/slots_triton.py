@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+from types import ModuleType
 from typing import Any
 
 import triton
@@ -15,6 +16,11 @@ _OWN = tl.constexpr(len(SweepScalars._fields))
 SIGN, IMPORTANCE_BETA, ONE_MINUS_IMPORTANCE_BETA = (tl.constexpr(i) for i in range(len(SweepScalars._fields)))
 
 
+def twin_of(rule: Rule) -> ModuleType:
+    """Return the module that has a rule's `update` in Triton, and what it may cost."""
+    return importlib.import_module(f"epi_kernels.rules.{rule.name}_triton")
+
+
 @functools.cache
 def constants_of(rule: Rule, optional: bool) -> dict[str, Any]:
     """Return the compile-time arguments by which a kernel knows a rule, and how its slots are kept.
@@ -25,7 +31,7 @@ def constants_of(rule: Rule, optional: bool) -> dict[str, Any]:
     """
     storage = importlib.import_module(f"epi_kernels.storage.{FLOAT32.name}_triton")
     return {
-        "UPDATE": importlib.import_module(f"epi_kernels.rules.{rule.name}_triton").update,
+        "UPDATE": twin_of(rule).update,
         "LOAD": storage.load,
         "STORE": storage.store,
         "SLOTS": len(rule.slots),

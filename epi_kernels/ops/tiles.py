@@ -8,7 +8,7 @@ A tile is full or ends with its tensor. Full ones of aligned tensors are read wi
 known to divide by 4 makes every access scalar. A program decides that once, for all its tiles.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +46,22 @@ class Variant(NamedTuple):
     reads: dict[int, int]  # bits of one access in that loop -> number of tensors read so
     writes: dict[int, int]  # {}: no promise
     registers: int = 64  # of a thread: with 64 half of the threads that a processor can hold are there
+
+
+class Budget(NamedTuple):
+    """What the machine code of a rule may cost in one kind of launch.
+
+    The Triton file of a rule lists those of its sweeps (SWEEPS) and of its gathers (GATHERS); the modules of the two
+    operations make a `Variant` of each.
+    """
+
+    name: str
+    instructions: int | None  # as of `Variant`
+    param: str = "float32"
+    grad: str = "float32"
+    lock_in: str = "none"  # of a sweep: one of `epi_kernels.ops.schema.LOCK_IN`
+    optional: bool = False  # with the rule's optional slots
+    changes: Mapping[str, Any] = {}  # arguments of the kernel that are others than usual
 
 
 # of parameters and gradients

@@ -4,6 +4,8 @@
 import triton
 import triton.language as tl
 
+from epi_kernels.ops.tiles import Budget
+
 
 @triton.jit
 def update(param, grad, slots, scalars, given, OPTIONAL: tl.constexpr):
@@ -42,3 +44,30 @@ def second_moment(exp_avg_sq, grad, beta2, one_minus_beta2):
 def moved(param, exp_avg, exp_avg_sq, decay, step_size, correction, eps):
     root = tl.div_rn(tl.sqrt_rn(exp_avg_sq), tl.broadcast_to(correction, exp_avg_sq.shape))
     return param * decay - tl.div_rn(exp_avg * step_size, root + eps)
+
+
+SWEEPS = (
+    Budget("AdamW, float32", 73),
+    Budget("EPI, float32", 95, lock_in="importance"),
+    Budget("EPI after a refresh, float32", 74, lock_in="importance", changes={"ADVANCED": True}),
+    Budget(
+        "EPI, float32, factor and found_inf",
+        95,
+        lock_in="importance",
+        changes={"grad_factor": "*fp32", "found_inf": "*fp32"},
+    ),
+    Budget("EPI in a graph, float32", 97, lock_in="importance", changes={"refreshed": "*fp32"}),
+    Budget("EPI, float32, AMSGrad", 99, lock_in="importance", optional=True),
+    Budget("EPI, bfloat16", 101, "bfloat16", "bfloat16", "importance"),
+    Budget("EPI, bfloat16 with float32 gradients", 99, "bfloat16", "float32", "importance"),
+    Budget("EPI, S = exp_avg_sq, float32", 91, lock_in="slot"),
+    Budget("EPI, S = exp_avg_sq, bfloat16", 96, "bfloat16", "bfloat16", "slot"),
+    Budget("fixed mask, float32", 77, lock_in="static"),
+    Budget("fixed mask, bfloat16", 83, "bfloat16", "bfloat16", "static"),
+)
+
+GATHERS = (
+    Budget("selected entries, float32", 108),
+    Budget("selected entries, bfloat16", 108, "bfloat16", "bfloat16"),
+    Budget("selected entries beyond 2^31, float32", 108, changes={"OFFSET": tl.int64}),
+)

@@ -1,7 +1,6 @@
 """One step of a rule over selected entries in Triton: gather, step and scatter, one launch for all tensors."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -11,11 +10,11 @@ from epi_kernels.ops import tiles
 from epi_kernels.ops.equations_triton import magnitude
 from epi_kernels.ops.flat import Flat
 from epi_kernels.ops.gather.offsets import Offsets
-from epi_kernels.ops.slots_triton import SIGN, constants_of, read_slots, row_of, rule_scalars, write_slots
+from epi_kernels.ops.slots_triton import SIGN, constants_of, read_slots, row_of, rule_scalars, twin_of, write_slots
 from epi_kernels.ops.table import Table, on_device
 from epi_kernels.ops.tensors import Tensors
-from epi_kernels.ops.tiles import Variant, left_of, located, read, scattered, words
-from epi_kernels.rules import ADAMW, Rule
+from epi_kernels.ops.tiles import Budget, Variant, left_of, located, read, scattered, words
+from epi_kernels.rules import RULES, Rule
 from epi_kernels.schema import GATHER
 
 _WIDTH = tl.constexpr(len(GATHER.words))
@@ -74,27 +73,38 @@ def gather_kernel(
         tl.store(here, theta.to(PARAM), mask=at < left)
 
 
-def _variant(name: str, dtype: Any, offset: Any, size: int, instructions: int | None = 108, **changes: Any) -> Variant:
-    dtypes = {"PARAM": dtype, "GRAD": dtype, "OFFSET": offset}
+def _variant(rule: Rule, budget: Budget) -> Variant:
+    """Return a variant: p, g, the slots and an offset are read, p and the slots written.
+
+    A gradient of the parameter's strides has the parameter's offsets.
+    """
+    param, grad = getattr(tl, budget.param), getattr(tl, budget.grad)
+    slots = len(rule.slots) if budget.optional else rule.required
     arguments = {
         "rows": "*i64",
         "chunks": "*i64",
         "scalars": "*fp32",
-        **dtypes,
-        **constants_of(ADAMW, False),
-        **changes,
+        "PARAM": param,
+        "GRAD": grad,
+        "OFFSET": tl.int32,
+        **constants_of(rule, budget.optional),
+        **budget.changes,
     }
+    offset = arguments["OFFSET"].primitive_bitwidth
+    size = (2 * param.primitive_bitwidth + grad.primitive_bitwidth + offset) / 8 + 8 * slots
     # a scatter: each entry of p and g is a sector of 32 bytes, which no width helps
-    return Variant(name, gather_kernel, arguments, size, instructions, {}, {})
+    return Variant(budget.name, gather_kernel, arguments, size, budget.instructions, {}, {})
 
 
-# bytes: p g m v and an offset, p m v; a gradient of the parameter's strides has the parameter's offsets. Instructions
-# are counted in a loop, and one tile leaves none: it is the same code, once
-VARIANTS = (
-    _variant("selected entries, float32, as launched", tl.float32, tl.int32, 32, None, TILES=TILES),
-    _variant("selected entries, float32", tl.float32, tl.int32, 32),
-    _variant("selected entries, bfloat16", tl.bfloat16, tl.int32, 26),
-    _variant("selected entries beyond 2^31, float32", tl.float32, tl.int64, 36),
+def _as_launched(budget: Budget) -> Budget:
+    """Return the budget of one tile to a program: the same code without a loop in which instructions can be counted."""
+    return budget._replace(name=f"{budget.name}, as launched", instructions=None, changes={"TILES": TILES})
+
+
+VARIANTS = tuple(
+    _variant(rule, budget)
+    for rule in RULES
+    for budget in (_as_launched(twin_of(rule).GATHERS[0]), *twin_of(rule).GATHERS)
 )
 
 

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -20,12 +19,13 @@ from epi_kernels.ops.slots_triton import (
     read_slots,
     row_of,
     rule_scalars,
+    twin_of,
     write_slots,
 )
 from epi_kernels.ops.table import Table, on_device
 from epi_kernels.ops.tensors import Tensors
-from epi_kernels.ops.tiles import Variant, left_of, located, pointer, read, words, write
-from epi_kernels.rules import ADAMW, Rule
+from epi_kernels.ops.tiles import Budget, Variant, left_of, located, pointer, read, words, write
+from epi_kernels.rules import RULES, Rule
 from epi_kernels.schema import LOCK_IN as LOCKS
 from epi_kernels.schema import SWEEP
 
@@ -183,25 +183,21 @@ def _step_tile(
     return bad
 
 
-def _variant(
-    name: str, param: Any, grad: Any, lock_in: str, instructions: int, amsgrad: bool = False, **changes: object
-) -> Variant:
-    """Return a variant: p, g, m and v are read, p, m and v written, and what `lock_in` and AMSGrad add."""
-    advanced = changes.get("ADVANCED", False)
+def _variant(rule: Rule, budget: Budget) -> Variant:
+    """Return a variant: p, g and the slots are read, p and the slots written, and what the lock adds."""
+    advanced = budget.changes.get("ADVANCED", False)
+    param, grad = getattr(tl, budget.param), getattr(tl, budget.grad)
     param_bits, grad_bits = (min(128, 4 * dtype.primitive_bitwidth) for dtype in (param, grad))
-    reads, writes = Counter([param_bits, grad_bits, 128, 128]), Counter([param_bits, 128, 128])
-    size = param_bits / 16 + grad_bits / 32 + 16
-    if lock_in == "importance":
+    slots = len(rule.slots) if budget.optional else rule.required
+    reads, writes = Counter([param_bits, grad_bits, *[128] * slots]), Counter([param_bits, *[128] * slots])
+    size = param_bits / 16 + grad_bits / 32 + 8 * slots
+    if budget.lock_in == "importance":
         reads[128] += 1
         writes[128] += not advanced
         size += 4 if advanced else 8
-    if lock_in == "static":
+    if budget.lock_in == "static":
         reads[32] += 1
         size += 1
-    if amsgrad:
-        reads[128] += 1
-        writes[128] += 1
-        size += 8
     arguments = {
         "rows": "*i64",
         "chunks": "*i64",
@@ -212,12 +208,12 @@ def _variant(
         "found_inf": None,
         "PARAM": param,
         "GRAD": grad,
-        **constants_of(ADAMW, amsgrad),
-        **_lock_constants(ADAMW, lock_in),
+        **constants_of(rule, budget.optional),
+        **_lock_constants(rule, budget.lock_in),
         "ADVANCED": False,
-        **changes,
+        **budget.changes,
     }
-    return Variant(name, sweep_kernel, arguments, size, instructions, reads, writes)
+    return Variant(budget.name, sweep_kernel, arguments, size, budget.instructions, reads, writes)
 
 
 def _lock_constants(rule: Rule, lock_in: str) -> dict[str, int]:
@@ -227,28 +223,7 @@ def _lock_constants(rule: Rule, lock_in: str) -> dict[str, int]:
     return {"LOCK_IN": LOCKS.index(lock_in), "SIGNED": signed}
 
 
-VARIANTS = (
-    _variant("AdamW, float32", tl.float32, tl.float32, "none", 73),
-    _variant("EPI, float32", tl.float32, tl.float32, "importance", 95),
-    _variant("EPI after a refresh, float32", tl.float32, tl.float32, "importance", 74, ADVANCED=True),
-    _variant(
-        "EPI, float32, factor and found_inf",
-        tl.float32,
-        tl.float32,
-        "importance",
-        95,
-        grad_factor="*fp32",
-        found_inf="*fp32",
-    ),
-    _variant("EPI in a graph, float32", tl.float32, tl.float32, "importance", 97, refreshed="*fp32"),
-    _variant("EPI, float32, AMSGrad", tl.float32, tl.float32, "importance", 99, amsgrad=True),
-    _variant("EPI, bfloat16", tl.bfloat16, tl.bfloat16, "importance", 101),
-    _variant("EPI, bfloat16 with float32 gradients", tl.bfloat16, tl.float32, "importance", 99),
-    _variant("EPI, S = exp_avg_sq, float32", tl.float32, tl.float32, "slot", 91),
-    _variant("EPI, S = exp_avg_sq, bfloat16", tl.bfloat16, tl.bfloat16, "slot", 96),
-    _variant("fixed mask, float32", tl.float32, tl.float32, "static", 77),
-    _variant("fixed mask, bfloat16", tl.bfloat16, tl.bfloat16, "static", 83),
-)
+VARIANTS = tuple(_variant(rule, budget) for rule in RULES for budget in twin_of(rule).SWEEPS)
 
 
 class Sweep:
