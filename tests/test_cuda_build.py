@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from epi_kernels import cuda
+from epi_kernels.backends import cuda
 
 LIBRARY = cuda.load()
 pytestmark = pytest.mark.skipif(isinstance(LIBRARY, str), reason=str(LIBRARY))

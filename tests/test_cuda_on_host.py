@@ -12,7 +12,8 @@ import pytest
 import torch
 from agreement import SIZES, signed
 
-from epi_kernels import native, ops
+from epi_kernels import ops
+from epi_kernels.backends import native
 from epi_kernels.ops.threshold.rows import table_of
 
 ROOT = Path(__file__).parents[1]

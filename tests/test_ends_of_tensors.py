@@ -21,7 +21,8 @@ from agreement import gradient, scalars, step, step_lists, tensors_of
 from torch import Tensor
 
 import epi_kernels
-from epi_kernels import cuda, ops
+from epi_kernels import ops
+from epi_kernels.backends import cuda
 from epi_kernels.ops.threshold.cuda import score_histogram
 from epi_kernels.rules import ADAMW
 from epi_kernels.schema import SWEEP

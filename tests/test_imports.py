@@ -1,93 +1,22 @@
-"""Imports run one way, each module only to a lower tier.
+"""Imports run one way: neither modules nor folders import each other in a circle.
 
-optim -> ops (functional) -> ops/<stem>/<backend> -> rules and storage in Triton -> ops/equations, ops/tiles, dispatch
--> native, ops/table -> schema -> rules, storage; contract, lock and layers import nothing
-
-Backends of one operation never import another operation's, nor each other's. Heavy optional packages are imported by
-nobody at import time.
+What may import what follows from the folders. A folder is one node, and so is a module beside the folders; the Triton
+twins of rules and storages, which stand on the kernels' tools, are nodes of their own. Backends of one operation never
+import another operation's. Heavy optional packages are imported by nobody at import time.
 """
 
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
-from fnmatch import fnmatch
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+
+import pytest
 
 import epi_kernels
 
 ROOT = Path(epi_kernels.__file__).parent
-
-# first match decides; a module may import only from tiers above its own line in the file, that is, a lower number
-TIERS = [
-    ("epi_kernels.library", -3),
-    ("epi_kernels.notices", -1),
-    ("epi_kernels._version", 0),
-    ("epi_kernels.lock", 0),
-    ("epi_kernels.contract", 0),
-    ("epi_kernels.rules.*_triton", 1),
-    ("epi_kernels.rules.rule", -6),
-    ("epi_kernels.rules.", -5),
-    ("epi_kernels.rules", -4),
-    ("epi_kernels.storage.*_triton", 1),
-    ("epi_kernels.storage.kind", -6),
-    ("epi_kernels.storage.", -5),
-    ("epi_kernels.storage", -4),
-    ("epi_kernels.ops.tensors", -3),
-    ("epi_kernels.schema", -3),
-    ("epi_kernels.schema", -2),
-    ("epi_kernels.native", -1),
-    ("epi_kernels.cuda", -1),
-    ("epi_kernels.metrics", 0),
-    ("epi_kernels.layers", 0),
-    ("epi_kernels.integrations.", 0),
-    ("epi_kernels.integrations", 0),
-    ("epi_kernels.telemetry", 0),
-    ("epi_kernels.distributed", 0),
-    ("epi_kernels.plots", 1),
-    ("epi_kernels.ops.equations", 1),
-    ("epi_kernels.ops.flat", 0),
-    ("epi_kernels.ops.table", -1),
-    ("epi_kernels.ops.tiles", 0),
-    ("epi_kernels.ops.equations_triton", 0),
-    ("epi_kernels.ops.slots_triton", 0),
-    ("epi_kernels.dispatch", 1),
-    ("epi_kernels.ops.functional", 3),
-    ("epi_kernels.ops.gather.offsets", 0),
-    ("epi_kernels.ops.threshold.rows", 1),
-    ("epi_kernels.ops.", 2),  # ops/<stem>/<backend>
-    ("epi_kernels.ops", 4),
-    ("epi_kernels.importance", 5),
-    ("epi_kernels.select", 5),
-    ("epi_kernels.delta", 1),
-    ("epi_kernels.optim.refusals", 0),
-    ("epi_kernels.optim.plain", 0),
-    ("epi_kernels.optim.groups", 1),
-    ("epi_kernels.optim.compiled", 0),
-    ("epi_kernels.optim.checkpoint", 2),
-    ("epi_kernels.optim.clocks", 5),
-    ("epi_kernels.optim.differentiable", 1),
-    ("epi_kernels.optim.scaling", 1),
-    ("epi_kernels.optim.complex", 5),
-    ("epi_kernels.optim.nonfinite", 4),
-    ("epi_kernels.optim.refresh", 5),
-    ("epi_kernels.optim.drop_in", 3),
-    ("epi_kernels.optim.prepared", 6),
-    ("epi_kernels.optim.isolation", 6),
-    ("epi_kernels.optim.places", 7),
-    ("epi_kernels.optim.base", 7),
-    ("epi_kernels.optim.", 8),
-    ("epi_kernels.optim", 9),
-    ("epi_kernels", 10),
-    ("epi_kernels.__main__", 11),
-]
-
-
-def tier(module: str) -> int:
-    for prefix, number in TIERS:
-        if fnmatch(module, prefix) or (prefix.endswith(".") and module.startswith(prefix)):
-            return number
-    raise AssertionError(f"{module} is in no tier: say in TIERS where it belongs")
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -114,25 +43,62 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def upward(name: str, imported: str) -> bool:
-    """Return whether an import goes up, or sideways between modules of one tier."""
-    return tier(imported) >= tier(name)
+def folder_of(module: str) -> str:
+    """Return the node of a module: its folder, itself beside the folders, or the twins of its folder."""
+    folder = module.split(".")[1] if module.count(".") else module
+    return f"{folder}, in Triton" if module.endswith("_triton") else folder
 
 
-def test_imports_run_one_way() -> None:
-    wrong = [
-        f"{name} imports {imported}"
-        for name, path in modules().items()
-        for imported in imports(path)
-        if upward(name, imported)
-    ]
-    assert not wrong, wrong
+def graph() -> dict[str, set[str]]:
+    """Return what each module imports. Importing a package's name is importing its modules, not the package itself."""
+    return {name: set(imports(path)) - {name} for name, path in modules().items()}
 
 
-def test_the_rule_sees_an_upward_and_a_sideways_import() -> None:
-    assert upward("epi_kernels.contract", "epi_kernels.dispatch")
-    assert upward("epi_kernels.ops.threshold.reference", "epi_kernels.ops.importance.reference")
-    assert not upward("epi_kernels.optim.epi", "epi_kernels.optim.base")
+def folders(modules: Mapping[str, set[str]]) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for name, imported in modules.items():
+        node = folder_of(name)
+        found.setdefault(node, set()).update(folder_of(other) for other in imported if folder_of(other) != node)
+    return found
+
+
+def circle(nodes: Mapping[str, set[str]]) -> list[str]:
+    try:
+        list(TopologicalSorter(nodes).static_order())
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    assert circle(graph()) == []
+
+
+def test_no_folders_import_each_other_in_a_circle() -> None:
+    assert circle(folders(graph())) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "imported"),
+    [
+        ("epi_kernels.engine.plan", "epi_kernels.isolation.refresh"),  # the engine is handed an isolation
+        ("epi_kernels.contract", "epi_kernels.backends.registry"),
+        ("epi_kernels.rules.adamw", "epi_kernels.ops.steps"),
+        ("epi_kernels.ops.flat", "epi_kernels.engine.state"),
+    ],
+)
+def test_an_import_that_runs_up_is_seen(name: str, imported: str) -> None:
+    nodes = graph()
+    nodes[name].add(imported)
+    assert circle(folders(nodes))
+
+
+def test_an_operation_imports_no_other_operation() -> None:
+    for name, imported in graph().items():
+        operation = name.split(".")[2:3]
+        if name.startswith("epi_kernels.ops.") and name.count(".") == 3:
+            others = {o.split(".")[2] for o in imported if o.startswith("epi_kernels.ops.") and o.count(".") == 3}
+            assert others <= set(operation), name
 
 
 def test_importing_the_package_needs_torch_alone() -> None:

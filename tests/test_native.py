@@ -11,7 +11,8 @@ import torch
 from agreement import assert_steps_agree, gradient, scalars, signed, step_lists
 from torch import Tensor
 
-from epi_kernels import native, ops
+from epi_kernels import ops
+from epi_kernels.backends import native
 
 pytestmark = pytest.mark.skipif(bool(native.obstacle()), reason=native.obstacle() or "it is built")
 

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from epi_kernels import cuda, library, native, ops, schema
+from epi_kernels import ops, schema
+from epi_kernels.backends import cuda, library, native
 from epi_kernels.engine.clocks import scalars_of
 from epi_kernels.rules import ADAMW, RULES, rule_of
 from epi_kernels.schema import SweepScalars, width_of

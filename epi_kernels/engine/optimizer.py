@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from epi_kernels import dispatch
+from epi_kernels.backends import registry
 from epi_kernels.contract import FLOATING
 from epi_kernels.distributed import is_dtensor, shard_of
 from epi_kernels.engine import compiled
@@ -87,7 +87,7 @@ class FusedOptimizer(Optimizer):
         dtypes: tuple[torch.dtype, ...] = (*FLOATING, torch.complex64, torch.complex128),
         scales: bool = True,
     ) -> None:
-        dispatch.check(backend)
+        registry.check(backend)
         self._backend, self._process_group = backend, process_group
         self._planner, self._dtypes, self._scales = planner, dtypes, scales
         self._ours, self._given = tuple(settings), plain_settings(settings)
@@ -218,7 +218,7 @@ class FusedOptimizer(Optimizer):
                 f"{name} is a {type(param.data).__name__}; this class takes plain tensors and DTensors"
             )
         # raises where the backend cannot run
-        dispatch.explain(param.device, self._backend, param.dtype.to_real() if param.is_complex() else param.dtype)
+        registry.explain(param.device, self._backend, param.dtype.to_real() if param.is_complex() else param.dtype)
 
     def _check_settings(self, group: dict[str, Any], shared: dict[str, Any]) -> None:
         """Check the settings of a group, of which those that are one for all are as in `shared`.
@@ -441,7 +441,7 @@ class _Loading:
                     continue
                 with named(f"{key} of {name_of(param, optimizer.param_groups)} is {dtype}"):
                     values = frozenset({param.dtype})
-                    dispatch.choose("sweep_", param.device.type, optimizer._backend, values, frozenset({dtype}))
+                    registry.choose("sweep_", param.device.type, optimizer._backend, values, frozenset({dtype}))
 
 
 def _written(tensor: Tensor, value: Any) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from epi_kernels import dispatch
+from epi_kernels.backends import registry
 from epi_kernels.contract import check_lists
 from epi_kernels.distributed import local, local_gradient
 from epi_kernels.engine.clocks import DeviceClocks, HostClocks
@@ -316,10 +316,10 @@ class Planner:
         for param in params if owner._backend == "auto" else ():
             if param.dtype not in DTYPES:
                 continue
-            dispatch.say_if_slow(param.device)
+            registry.say_if_slow(param.device)
             moments = moment_dtypes(self.rule, owner.state.get(param, _NOTHING))
             other = [dtype for dtype in moments if dtype != torch.float32]
-            fast = dispatch.choose("sweep_", param.device.type, "auto").backend
+            fast = registry.choose("sweep_", param.device.type, "auto").backend
             if other and fast != "reference" and not self._told_of_moments:
                 self._told_of_moments = True
                 warn(

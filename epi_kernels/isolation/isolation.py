@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from epi_kernels import contract, dispatch, lock
+from epi_kernels import contract, lock
+from epi_kernels.backends import registry
 from epi_kernels.distributed import AgreeAgain, local, local_gradient
 from epi_kernels.engine.complex import as_real, squared_by_importance
 from epi_kernels.engine.groups import group_of, has_names, params_of
@@ -107,7 +108,7 @@ class Isolation:
         """Return one line on the grouping and the backend in force."""
         layers = self.grouping.of(owner.param_groups)
         kinds = sorted({(p.device, as_real(p.detach()).dtype) for p in layers if not is_lazy(p)}, key=str)
-        chosen = [f"{dispatch.explain(device, owner._backend, dtype)} on {device}" for device, dtype in kinds]
+        chosen = [f"{registry.explain(device, owner._backend, dtype)} on {device}" for device, dtype in kinds]
         backends = "; ".join(dict.fromkeys(chosen))
         return (
             f"Isolation: {len(layers)} tensors in {len(set(layers.values()))} layers by {self.grouping.name!r}; "

@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from epi_kernels.backends.registry import choose
 from epi_kernels.contract import (
     KEY_DIGITS,
     check_lists,
@@ -19,7 +20,6 @@ from epi_kernels.contract import (
     check_tensor,
     check_value,
 )
-from epi_kernels.dispatch import choose
 from epi_kernels.ops.table import on_device
 from epi_kernels.ops.tensors import dtypes_of
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from epi_kernels.backends.registry import choose
 from epi_kernels.contract import (
     check_indices,
     check_lists,
@@ -18,7 +19,6 @@ from epi_kernels.contract import (
     check_tensor,
     check_value,
 )
-from epi_kernels.dispatch import choose
 from epi_kernels.ops.tensors import Tensors, dtypes_of
 from epi_kernels.rules import Rule, rule_of
 from epi_kernels.schema import width_of

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.optim.lbfgs import LBFGS
 from torch.optim.optimizer import Optimizer
 
-from epi_kernels import dispatch, ops
+from epi_kernels import ops
+from epi_kernels.backends import registry
 from epi_kernels.distributed import given, local, local_gradient
 from epi_kernels.engine.checkpoint import check_form, in_our_order, pairs_of
 from epi_kernels.engine.complex import squared_by_importance
@@ -97,7 +98,7 @@ class IsolatedOptimizer(Isolating, Optimizer):
         backend: str = "auto",
     ) -> None:
         _check_base(base)
-        dispatch.check(backend)
+        registry.check(backend)
         self._settings: dict[str, Any] = {
             "isolation_ratio": isolation_ratio,
             "importance_beta": importance_beta,
@@ -362,7 +363,7 @@ class IsolatedOptimizer(Isolating, Optimizer):
         for device in dict.fromkeys(param.device for param in stepping):
             here = [param for param in stepping if param.device == device]
             if self._backend == "auto" and any(param.dtype in DTYPES for param in here):
-                dispatch.say_if_slow(device)
+                registry.say_if_slow(device)
             signed = [self.state[param]["importance"] for param in here]
             betas = [stepping[param]["importance_beta"] for param in here]
             ops.importance_(

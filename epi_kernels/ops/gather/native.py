@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from epi_kernels import native, schema
+from epi_kernels import schema
+from epi_kernels.backends import native
 from epi_kernels.ops.flat import Flat
 from epi_kernels.ops.gather.offsets import Offsets
 from epi_kernels.ops.tensors import Tensors

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from epi_kernels import native, schema
+from epi_kernels import schema
+from epi_kernels.backends import native
 from epi_kernels.ops.flat import Flat
 
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from epi_kernels import native, schema
+from epi_kernels import schema
+from epi_kernels.backends import native
 from epi_kernels.ops.flat import Flat
 from epi_kernels.ops.tensors import Tensors
 from epi_kernels.rules import RULES, Rule

@@ -21,7 +21,7 @@ def load(
     Returns:
         The library, or why it cannot be used here and what to do about it.
     """
-    paths = sorted(Path(__file__).parent.glob(f"{stem}*.so"))
+    paths = sorted(Path(__file__).parents[1].glob(f"{stem}*.so"))
     if not paths:
         # without the first command, pip installs the wheel that it has kept
         return (
