@@ -331,8 +331,8 @@ class FusedOptimizer(Optimizer):
             self._planner = self._planner.copied()
         self._written = None
         for group in self.param_groups:
-            for key in self._ours:
-                group.setdefault(key, self.defaults[key])
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
         self._planner.forget()
         self._settle()
         self._method.constructed(self)
@@ -423,7 +423,9 @@ class _Loading:
         new = [key for key in OPTIONS if saved.get(key) and not own.get(key)]
         for param in own["params"] if new else ():
             try:
-                self._optimizer._planner.check_options(self._optimizer, param, {**dict.fromkeys(OPTIONS), **saved})
+                self._optimizer._planner.check_options(
+                    self._optimizer, param, {"fused": None, "capturable": False, **saved}
+                )
             except AssertionError as error:  # torch's
                 name = name_of(param, self._optimizer.param_groups)
                 raise ValueError(f"{new[0]}={saved[new[0]]!r} and {name}: {error}") from error

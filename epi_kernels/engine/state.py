@@ -133,7 +133,7 @@ def check_options(param: Tensor, name: str, group: Mapping[str, Any], lock_in: s
     Args:
         param: of the group.
         name: what messages call it.
-        group: with every one of OPTIONS.
+        group: its settings.
         lock_in: where the lock bits of the parameter are.
         partitioned: the user gave a process group.
 
@@ -142,7 +142,7 @@ def check_options(param: Tensor, name: str, group: Mapping[str, Any], lock_in: s
         NotImplementedError: ``capturable`` and a complex parameter; or an option is not there for what ranks share.
         AssertionError: ``capturable`` on a device that has no graphs, in torch's words.
     """
-    if group["differentiable"]:
+    if group.get("differentiable"):
         differentiable.check(name, param, lock_in)
         if param.is_leaf and param.requires_grad:
             raise RuntimeError(
@@ -151,7 +151,7 @@ def check_options(param: Tensor, name: str, group: Mapping[str, Any], lock_in: s
             )
     if is_sharded(param) or partitioned:
         for flag, instead in _NOT_SHARDED.items():
-            if group[flag]:
+            if group.get(flag):
                 raise NotImplementedError(
                     f"{flag}={group[flag]!r} and {name}, which is shared out over ranks: not in this version{instead}"
                 )

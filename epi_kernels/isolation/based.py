@@ -56,7 +56,7 @@ def checked_entries(
     for i, (ours, saved) in enumerate(zip(groups, saved_groups, strict=True)):
         group = {**own[i], CLOCK: 0, **saved}
         with named(f"parameter group {i} of the state"):
-            check_settings(group)
+            check_settings(group, "exp_avg_sq")
             check_shared(SHARED, group, {**own[0], **saved_groups[0]})
             if group["importance"] != "ema":
                 raise ValueError(f"importance={group['importance']!r}: a base has no place for it; only 'ema' loads")

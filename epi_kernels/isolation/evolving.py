@@ -13,23 +13,37 @@ from epi_kernels.engine.method import Method, Owner
 from epi_kernels.engine.state import new_state
 from epi_kernels.integrations import deepspeed
 from epi_kernels.isolation.isolation import Isolation
-from epi_kernels.isolation.layers import check_saved
+from epi_kernels.isolation.layers import LayersArgument, check_saved
 from epi_kernels.isolation.settings import CLOCK, SETTINGS, SHARED, check_settings
+from epi_kernels.rules import Rule
 
 
 class Evolving(Isolation, Method):
-    """The protected entries are those that `Isolation` chooses; the lock of a parameter rides in its importance."""
+    """The protected entries are those that `Isolation` chooses; the lock of a parameter rides in its importance.
+
+    Args:
+        layers: see `Isolation`.
+        rule: of the optimizer, one of whose slots may serve as the importance.
+    """
 
     settings = (*SETTINGS, CLOCK)
     shared = SHARED
     counted = (CLOCK,)
     state_keys = ("importance",)
 
+    def __init__(self, layers: LayersArgument, rule: Rule) -> None:
+        super().__init__(layers)
+        self._slot = rule.importance_slot
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what pickle and deepcopy keep."""
+        return {**super().__getstate__(), "_slot": self._slot}
+
     # Settings and groups ---------------------------------------------------------------------------------------------
 
     def check_settings(self, group: dict[str, Any]) -> None:
         """Check the settings of a group, or raise ValueError."""
-        check_settings(group)
+        check_settings(group, self._slot)
 
     def fixed(self, owner: Owner) -> dict[str, tuple[Any, ...]]:
         """Return the settings of which the masks are: where the lock is, and the layers."""

@@ -20,12 +20,15 @@ _CHOICES = {
     "normalize": ("layer", "none"),
     "scope": ("global", "layer"),
     "threshold": ("exact", "histogram"),
-    "importance": ("ema", "exp_avg_sq"),
 }
 
 
-def check_settings(settings: dict[str, Any]) -> None:
+def check_settings(settings: dict[str, Any], importance_slot: str | None = None) -> None:
     """Check the settings of a group, all of which it must have; the clock it may have.
+
+    Args:
+        settings: of the group.
+        importance_slot: of the optimizer's rule, which can serve as the importance; None: there is none.
 
     Raises:
         ValueError: naming the argument and its value.
@@ -37,7 +40,8 @@ def check_settings(settings: dict[str, Any]) -> None:
         raise ValueError(f"Invalid importance_beta: {beta!r}; 0 <= beta < 1")
     if interval is not None and not is_count(interval, 1, math.inf):
         raise ValueError(f"Invalid mask_interval: {interval!r}; steps >= 1, or None for refresh() alone")
-    for name, allowed in _CHOICES.items():
+    importances = ("ema",) if importance_slot is None else ("ema", importance_slot)
+    for name, allowed in {**_CHOICES, "importance": importances}.items():
         if not isinstance(settings[name], str) or settings[name] not in allowed:
             raise ValueError(f"Invalid {name}: {settings[name]!r}; choose one of {allowed}")
     clock = settings.get(CLOCK, 0)

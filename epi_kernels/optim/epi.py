@@ -124,7 +124,7 @@ class EPIAdamW(Isolating, FusedOptimizer, AdamW):
             "threshold": threshold,
             "importance": importance,
         }
-        check_settings(settings)
+        check_settings(settings, ADAMW.importance_slot)
         super().__init__(
             params,
             {
@@ -139,7 +139,7 @@ class EPIAdamW(Isolating, FusedOptimizer, AdamW):
                 "differentiable": differentiable,
                 "fused": fused,
             },
-            planner=Sweeping(ADAMW, Evolving(layers)),
+            planner=Sweeping(ADAMW, Evolving(layers, ADAMW)),
             settings={"clip_grad_norm": clip_grad_norm, **settings, CLOCK: 0},
             process_group=process_group,
             backend=backend,

@@ -219,7 +219,7 @@ class IsolatedOptimizer(Isolating, Optimizer):
         # a group that was isolated before, or loaded such a state, has the name of its layers
         own = {**group, "layers": self._settings["layers"]} if "layer_digest" in group else group
         settings = plain_settings({key: own.get(key, value) for key, value in self._settings.items()})
-        check_settings(settings)
+        check_settings(settings, "exp_avg_sq")
         check_shared(SHARED, settings, self._settings)
         grouping = self._isolation.grouping
         grouping.resolve(named="param_names" in group)
@@ -251,7 +251,7 @@ class IsolatedOptimizer(Isolating, Optimizer):
         """
         groups = self.param_groups
         for group in groups:
-            check_settings(group)
+            check_settings(group, "exp_avg_sq")  # that it cannot be, says `check_written`
         layers = (self._isolation.grouping.name, self._settings["layers"])
         check_written(groups, SHARED, {"importance": ("ema",), "layers": layers})
         self._settings.update({key: groups[0][key] for key in SHARED if key != "layers"} if groups else {})
