@@ -45,7 +45,8 @@ def top_k(
         ratio: the share to select, 0 <= ratio <= 1.
         scope: "global", or "layer": floor(ratio * d) of every layer by itself.
         normalize: None ranks the scores as they are; "layer" by (s - min) / (max - min) of their layer, EPI Eq. 8.
-        layers: what is a layer: "tensor", "block" (see `epi_kernels.isolation.layers.block`) or a callable name -> layer.
+        layers: what is a layer: "tensor", "block" (see `epi_kernels.isolation.layers.block`) or a callable: name ->
+            layer.
         process_group: the ranks that share the scores out; None is the default group where a score is a DTensor, and no
             communication otherwise.
         backend: "auto", or the name of one, which then runs or raises.

@@ -60,6 +60,7 @@ from torch.nn import Module, Parameter
 
 from epi_kernels import EPIAdamW, IsolatedOptimizer, MaskedAdamW, SparseAdamW
 from epi_kernels.distributed import local
+from epi_kernels.engine.plan import KEPT_PLANS
 from epi_kernels.isolation.telemetry import Record
 from epi_kernels.optim.release import release_gradients
 
@@ -1026,9 +1027,15 @@ class Case:
             if self.over:
                 return
             if measured:
-                own = vars(self.ours.optimizer).items()
-                # records have a bound of their own, and a release leads to the optimizer again
-                sizes.append(held_by({k: v for k, v in own if k not in ("state", "base", "_records", "_released")}))
+                own = dict(vars(self.ours.optimizer))
+                planner = own.pop("_planner", None)
+                own |= {} if planner is None else vars(planner)
+                own |= vars(own.pop("method", None) or own.pop("_method"))
+                # records and plans have bounds of their own, and a release leads to the optimizer again
+                apart = ("state", "base", "records", "_plans", "_released")
+                sizes.append(held_by({key: value for key, value in own.items() if key not in apart}))
+                if len(own.get("_plans", ())) > KEPT_PLANS:
+                    self.finding(f"the optimizer keeps {len(own['_plans'])} plans", goes_on=True)
         if sizes[1] > sizes[0] + 30:  # one item of each step would be 40
             self.finding(f"the optimizer holds {sizes[0]} items after 20 steps and {sizes[1]} after 60", goes_on=True)
 

@@ -35,7 +35,7 @@ def cuobjdump() -> str:
 
 
 def dumped(*options: str) -> str:
-    path = Path(cuda.__file__).parent / "_cuda.so"
+    path = Path(cuda.__file__).parents[1] / "_cuda.so"
     run = subprocess.run([cuobjdump(), *options, str(path)], check=True, capture_output=True, text=True)
     return run.stdout + run.stderr
 

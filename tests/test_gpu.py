@@ -447,8 +447,8 @@ def test_entries_beyond_two_to_the_31() -> None:
     settings = {"lr": 0.5, "betas": (0.0, 0.0), "eps": 0.0, "weight_decay": 0.0, "importance_beta": 0.0}
     row, counts = scalars("importance", 1, **settings), torch.zeros(1, dtype=torch.int64, device="cuda")
     tensors = ops.Tensors([param], [grad], {"exp_avg": [m], "exp_avg_sq": [v]}, [importance])
-    sweep = ops.Sweep(ADAMW, tensors, "importance", [True], "triton")
-    sweep.step_(tensors, counts, row, [0], advanced=False)
+    sweep = ops.prepared_sweep(ADAMW, tensors, "importance", [True], "triton")
+    sweep.step_(tensors, counts, row, [0], False, None, None, False)
     assert importance[where].tolist() == [1.0, 4.0, 9.0, 16.0, 25.0]
     assert importance.count_nonzero() == 5
     assert param[where].tolist() == [0.5] * 5

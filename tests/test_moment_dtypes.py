@@ -25,6 +25,7 @@ from torch.nn import Parameter
 
 from epi_kernels import EPIAdamW, MaskedAdamW
 from epi_kernels.backends import native, registry
+from epi_kernels.ops import steps
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 MASK = torch.arange(20, device="cpu").view(5, 4) % 3 == 0
@@ -195,9 +196,7 @@ def test_moments_of_16_bits_do_not_slow_the_other_parameters_down(monkeypatch: p
             chosen.append(states)
         return choose(operation, device, backend, *([values, states] if states else []))
 
-    from epi_kernels.ops import functional
-
-    monkeypatch.setattr(functional, "choose", spy)
+    monkeypatch.setattr(steps, "choose", spy)
     named = [("w", parameter(FP32)), ("v", parameter(FP32))]
     optimizer = BUILDS["ema"](named)
     half = torch.zeros_like(named[0][1], dtype=BF16)

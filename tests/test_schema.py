@@ -136,7 +136,9 @@ def test_a_rule_keeps_what_it_promises(rule: Any) -> None:
 
 def test_slots_that_are_not_the_rules_are_refused() -> None:
     def sweep(slots: dict[str, list[Any]]) -> None:
-        ops.Sweep(ADAMW, ops.Tensors([torch.ones(2)] * 2, [torch.ones(2)] * 2, slots), "none", [False] * 2, "auto")
+        ops.prepared_sweep(
+            ADAMW, ops.Tensors([torch.ones(2)] * 2, [torch.ones(2)] * 2, slots), "none", [False] * 2, "auto"
+        )
 
     state = [torch.zeros(2), torch.zeros(2)]
     sweep({"exp_avg": state, "exp_avg_sq": state, "max_exp_avg_sq": [None, state[0]]})

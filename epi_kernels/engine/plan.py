@@ -349,8 +349,7 @@ class Planner:
 def _memory_of(now: Present) -> list[object]:
     """Return where the tensors of a step are in memory, as what and in which layout; unwrap DTensors in passing.
 
-    Shape and dtype of a state are those of the first look, for as long as the state is the same tensor at the same
-    address.
+    The shape of a state is that of the first look, for as long as it is the same tensor at the same address.
     """
     held, grads, columns = now.held, now.grads, now.columns
     if not now.plain:
@@ -358,7 +357,9 @@ def _memory_of(now: Present) -> list[object]:
         columns = now.columns = {
             key: [None if value is None else local(value) for value in values] for key, values in columns.items()
         }
-    states = chain.from_iterable(columns.values())
+    states = list(chain.from_iterable(columns.values()))
+    if not now.complete:
+        states = list(filter(_is_there, states))
     dtypes = list(map(_dtype, held))
     seen: list[object] = [
         list(map(_address, held)),
@@ -369,7 +370,8 @@ def _memory_of(now: Present) -> list[object]:
         list(map(_dtype, grads)),
         list(map(_is_neg, grads)),
         _layouts(grads),
-        list(map(_address, states if now.complete else filter(_is_there, states))),
+        list(map(_address, states)),
+        list(map(_dtype, states)),
     ]
     if any(dtype.is_complex for dtype in set(dtypes)):
         seen.append([(tensor.is_conj(), grad.is_conj()) for tensor, grad in zip(held, grads, strict=True)])

@@ -80,6 +80,7 @@ class EPIAdamW(Isolating, FusedOptimizer, AdamW):
         NotImplementedError: an argument or a parameter's kind is not in this version.
 
     Example:
+        >>> import torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
         >>> optimizer = EPIAdamW(model.named_parameters(), lr=1e-3, isolation_ratio=0.1, mask_interval=1)
         >>> model(torch.randn(4, 8)).square().sum().backward()

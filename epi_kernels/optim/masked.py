@@ -44,6 +44,7 @@ class MaskedAdamW(FusedOptimizer, AdamW):
             has put other tensors into `param_groups` to which a mask cannot go, as DeepSpeed ZeRO does.
 
     Example:
+        >>> import torch
         >>> weight = torch.nn.Parameter(torch.ones(2))
         >>> optimizer = MaskedAdamW([weight], lr=0.1, frozen={weight: torch.tensor([True, False])})
         >>> weight.grad = torch.ones(2)
