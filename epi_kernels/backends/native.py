@@ -1,4 +1,4 @@
-"""The library of the native backend: found and loaded once, with ctypes. Its interface is csrc/epi_native.h.
+"""The backend native: the compiled CPU library, found and loaded once, with ctypes; its interface: csrc/epi_native.h.
 
 An array of structs describes the tensors of a call: see `epi_kernels.schema`.
 """
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from epi_kernels.backends import library
+from epi_kernels.backends.support import FLOAT32, Spec, Support
+from epi_kernels.backends.target import Target
 from epi_kernels.schema import VERSION
 from epi_kernels.storage import DTYPES
 
@@ -27,6 +29,15 @@ _FUNCTIONS = {
     "epi_lock": (_POINTER,),
     "epi_gather": (_INT32,),
 }
+
+
+def supports(spec: Spec, target: Target) -> Support:
+    """Return whether the library runs what `spec` says on `target`."""
+    return spec.within(DTYPES.keys(), FLOAT32) and _runs_on(target) and Support.unless(obstacle())
+
+
+def _runs_on(target: Target) -> Support:
+    return Support.unless("" if target.vendor == "cpu" else f"it runs on the CPU and the tensors are on {target}")
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from epi_kernels.backends import registry
+from epi_kernels.backends.support import Spec
 from epi_kernels.contract import FLOATING
 from epi_kernels.distributed import is_dtensor, shard_of
 from epi_kernels.engine import compiled
@@ -442,8 +443,8 @@ class _Loading:
                 if dtype.is_complex:
                     continue
                 with named(f"{key} of {name_of(param, optimizer.param_groups)} is {dtype}"):
-                    values = frozenset({param.dtype})
-                    registry.choose("sweep_", param.device.type, optimizer._backend, values, frozenset({dtype}))
+                    spec = Spec("sweep_", frozenset({param.dtype}), frozenset({dtype}))
+                    registry.choose(spec, param.device, optimizer._backend)
 
 
 def _written(tensor: Tensor, value: Any) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from epi_kernels.backends import registry
+from epi_kernels.backends.support import Spec
 from epi_kernels.contract import check_lists
 from epi_kernels.distributed import local, local_gradient
 from epi_kernels.engine.clocks import DeviceClocks, HostClocks
@@ -319,7 +320,7 @@ class Planner:
             registry.say_if_slow(param.device)
             moments = moment_dtypes(self.rule, owner.state.get(param, _NOTHING))
             other = [dtype for dtype in moments if dtype != torch.float32]
-            fast = registry.choose("sweep_", param.device.type, "auto").backend
+            fast = registry.choose(Spec("sweep_"), param.device, "auto").backend
             if other and fast != "reference" and not self._told_of_moments:
                 self._told_of_moments = True
                 warn(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from epi_kernels.backends.registry import choose
+from epi_kernels.backends.support import Spec
 from epi_kernels.contract import (
     KEY_DIGITS,
     check_lists,
@@ -78,7 +79,8 @@ def importance_(
     check_positions("layers", layers, count, "ranges", len(ranges))
     check_value("grad_factor", grad_factor, device)
     check_value("due", due, device)
-    choose("importance_", ranges.device, backend, dtypes_of(grads), dtypes_of(importances)).module.importance_(
+    spec = Spec("importance_", dtypes_of(grads), dtypes_of(importances))
+    choose(spec, ranges.device, backend).module.importance_(
         importances, grads, ranges, nonfinite, betas, layers, keep_finite, grad_factor, due
     )
 
@@ -109,7 +111,7 @@ def gradient_sums_(
     check_lists(sums=sums, square_sums=square_sums, grads=grads)
     if sums:
         states = dtypes_of(sums, square_sums)
-        chosen = choose("gradient_sums_", sums[0].device, backend, dtypes_of(grads), states)
+        chosen = choose(Spec("gradient_sums_", dtypes_of(grads), states), sums[0].device, backend)
         chosen.module.gradient_sums_(sums, square_sums, grads)
 
 
@@ -157,7 +159,7 @@ def score_histogram(
     check_tensor("selection", selection, torch.int64, (len(selection), 2), selection.device)
     if not (1 <= bins <= _MOST_BINS and bins & (bins - 1) == 0 and 0 <= shift < 31):
         raise ValueError(f"bins is {bins} and shift {shift}; bins is a power of two up to {_MOST_BINS}, shift 0 to 30")
-    chosen = choose("score_histogram", selection.device, backend, states=dtypes_of(importances))
+    chosen = choose(Spec("score_histogram", states=dtypes_of(importances)), selection.device, backend)
     return cast(
         Tensor, chosen.module.score_histogram(importances, layers, ranges, budgets, selection, shift, bins, due)
     )
@@ -202,7 +204,7 @@ def select_digit_(counts: Tensor, selection: Tensor, shift: int, backend: str) -
         raise ValueError(f"counts has shape {tuple(counts.shape)}; pass [parts, budgets, bins]")
     parts, _, bins = counts.shape
     check_tensor("counts", counts, torch.int64, (parts, len(selection), bins), selection.device)
-    chosen = choose("select_digit_", selection.device, backend)
+    chosen = choose(Spec("select_digit_"), selection.device, backend)
     return cast(Tensor, chosen.module.select_digit_(counts, selection, shift))
 
 
@@ -240,7 +242,7 @@ def lock_(
     """
     _check_scored(importances, layers, ranges, budgets, due, "thresholds", len(thresholds), thresholds.device)
     check_tensor("thresholds", thresholds, torch.float32, (len(thresholds),), thresholds.device)
-    chosen = choose("lock_", thresholds.device, backend, states=dtypes_of(importances))
+    chosen = choose(Spec("lock_", states=dtypes_of(importances)), thresholds.device, backend)
     return cast(Tensor, chosen.module.lock_(importances, layers, ranges, budgets, thresholds, due))
 
 

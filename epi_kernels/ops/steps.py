@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from epi_kernels.backends.registry import choose
+from epi_kernels.backends.support import Spec
 from epi_kernels.contract import (
     check_indices,
     check_lists,
@@ -54,7 +55,7 @@ def prepared_sweep(rule: Rule, tensors: Tensors, lock_in: str, lockable: Sequenc
     if not params:
         return None
     states = dtypes_of(*tensors.slots.values(), [] if lock_in == "static" else locks)
-    chosen = choose("sweep_", params[0].device, backend, dtypes_of(params, grads), states)
+    chosen = choose(Spec("sweep_", dtypes_of(params, grads), states), params[0].device, backend)
     where = "slot" if lock_in == rule.importance_slot else lock_in
     return chosen.module.Sweep(rule, tensors, where, lockable)
 
@@ -156,7 +157,7 @@ def prepared_gather(rule: Rule, tensors: Tensors, indices: Sequence[Tensor], bac
     if not params:
         return None
     states = dtypes_of(*tensors.slots.values())
-    chosen = choose("gather_", params[0].device, backend, dtypes_of(params, grads), states)
+    chosen = choose(Spec("gather_", dtypes_of(params, grads), states), params[0].device, backend)
     return chosen.module.Gather(rule, tensors, indices)
 
 
