@@ -6,7 +6,8 @@ from importlib.util import find_spec
 
 import torch
 
-from epi_kernels import __version__, cuda, dispatch, native
+from epi_kernels import __version__
+from epi_kernels.backends import cuda, native, registry
 
 _SIMD = {1: "the compiler's baseline", 3: "AVX2 and FMA (x86-64-v3)", 4: "AVX-512 (x86-64-v4)"}
 
@@ -30,7 +31,7 @@ def main() -> None:
     ]
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
-            backends = dispatch.explain(torch.device(device), "auto", dtype)
+            backends = registry.explain(torch.device(device), "auto", dtype)
             rows.append((f"{device}, {str(dtype).removeprefix('torch.')}", backends))
     width = max(len(name) for name, _ in rows)
     for name, value in rows:

@@ -10,14 +10,14 @@ import interpreter
 import pytest
 import torch
 
-from epi_kernels import dispatch
+from epi_kernels.backends import registry
 
 
 def available(backend: str) -> bool:
     """Return whether a backend runs every operation on the CPU here."""
     try:
-        for operation in dispatch.STEMS:
-            dispatch.choose(operation, "cpu", backend)
+        for operation in registry.STEMS:
+            registry.choose(operation, "cpu", backend)
     except (NotImplementedError, RuntimeError):
         return False
     return True
@@ -27,7 +27,7 @@ def available(backend: str) -> bool:
 collect_ignore = ["ambient.py", "deepspeed_ranks.py", "ranks.py", "resume.py"]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-AVAILABLE = ["triton"] if INTERPRETED else [backend for backend in dispatch.BACKENDS if available(backend)]
+AVAILABLE = ["triton"] if INTERPRETED else [backend for backend in registry.BACKENDS if available(backend)]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -58,8 +58,8 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 def skip_unless_it_takes(backend: str, dtype: torch.dtype) -> None:
-    """Skip a test where `backend` refuses parameters of `dtype`; test_dispatch sees to it that it refuses them."""
+    """Skip a test where `backend` refuses parameters of `dtype`; test_backends sees to it that it refuses them."""
     try:
-        dispatch.explain(torch.device("cpu"), backend, dtype)
+        registry.explain(torch.device("cpu"), backend, dtype)
     except RuntimeError as refusal:
         pytest.skip(str(refusal))

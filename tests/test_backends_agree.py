@@ -32,7 +32,8 @@ from agreement import (
 from conftest import AVAILABLE
 from torch import Tensor
 
-from epi_kernels import lock, native, ops
+from epi_kernels import lock, ops
+from epi_kernels.backends import native
 
 CHALLENGERS = [(backend, level) for backend in AVAILABLE for level in ((1, 3, 4) if backend == "native" else (4,))]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from epi_kernels import cuda, native
+from epi_kernels.backends import cuda, native
 from epi_kernels.ops.masked_adamw.sweep import FIELDS as ADAMW_FIELDS
 from epi_kernels.ops.threshold.rows import FIELDS as SCORE_FIELDS
 
@@ -39,7 +39,7 @@ def cuobjdump() -> str:
 
 
 def dumped(*options: str) -> str:
-    path = Path(cuda.__file__).parent / "_cuda.so"
+    path = Path(cuda.__file__).parents[1] / "_cuda.so"
     run = subprocess.run([cuobjdump(), *options, str(path)], check=True, capture_output=True, text=True)
     return run.stdout + run.stderr
 

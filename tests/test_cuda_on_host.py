@@ -14,7 +14,8 @@ import torch
 from agreement import HALVES, SIZES, assert_same, clones, gradient, signed, step, step_arguments, step_lists
 from torch import Tensor
 
-from epi_kernels import native, ops
+from epi_kernels import ops
+from epi_kernels.backends import native
 from epi_kernels.ops.masked_adamw.sweep import TableSweep
 from epi_kernels.ops.threshold.rows import table_of
 

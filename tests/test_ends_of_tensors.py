@@ -21,7 +21,8 @@ from agreement import gradient, step, step_lists
 from torch import Tensor
 
 import epi_kernels
-from epi_kernels import cuda, ops
+from epi_kernels import ops
+from epi_kernels.backends import cuda
 from epi_kernels.ops.masked_adamw.sweep import FIELDS, TableSweep
 from epi_kernels.ops.threshold.cuda import score_histogram
 

@@ -41,7 +41,8 @@ from tolerances import STEP_ERROR
 from torch import Tensor
 from torch.nn import Parameter
 
-from epi_kernels import EPIAdamW, dispatch, ops
+from epi_kernels import EPIAdamW, ops
+from epi_kernels.backends import registry
 from epi_kernels.contract import Scalars
 
 pytestmark = pytest.mark.gpu
@@ -68,7 +69,7 @@ def moved(value: Any, device: str) -> Any:
 def require(operation: str, backend: str) -> None:
     """Skip where a backend cannot run on this GPU, with its reason."""
     try:
-        dispatch.choose(operation, "cuda", backend)
+        registry.choose(operation, "cuda", backend)
     except RuntimeError as refusal:
         pytest.skip(str(refusal))
 

@@ -1,6 +1,6 @@
 """Imports run one way, each module only to a lower tier.
 
-optim -> ops (functional) -> ops/<stem>/<backend> -> ops/equations, ops/flat, dispatch -> contract, lock, native, layers
+optim -> ops (functional) -> ops/<stem>/<backend> -> ops/equations, ops/flat, backends -> contract, lock, layers
 
 Backends of one operation never import another operation's, nor each other's. Heavy optional packages are imported by
 nobody at import time.
@@ -18,13 +18,14 @@ ROOT = Path(epi_kernels.__file__).parent
 
 # first match decides; a module may import only from tiers above its own line in the file, that is, a lower number
 TIERS = [
-    ("epi_kernels.library", -1),
+    ("epi_kernels.backends.library", -1),
     ("epi_kernels.notices", -1),
+    ("epi_kernels.backends", -1),
     ("epi_kernels._version", 0),
     ("epi_kernels.lock", 0),
     ("epi_kernels.contract", 0),
-    ("epi_kernels.native", 0),
-    ("epi_kernels.cuda", 0),
+    ("epi_kernels.backends.native", 0),
+    ("epi_kernels.backends.cuda", 0),
     ("epi_kernels.metrics", 0),
     ("epi_kernels.layers", 0),
     ("epi_kernels.integrations.", 0),
@@ -37,7 +38,7 @@ TIERS = [
     ("epi_kernels.ops.table", 0),
     ("epi_kernels.ops.tiles", 1),
     ("epi_kernels.ops.equations_triton", 0),
-    ("epi_kernels.dispatch", 1),
+    ("epi_kernels.backends.registry", 1),
     ("epi_kernels.ops.functional", 3),
     ("epi_kernels.ops.masked_adamw.sweep", 1),
     ("epi_kernels.ops.sparse_adamw.offsets", 0),
@@ -117,7 +118,7 @@ def test_imports_run_one_way() -> None:
 
 
 def test_the_rule_sees_an_upward_and_a_sideways_import() -> None:
-    assert upward("epi_kernels.contract", "epi_kernels.dispatch")
+    assert upward("epi_kernels.contract", "epi_kernels.backends.registry")
     assert upward("epi_kernels.ops.threshold.reference", "epi_kernels.ops.importance.reference")
     assert not upward("epi_kernels.optim.epi", "epi_kernels.optim.base")
 

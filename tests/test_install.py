@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from epi_kernels import EPIAdamW, IsolatedOptimizer, MaskedAdamW, SparseAdamW, dispatch, library, native
+from epi_kernels import EPIAdamW, IsolatedOptimizer, MaskedAdamW, SparseAdamW
+from epi_kernels.backends import library, native, registry
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,7 +53,7 @@ def test_a_wheel_without_a_library_is_for_any_platform(compiler: bool, tmp_path:
 def test_the_way_to_the_library_goes_past_the_wheel_that_pip_has_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
+    monkeypatch.setattr(library, "__file__", str(tmp_path / "backends" / "library.py"))
     reason = library.load("_native", "epi_abi_version", 1, {}, "a C++ compiler")
     assert isinstance(reason, str)
     assert "`pip cache remove epi_kernels` and `pip install --force-reinstall --no-deps epi-kernels`" in reason
@@ -61,10 +62,10 @@ def test_the_way_to_the_library_goes_past_the_wheel_that_pip_has_kept(
 @pytest.fixture
 def no_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(native, "obstacle", lambda: "it was not built")
-    for cached in (dispatch.choose, dispatch._say_slow):
+    for cached in (registry.choose, registry._say_slow):
         cached.cache_clear()
     yield
-    for cached in (dispatch.choose, dispatch._say_slow):
+    for cached in (registry.choose, registry._say_slow):
         cached.cache_clear()
 
 

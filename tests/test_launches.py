@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from epi_kernels import EPIAdamW, SparseAdamW, dispatch
+from epi_kernels import EPIAdamW, SparseAdamW
+from epi_kernels.backends import registry
 from epi_kernels.ops import table
 from epi_kernels.optim import nonfinite
 
@@ -71,8 +72,8 @@ def recorder(backend: str, monkeypatch: pytest.MonkeyPatch) -> Recorder:
         pytest.skip("launches are Triton's")
     from triton.runtime import interpreter
 
-    for operation in dispatch.STEMS:
-        dispatch.choose(operation, "cpu", backend)  # imports its module
+    for operation in registry.STEMS:
+        registry.choose(operation, "cpu", backend)  # imports its module
     found = Recorder()
     launch = interpreter.GridExecutor.__call__
 

@@ -23,7 +23,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.nn import Parameter
 
-from epi_kernels import EPIAdamW, MaskedAdamW, dispatch, native
+from epi_kernels import EPIAdamW, MaskedAdamW
+from epi_kernels.backends import native, registry
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 MASK = torch.arange(20, device="cpu").view(5, 4) % 3 == 0
@@ -165,7 +166,7 @@ def test_a_live_dtype_that_no_step_can_take_is_not_kept() -> None:
 
 @pytest.mark.filterwarnings("error")
 def test_one_warning_names_a_parameter_and_the_cost() -> None:
-    if dispatch.choose("masked_adamw_", "cpu", "auto").backend == "reference":
+    if registry.choose("masked_adamw_", "cpu", "auto").backend == "reference":
         pytest.skip("there is no faster backend here")
     named = [("w", parameter(FP32)), ("v", parameter(FP32))]
     optimizer = BUILDS["ema"](named)
@@ -187,7 +188,7 @@ def test_moments_of_the_optimizers_own_are_no_reason_to_warn(dtype: torch.dtype)
 
 def test_moments_of_16_bits_do_not_slow_the_other_parameters_down(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[tuple[frozenset[torch.dtype], int]] = []
-    choose = dispatch.choose
+    choose = registry.choose
 
     def spy(operation: str, device: str, backend: str, values: Any = None, states: Any = None) -> Any:
         if operation == "masked_adamw_" and states is not None:

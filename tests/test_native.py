@@ -12,7 +12,8 @@ import torch
 from agreement import GROUP, assert_steps_agree, gradient, signed, step_lists
 from torch import Tensor
 
-from epi_kernels import native, ops
+from epi_kernels import ops
+from epi_kernels.backends import native
 from epi_kernels.contract import Scalars
 
 pytestmark = pytest.mark.skipif(bool(native.obstacle()), reason=native.obstacle() or "it is built")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from epi_kernels.native import LOCK_IN
+from epi_kernels.backends.native import LOCK_IN
 from epi_kernels.ops import table as table_module
 from epi_kernels.ops.masked_adamw.sweep import FIELDS, TableSweep
 from epi_kernels.ops.table import PIECE_BITS, Table, Uploads, zeros

@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from epi_kernels.backends.registry import choose
 from epi_kernels.contract import (
     KEY_DIGITS,
     check_indices,
@@ -22,7 +23,6 @@ from epi_kernels.contract import (
     check_tensor,
     check_value,
 )
-from epi_kernels.dispatch import choose
 from epi_kernels.ops.table import on_device
 
 # of a histogram: a digit has at most this many values

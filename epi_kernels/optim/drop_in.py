@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.adamw import AdamW
 from torch.optim.optimizer import Optimizer
 
-from epi_kernels import dispatch
+from epi_kernels.backends import registry as dispatch
 from epi_kernels.contract import FLOATING
 from epi_kernels.distributed import given, is_dtensor, shard_of
 from epi_kernels.optim import compiled

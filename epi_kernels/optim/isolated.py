@@ -17,7 +17,9 @@ from torch.nn.parameter import is_lazy
 from torch.optim.lbfgs import LBFGS
 from torch.optim.optimizer import Optimizer
 
-from epi_kernels import dispatch, lock, native, ops
+from epi_kernels import lock, ops
+from epi_kernels.backends import native
+from epi_kernels.backends import registry as dispatch
 from epi_kernels.distributed import given, local, local_gradient, shard_of
 from epi_kernels.layers import Grouping, LayersArgument, check_saved, has_names
 from epi_kernels.ops.flat import put_

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from epi_kernels import contract, dispatch, lock
+from epi_kernels import contract, lock
+from epi_kernels.backends import registry as dispatch
 from epi_kernels.distributed import (
     AgreeAgain,
     Agreement,

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from epi_kernels import dispatch, native
+from epi_kernels.backends import native
+from epi_kernels.backends import registry as dispatch
 from epi_kernels.contract import check_lists, shares_memory
 from epi_kernels.distributed import Ranks, group_of, is_dtensor, local, local_gradient
 from epi_kernels.notices import warn

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from epi_kernels import native
+from epi_kernels.backends import native
 from epi_kernels.ops.flat import Flat
 
 

@@ -5,7 +5,8 @@ import functools
 import torch
 from torch import Tensor
 
-from epi_kernels import cuda, lock, native
+from epi_kernels import lock
+from epi_kernels.backends import cuda, native
 from epi_kernels.contract import Scalars
 from epi_kernels.ops.equations import advanced_importance, first_moment, moved, second_moment
 from epi_kernels.ops.masked_adamw.sweep import TableSweep

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from epi_kernels import native
+from epi_kernels.backends import native
 from epi_kernels.ops.flat import Flat
 
 _WRITTEN = ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "lock")

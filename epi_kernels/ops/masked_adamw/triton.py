@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from epi_kernels.native import LOCK_IN as LOCK_IN_CODES
+from epi_kernels.backends.native import LOCK_IN as LOCK_IN_CODES
 from epi_kernels.ops import tiles
 from epi_kernels.ops.equations_triton import (
     advanced_importance,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from epi_kernels import native
+from epi_kernels.backends import native
 from epi_kernels.ops.flat import Flat
 from epi_kernels.ops.sparse_adamw.offsets import Offsets
 

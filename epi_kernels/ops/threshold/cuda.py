@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from epi_kernels import cuda
+from epi_kernels.backends import cuda
 from epi_kernels.ops.equations import score
 from epi_kernels.ops.flat import Flat
 from epi_kernels.ops.table import zeros

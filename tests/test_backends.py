@@ -10,24 +10,25 @@ import torch
 from conftest import AVAILABLE
 from torch.nn import Parameter
 
-from epi_kernels import EPIAdamW, __version__, cuda, dispatch, native
+from epi_kernels import EPIAdamW, __version__
+from epi_kernels.backends import cuda, native, registry
 from epi_kernels.ops import functional
 
 needs_native = pytest.mark.skipif(bool(native.obstacle()), reason=native.obstacle() or "it is built")
 
 
-@pytest.mark.parametrize("operation", dispatch.STEMS)
+@pytest.mark.parametrize("operation", registry.STEMS)
 def test_reference_runs_everywhere(operation: str) -> None:
-    choice = dispatch.choose(operation, "cpu", "reference", frozenset({torch.float64}), frozenset({torch.float64}))
+    choice = registry.choose(operation, "cpu", "reference", frozenset({torch.float64}), frozenset({torch.float64}))
     assert hasattr(choice.module, "Sweep" if operation in ("masked_adamw_", "sparse_adamw_") else operation)
     assert choice.backend == "reference"
 
 
 @needs_native
-@pytest.mark.parametrize("operation", dispatch.STEMS)
+@pytest.mark.parametrize("operation", registry.STEMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_native_is_the_choice_of_auto_on_a_cpu(operation: str, dtype: torch.dtype) -> None:
-    choice = dispatch.choose(operation, "cpu", "auto", frozenset({dtype}))
+    choice = registry.choose(operation, "cpu", "auto", frozenset({dtype}))
     assert hasattr(choice.module, "Sweep" if operation in ("masked_adamw_", "sparse_adamw_") else operation)
     assert choice.backend == "native"
 
@@ -45,17 +46,17 @@ def test_what_native_cannot_run_raises_where_it_is_named_and_else_goes_to_the_re
     device_type: str, values: set[torch.dtype], states: set[torch.dtype], reason: str
 ) -> None:
     where = (device_type, frozenset(values), frozenset(states))
-    assert dispatch.choose("importance_", where[0], "auto", *where[1:]).backend == "reference"
+    assert registry.choose("importance_", where[0], "auto", *where[1:]).backend == "reference"
     with pytest.raises(RuntimeError, match=f"backend='native' cannot run importance_ here: .*{reason}.*'reference'"):
-        dispatch.choose("importance_", where[0], "native", *where[1:])
+        registry.choose("importance_", where[0], "native", *where[1:])
 
 
 @pytest.fixture
 def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    dispatch.choose.cache_clear()
+    registry.choose.cache_clear()
     monkeypatch.setattr(native, "obstacle", lambda: "it was not built; install the package again")
     yield
-    dispatch.choose.cache_clear()
+    registry.choose.cache_clear()
 
 
 @pytest.mark.usefixtures("no_library")
@@ -90,7 +91,7 @@ def test_the_command_line_says_what_runs_here() -> None:
     run = subprocess.run([sys.executable, "-m", "epi_kernels"], check=True, capture_output=True, text=True)
     lines = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in run.stdout.splitlines())
     assert lines["epi_kernels"] == __version__
-    assert lines["cpu, float32"] == dispatch.explain(torch.device("cpu"), "auto")
+    assert lines["cpu, float32"] == registry.explain(torch.device("cpu"), "auto")
     assert lines["cpu, float64"] == "reference"
     assert lines["native library"].startswith("loaded" if "native" in AVAILABLE else "none: ")
     assert lines["CUDA library"].startswith(("loaded, built by nvcc", "not used: "))
@@ -105,19 +106,19 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         module = importlib.import_module(f"epi_kernels.ops.{stem}.cuda")
         monkeypatch.setattr(module, "obstacle", lambda device, stem=stem: obstacles[stem])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    dispatch.choose.cache_clear()
+    registry.choose.cache_clear()
     yield obstacles
-    dispatch.choose.cache_clear()
+    registry.choose.cache_clear()
 
 
 def on_gpu(operation: str) -> str:
-    dispatch.choose.cache_clear()
-    return dispatch.choose(operation, "cuda", "auto").backend
+    registry.choose.cache_clear()
+    return registry.choose(operation, "cuda", "auto").backend
 
 
 def test_on_a_gpu_triton_runs_all_but_the_histogram_of_shared_memory(gpu: dict[str, str]) -> None:
-    assert {operation: on_gpu(operation) for operation in dispatch.STEMS} == {
-        **dict.fromkeys(dispatch.STEMS, "triton"),
+    assert {operation: on_gpu(operation) for operation in registry.STEMS} == {
+        **dict.fromkeys(registry.STEMS, "triton"),
         "score_histogram": "cuda",
     }
 
@@ -125,9 +126,9 @@ def test_on_a_gpu_triton_runs_all_but_the_histogram_of_shared_memory(gpu: dict[s
 def test_a_histogram_that_disagrees_on_the_device_is_not_used(gpu: dict[str, str]) -> None:
     gpu["threshold"] = "on this GPU its counts differ"
     assert on_gpu("score_histogram") == "triton"
-    dispatch.choose.cache_clear()
+    registry.choose.cache_clear()
     with pytest.raises(RuntimeError, match="cannot run score_histogram here: on this GPU its counts differ"):
-        dispatch.choose("score_histogram", "cuda", "cuda")
+        registry.choose("score_histogram", "cuda", "cuda")
 
 
 def test_without_triton_cuda_steps_and_the_reference_does_the_rest(
@@ -140,13 +141,13 @@ def test_without_triton_cuda_steps_and_the_reference_does_the_rest(
     assert on_gpu("masked_adamw_") == "cuda"
     assert on_gpu("lock_") == "reference"
     with pytest.raises(RuntimeError, match="triton is not installed; pip install triton"):
-        dispatch.choose("lock_", "cuda", "triton")
+        registry.choose("lock_", "cuda", "triton")
 
 
 def test_an_older_gpu_is_named(gpu: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with pytest.raises(RuntimeError, match=r"it needs compute capability 8.0 and this GPU has 7.5"):
-        dispatch.choose("lock_", "cuda", "triton")
+        registry.choose("lock_", "cuda", "triton")
 
 
 def test_each_gpu_is_judged_by_itself_and_not_by_the_current_one(
@@ -157,15 +158,15 @@ def test_each_gpu_is_judged_by_itself_and_not_by_the_current_one(
     threshold = importlib.import_module("epi_kernels.ops.threshold.cuda")
     monkeypatch.setattr(threshold, "obstacle", lambda device: "its counts differ" if device.index == 2 else "")
     devices = [torch.device("cuda", i) for i in range(3)]
-    assert [dispatch.choose("lock_", device, "auto").backend for device in devices] == ["triton", "reference", "triton"]
-    backends = [dispatch.choose("score_histogram", device, "auto").backend for device in devices]
+    assert [registry.choose("lock_", device, "auto").backend for device in devices] == ["triton", "reference", "triton"]
+    backends = [registry.choose("score_histogram", device, "auto").backend for device in devices]
     assert backends == ["cuda", "reference", "triton"]
     for backend in ("triton", "cuda"):
-        assert dispatch.choose("masked_adamw_", devices[0], backend).backend == backend
+        assert registry.choose("masked_adamw_", devices[0], backend).backend == backend
         with pytest.raises(RuntimeError, match="compute capability 8.0 and this GPU has 7.5"):
-            dispatch.choose("masked_adamw_", devices[1], backend)
-    assert dispatch.explain(devices[1], "auto") == "reference"
-    assert dispatch.explain(devices[0], "auto") != "reference"
+            registry.choose("masked_adamw_", devices[1], backend)
+    assert registry.explain(devices[1], "auto") == "reference"
+    assert registry.explain(devices[0], "auto") != "reference"
 
 
 def test_the_cuda_library_asks_each_gpu_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,24 +200,24 @@ def test_the_cuda_library_asks_each_gpu_once(monkeypatch: pytest.MonkeyPatch) ->
     assert asked == [0, 1]
 
 
-@pytest.mark.parametrize("operation", dispatch.STEMS)
+@pytest.mark.parametrize("operation", registry.STEMS)
 def test_a_torch_for_rocm_is_refused_with_the_reason_and_auto_takes_the_reference(
     gpu: dict[str, str], monkeypatch: pytest.MonkeyPatch, operation: str
 ) -> None:
     monkeypatch.setattr(torch.version, "hip", "6.4.1")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))  # of an MI300
-    assert dispatch.choose(operation, torch.device("cuda", 0), "auto").backend == "reference"
+    assert registry.choose(operation, torch.device("cuda", 0), "auto").backend == "reference"
     for backend in ("triton", "cuda"):
         if backend == "triton" or operation in ("masked_adamw_", "score_histogram"):
             with pytest.raises(RuntimeError, match="this torch is built for ROCm 6.4.1; or use backend='auto'"):
-                dispatch.choose(operation, torch.device("cuda", 0), backend)
+                registry.choose(operation, torch.device("cuda", 0), backend)
 
 
 def test_operations_ask_for_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
-    choose = dispatch.choose
+    choose = registry.choose
 
-    def noted(operation: str, device: torch.device | str, *arguments: object, **others: object) -> dispatch.Choice:
+    def noted(operation: str, device: torch.device | str, *arguments: object, **others: object) -> registry.Choice:
         asked.append(device)
         return choose(operation, device, *arguments, **others)
 

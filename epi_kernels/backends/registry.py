@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from epi_kernels import native
+from epi_kernels.backends import native
 from epi_kernels.contract import arithmetic_dtype
 from epi_kernels.notices import warn
 

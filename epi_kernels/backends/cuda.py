@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from epi_kernels import library
+from epi_kernels.backends import library
 
 ABI_VERSION = 2
 

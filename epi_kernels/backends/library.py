@@ -1,4 +1,4 @@
-"""The compiled libraries of the package, each beside this file: loaded with ctypes, or why they are not."""
+"""The compiled libraries of the package, each in the folder of the package: loaded with ctypes, or why they are not."""
 
 import ctypes
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ def load(
     Returns:
         The library, or why it cannot be used here and what to do about it.
     """
-    paths = sorted(Path(__file__).parent.glob(f"{stem}*.so"))
+    paths = sorted(Path(__file__).parents[1].glob(f"{stem}*.so"))
     if not paths:
         # without the first command, pip installs the wheel that it has kept
         return (

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from epi_kernels import library
+from epi_kernels.backends import library
 
 ABI_VERSION = 3
 
