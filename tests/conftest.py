@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from epi_kernels.backends import registry
+from epi_kernels.backends.support import Spec
 
 
 def available(backend: str) -> bool:
     """Return whether a backend runs every operation on the CPU here."""
     try:
         for operation in registry.STEMS:
-            registry.choose(operation, "cpu", backend)
+            registry.choose(Spec(operation), torch.device("cpu"), backend)
     except (NotImplementedError, RuntimeError):
         return False
     return True

@@ -1,25 +1,41 @@
-"""Which backend runs: the fastest that can, or the one that was named, which runs or raises; never a quiet fallback."""
+"""What each backend says that it can run, and which one runs.
 
+That is the fastest that can, or the one that was named, which runs or raises: there is never a quiet fallback.
+"""
+
+import importlib
 import importlib.util
 import re
 import subprocess
 import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from conftest import AVAILABLE
 from torch.nn import Parameter
 
+import epi_kernels
 from epi_kernels import EPIAdamW, __version__
-from epi_kernels.backends import cuda, native, registry
+from epi_kernels.backends import cuda, native, registry, triton
+from epi_kernels.backends.registry import choose
+from epi_kernels.backends.support import FLOAT32, Spec, Support
+from epi_kernels.backends.target import Target, target_of
 from epi_kernels.ops import functional
+
+CPU = torch.device("cpu")
+FIRST_GPU = torch.device("cuda", 0)
 
 needs_native = pytest.mark.skipif(bool(native.obstacle()), reason=native.obstacle() or "it is built")
 
 
 @pytest.mark.parametrize("operation", registry.STEMS)
 def test_reference_runs_everywhere(operation: str) -> None:
-    choice = registry.choose(operation, "cpu", "reference", frozenset({torch.float64}), frozenset({torch.float64}))
+    float64 = frozenset({torch.float64})
+    choice = choose(Spec(operation, float64, float64), CPU, "reference")
     assert hasattr(choice.module, "Sweep" if operation in ("masked_adamw_", "sparse_adamw_") else operation)
     assert choice.backend == "reference"
 
@@ -28,7 +44,7 @@ def test_reference_runs_everywhere(operation: str) -> None:
 @pytest.mark.parametrize("operation", registry.STEMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_native_is_the_choice_of_auto_on_a_cpu(operation: str, dtype: torch.dtype) -> None:
-    choice = registry.choose(operation, "cpu", "auto", frozenset({dtype}))
+    choice = choose(Spec(operation, frozenset({dtype})), CPU, "auto")
     assert hasattr(choice.module, "Sweep" if operation in ("masked_adamw_", "sparse_adamw_") else operation)
     assert choice.backend == "native"
 
@@ -45,18 +61,23 @@ def test_native_is_the_choice_of_auto_on_a_cpu(operation: str, dtype: torch.dtyp
 def test_what_native_cannot_run_raises_where_it_is_named_and_else_goes_to_the_reference(
     device_type: str, values: set[torch.dtype], states: set[torch.dtype], reason: str
 ) -> None:
-    where = (device_type, frozenset(values), frozenset(states))
-    assert registry.choose("importance_", where[0], "auto", *where[1:]).backend == "reference"
+    spec, device = Spec("importance_", frozenset(values), frozenset(states)), torch.device(device_type)
+    assert choose(spec, device, "auto").backend == "reference"
     with pytest.raises(RuntimeError, match=f"backend='native' cannot run importance_ here: .*{reason}.*'reference'"):
-        registry.choose("importance_", where[0], "native", *where[1:])
+        choose(spec, device, "native")
 
 
 @pytest.fixture
-def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    registry.choose.cache_clear()
-    monkeypatch.setattr(native, "obstacle", lambda: "it was not built; install the package again")
+def forgotten() -> Iterator[None]:
+    """Forget the choices that were made, before and after a test that pretends something."""
+    registry._choose.cache_clear()
     yield
-    registry.choose.cache_clear()
+    registry._choose.cache_clear()
+
+
+@pytest.fixture
+def no_library(forgotten: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "obstacle", lambda: "it was not built; install the package again")
 
 
 @pytest.mark.usefixtures("no_library")
@@ -98,22 +119,31 @@ def test_the_command_line_says_what_runs_here() -> None:
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """Pretend that there is an A100; {stem: obstacle} of its CUDA kernels."""
+def gpu(forgotten: None, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Pretend that there is an A100 and the CUDA library; {stem: obstacle} of its kernels."""
     pytest.importorskip("triton")
     obstacles = dict.fromkeys(("masked_adamw", "threshold"), "")
     for stem in obstacles:
         module = importlib.import_module(f"epi_kernels.ops.{stem}.cuda")
         monkeypatch.setattr(module, "obstacle", lambda device, stem=stem: obstacles[stem])
+    monkeypatch.setattr(cuda, "load", object)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    registry.choose.cache_clear()
-    yield obstacles
-    registry.choose.cache_clear()
+    return obstacles
+
+
+@pytest.fixture
+def amd(gpu: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Pretend that there is an MI300, whose capability is above that of an H100, and that nobody was warned yet."""
+    monkeypatch.setattr(torch.version, "hip", "6.4.1")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    registry._say_slow.cache_clear()
+    yield
+    registry._say_slow.cache_clear()
 
 
 def on_gpu(operation: str) -> str:
-    registry.choose.cache_clear()
-    return registry.choose(operation, "cuda", "auto").backend
+    registry._choose.cache_clear()
+    return choose(Spec(operation), FIRST_GPU, "auto").backend
 
 
 def test_on_a_gpu_triton_runs_all_but_the_histogram_of_shared_memory(gpu: dict[str, str]) -> None:
@@ -126,9 +156,9 @@ def test_on_a_gpu_triton_runs_all_but_the_histogram_of_shared_memory(gpu: dict[s
 def test_a_histogram_that_disagrees_on_the_device_is_not_used(gpu: dict[str, str]) -> None:
     gpu["threshold"] = "on this GPU its counts differ"
     assert on_gpu("score_histogram") == "triton"
-    registry.choose.cache_clear()
+    registry._choose.cache_clear()
     with pytest.raises(RuntimeError, match="cannot run score_histogram here: on this GPU its counts differ"):
-        registry.choose("score_histogram", "cuda", "cuda")
+        choose(Spec("score_histogram"), FIRST_GPU, "cuda")
 
 
 def test_without_triton_cuda_steps_and_the_reference_does_the_rest(
@@ -141,13 +171,13 @@ def test_without_triton_cuda_steps_and_the_reference_does_the_rest(
     assert on_gpu("masked_adamw_") == "cuda"
     assert on_gpu("lock_") == "reference"
     with pytest.raises(RuntimeError, match="triton is not installed; pip install triton"):
-        registry.choose("lock_", "cuda", "triton")
+        choose(Spec("lock_"), FIRST_GPU, "triton")
 
 
 def test_an_older_gpu_is_named(gpu: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with pytest.raises(RuntimeError, match=r"it needs compute capability 8.0 and this GPU has 7.5"):
-        registry.choose("lock_", "cuda", "triton")
+        choose(Spec("lock_"), FIRST_GPU, "triton")
 
 
 def test_each_gpu_is_judged_by_itself_and_not_by_the_current_one(
@@ -158,13 +188,13 @@ def test_each_gpu_is_judged_by_itself_and_not_by_the_current_one(
     threshold = importlib.import_module("epi_kernels.ops.threshold.cuda")
     monkeypatch.setattr(threshold, "obstacle", lambda device: "its counts differ" if device.index == 2 else "")
     devices = [torch.device("cuda", i) for i in range(3)]
-    assert [registry.choose("lock_", device, "auto").backend for device in devices] == ["triton", "reference", "triton"]
-    backends = [registry.choose("score_histogram", device, "auto").backend for device in devices]
+    assert [choose(Spec("lock_"), device, "auto").backend for device in devices] == ["triton", "reference", "triton"]
+    backends = [choose(Spec("score_histogram"), device, "auto").backend for device in devices]
     assert backends == ["cuda", "reference", "triton"]
     for backend in ("triton", "cuda"):
-        assert registry.choose("masked_adamw_", devices[0], backend).backend == backend
+        assert choose(Spec("masked_adamw_"), devices[0], backend).backend == backend
         with pytest.raises(RuntimeError, match="compute capability 8.0 and this GPU has 7.5"):
-            registry.choose("masked_adamw_", devices[1], backend)
+            choose(Spec("masked_adamw_"), devices[1], backend)
     assert registry.explain(devices[1], "auto") == "reference"
     assert registry.explain(devices[0], "auto") != "reference"
 
@@ -190,36 +220,149 @@ def test_the_cuda_library_asks_each_gpu_once(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(cuda, "load", Library)
     monkeypatch.setattr(torch.cuda, "device", On)
-    cuda.obstacle.cache_clear()
+    cuda._error_of.cache_clear()
     try:
         for _ in range(2):
             assert cuda.obstacle(torch.device("cuda", 0)) == ""
             assert "CUDA error 209" in cuda.obstacle(torch.device("cuda", 1))
     finally:
-        cuda.obstacle.cache_clear()
+        cuda._error_of.cache_clear()
     assert asked == [0, 1]
 
 
+@pytest.mark.usefixtures("gpu")
+def test_the_current_gpu_is_asked_for_again_where_a_device_has_no_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5) if device.index == 1 else (9, 0))
+    chosen = []
+    for current in (0, 1):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda current=current: current)
+        chosen.append(choose(Spec("lock_"), torch.device("cuda"), "auto").backend)
+    assert chosen == ["triton", "reference"]
+
+
+@pytest.mark.usefixtures("amd")
 @pytest.mark.parametrize("operation", registry.STEMS)
-def test_a_torch_for_rocm_is_refused_with_the_reason_and_auto_takes_the_reference(
-    gpu: dict[str, str], monkeypatch: pytest.MonkeyPatch, operation: str
-) -> None:
-    monkeypatch.setattr(torch.version, "hip", "6.4.1")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))  # of an MI300
-    assert registry.choose(operation, torch.device("cuda", 0), "auto").backend == "reference"
+def test_an_amd_gpu_is_refused_with_the_reason_and_auto_takes_the_reference(operation: str) -> None:
+    assert target_of(FIRST_GPU) == Target("amd")
+    assert choose(Spec(operation), FIRST_GPU, "auto").backend == "reference"
     for backend in ("triton", "cuda"):
-        if backend == "triton" or operation in ("masked_adamw_", "score_histogram"):
-            with pytest.raises(RuntimeError, match="this torch is built for ROCm 6.4.1; or use backend='auto'"):
-                registry.choose(operation, torch.device("cuda", 0), backend)
+        if backend == "triton" or operation in cuda.OPERATIONS:
+            with pytest.raises(RuntimeError, match="built for ROCm, and nobody has tried .*; or use .* 'reference'"):
+                choose(Spec(operation), FIRST_GPU, backend)
+    with pytest.raises(RuntimeError, match="it runs on the CPU and the tensors are on an AMD GPU"):
+        choose(Spec(operation), FIRST_GPU, "native")
+
+
+@pytest.mark.usefixtures("amd")
+def test_an_amd_gpu_is_said_to_be_slow_once_for_the_process() -> None:
+    with pytest.warns(UserWarning, match="no kernels for AMD GPUs yet .*backend='reference'.* is silent") as caught:
+        registry.say_if_slow(FIRST_GPU)
+    assert [w.filename for w in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        registry.say_if_slow(torch.device("cuda", 1))
+
+
+@pytest.mark.usefixtures("gpu")
+def test_other_devices_are_not_said_to_be_slow() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for device in (FIRST_GPU, torch.device("mps"), torch.device("meta")):
+            registry.say_if_slow(device)
+
+
+def test_an_answer_is_yes_or_no_with_a_reason() -> None:
+    assert Support.yes()
+    assert Support.unless("") == Support.yes()
+    assert not Support.no("it is Tuesday")
+    assert Support.unless("it is Tuesday") == Support.no("it is Tuesday")
+    for supported, reason in ((False, ""), (True, "it is Tuesday")):
+        with pytest.raises(ValueError, match="only a no has a reason"):
+            Support(supported, reason)
+    with pytest.raises(ValueError, match="only a no has a reason"):
+        Support.no("")
+
+
+BFLOAT16, FLOAT64 = frozenset({torch.bfloat16}), frozenset({torch.float64})
+TARGETS = {
+    target.vendor + str(target.architecture): target
+    for target in (
+        Target("cpu"),
+        Target("nvidia", (7, 5)),
+        Target("nvidia", (9, 0)),
+        Target("amd"),
+        Target("mps"),
+        Target("meta"),
+    )
+}
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize("values", [FLOAT32, BFLOAT16, FLOAT64], ids=["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("states", [FLOAT32, BFLOAT16], ids=["states of float32", "states of bfloat16"])
+def test_each_backend_says_yes_where_it_belongs_and_else_gives_a_reason(
+    monkeypatch: pytest.MonkeyPatch, target: Target, values: frozenset[torch.dtype], states: frozenset[torch.dtype]
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(cuda, "load", object)
+    monkeypatch.setattr(native, "obstacle", str)
+    monkeypatch.setattr(triton, "interpreted", lambda: False)
+    answers = {
+        backend: module.supports(Spec("score_histogram", values, states), target)
+        for backend, module in registry.BACKENDS.items()
+    }
+    fits = values <= native.DTYPES.keys() and states == FLOAT32
+    on_nvidia = fits and target == Target("nvidia", (9, 0))
+    assert {backend: bool(answer) for backend, answer in answers.items()} == {
+        "triton": on_nvidia,
+        "cuda": on_nvidia,
+        "native": fits and target == Target("cpu"),
+        "reference": True,
+    }
+    for answer in answers.values():
+        assert bool(answer.reason) != bool(answer)
+
+
+def test_a_backend_says_no_to_an_operation_that_it_does_not_have() -> None:
+    assert cuda.supports(Spec("lock_"), Target("nvidia", (9, 0))) == Support.no("it has no lock_")
+
+
+@pytest.mark.parametrize("operation", cuda.OPERATIONS)
+def test_a_backend_says_no_where_its_library_is_missing(monkeypatch: pytest.MonkeyPatch, operation: str) -> None:
+    monkeypatch.setattr(cuda, "load", lambda: "it was not built")
+    monkeypatch.setattr(native, "obstacle", lambda: "it was not built either")
+    assert cuda.supports(Spec(operation), Target("nvidia", (9, 0))) == Support.no("it was not built")
+    assert native.supports(Spec(operation), Target("cpu")) == Support.no("it was not built either")
+
+
+@pytest.mark.usefixtures("forgotten")
+def test_a_choice_is_made_again_when_triton_is_told_to_interpret(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    # a kernel that is imported now would stay interpreted, in other tests, too
+    monkeypatch.setattr(importlib, "import_module", ModuleType)
+    for interpret in ("0", "1", "0"):
+        monkeypatch.setenv("TRITON_INTERPRET", interpret)
+        if interpret == "1":
+            assert choose(Spec("lock_"), CPU, "triton").backend == "triton"
+            assert choose(Spec("lock_"), CPU, "auto").backend != "triton"  # which is very slow here
+        else:
+            with pytest.raises(RuntimeError, match="on the CPU only with TRITON_INTERPRET=1"):
+                choose(Spec("lock_"), CPU, "triton")
+
+
+def test_one_module_asks_torch_for_vendor_and_capability() -> None:
+    asking = re.compile(r"get_device_capability|get_device_properties|version\.(hip|cuda)\b|gcnArchName")
+    root = Path(epi_kernels.__file__).parent
+    files = [path.relative_to(root).as_posix() for path in root.rglob("*.py") if asking.search(path.read_text())]
+    assert files == ["backends/target.py"]
 
 
 def test_operations_ask_for_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
-    choose = registry.choose
 
-    def noted(operation: str, device: torch.device | str, *arguments: object, **others: object) -> registry.Choice:
+    def noted(spec: Spec, device: torch.device, requested: str) -> registry.Choice:
         asked.append(device)
-        return choose(operation, device, *arguments, **others)
+        return choose(spec, device, requested)
 
     monkeypatch.setattr(functional, "choose", noted)
     param = Parameter(torch.ones(4, dtype=torch.float32, device="cpu"))

@@ -43,6 +43,7 @@ from torch.nn import Parameter
 
 from epi_kernels import EPIAdamW, ops
 from epi_kernels.backends import registry
+from epi_kernels.backends.support import Spec
 from epi_kernels.contract import Scalars
 
 pytestmark = pytest.mark.gpu
@@ -69,7 +70,7 @@ def moved(value: Any, device: str) -> Any:
 def require(operation: str, backend: str) -> None:
     """Skip where a backend cannot run on this GPU, with its reason."""
     try:
-        registry.choose(operation, "cuda", backend)
+        registry.choose(Spec(operation), torch.device("cuda"), backend)
     except RuntimeError as refusal:
         pytest.skip(str(refusal))
 

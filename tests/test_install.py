@@ -62,10 +62,10 @@ def test_the_way_to_the_library_goes_past_the_wheel_that_pip_has_kept(
 @pytest.fixture
 def no_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(native, "obstacle", lambda: "it was not built")
-    for cached in (registry.choose, registry._say_slow):
+    for cached in (registry._choose, registry._say_slow):
         cached.cache_clear()
     yield
-    for cached in (registry.choose, registry._say_slow):
+    for cached in (registry._choose, registry._say_slow):
         cached.cache_clear()
 
 

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from epi_kernels import EPIAdamW, SparseAdamW
 from epi_kernels.backends import registry
+from epi_kernels.backends.support import Spec
 from epi_kernels.ops import table
 from epi_kernels.optim import nonfinite
 
@@ -73,7 +74,7 @@ def recorder(backend: str, monkeypatch: pytest.MonkeyPatch) -> Recorder:
     from triton.runtime import interpreter
 
     for operation in registry.STEMS:
-        registry.choose(operation, "cpu", backend)  # imports its module
+        registry.choose(Spec(operation), torch.device("cpu"), backend)  # imports its module
     found = Recorder()
     launch = interpreter.GridExecutor.__call__
 

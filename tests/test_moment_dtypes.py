@@ -25,6 +25,7 @@ from torch.nn import Parameter
 
 from epi_kernels import EPIAdamW, MaskedAdamW
 from epi_kernels.backends import native, registry
+from epi_kernels.backends.support import Spec
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 MASK = torch.arange(20, device="cpu").view(5, 4) % 3 == 0
@@ -166,7 +167,7 @@ def test_a_live_dtype_that_no_step_can_take_is_not_kept() -> None:
 
 @pytest.mark.filterwarnings("error")
 def test_one_warning_names_a_parameter_and_the_cost() -> None:
-    if registry.choose("masked_adamw_", "cpu", "auto").backend == "reference":
+    if registry.choose(Spec("masked_adamw_"), torch.device("cpu"), "auto").backend == "reference":
         pytest.skip("there is no faster backend here")
     named = [("w", parameter(FP32)), ("v", parameter(FP32))]
     optimizer = BUILDS["ema"](named)
@@ -187,13 +188,13 @@ def test_moments_of_the_optimizers_own_are_no_reason_to_warn(dtype: torch.dtype)
 
 
 def test_moments_of_16_bits_do_not_slow_the_other_parameters_down(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen: list[tuple[frozenset[torch.dtype], int]] = []
+    chosen: list[frozenset[torch.dtype]] = []
     choose = registry.choose
 
-    def spy(operation: str, device: str, backend: str, values: Any = None, states: Any = None) -> Any:
-        if operation == "masked_adamw_" and states is not None:
-            chosen.append(states)
-        return choose(operation, device, backend, *([values, states] if states else []))
+    def spy(spec: Spec, device: torch.device, backend: str) -> Any:
+        if spec.operation == "masked_adamw_":
+            chosen.append(spec.states)
+        return choose(spec, device, backend)
 
     from epi_kernels.ops import functional
 

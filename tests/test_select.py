@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from epi_kernels import select
+from epi_kernels.backends.support import Spec
 from epi_kernels.ops import functional
 from epi_kernels.select import top_k
 
@@ -153,9 +154,9 @@ def test_a_named_backend_runs_every_operation(backend: str, normalize: Any, monk
     asked: list[tuple[str, str]] = []
     choose = functional.choose
 
-    def spy(operation: str, device_type: str, requested: str, *dtypes: Any, **named: Any) -> Any:
-        asked.append((operation, requested))
-        return choose(operation, device_type, requested, *dtypes, **named)
+    def spy(spec: Spec, device: torch.device, requested: str) -> Any:
+        asked.append((spec.operation, requested))
+        return choose(spec, device, requested)
 
     monkeypatch.setattr(functional, "choose", spy)
     top_k({"a": torch.rand(40), "b": torch.rand(9)}, 0.3, normalize=normalize, backend=backend)

@@ -1,18 +1,23 @@
-"""The library of the CUDA kernels: found and loaded once, with ctypes. Its interface is csrc/epi_cuda.h.
+"""The backend cuda: the library of the CUDA kernels, found and loaded once, with ctypes; interface: csrc/epi_cuda.h.
 
 That header's structs are the rows of `epi_kernels.ops.masked_adamw.sweep` and `epi_kernels.ops.threshold.rows`.
 """
 
 import ctypes
 import functools
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
-from epi_kernels.backends import library
+from epi_kernels.backends import library, nvidia
+from epi_kernels.backends.native import DTYPES
+from epi_kernels.backends.support import FLOAT32, Spec, Support
+from epi_kernels.backends.target import Target
 
 ABI_VERSION = 2
+
+# the histogram, which Triton cannot keep in shared memory, and the step, for want of Triton
+OPERATIONS = ("masked_adamw_", "score_histogram")
 
 _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
@@ -30,23 +35,30 @@ _FUNCTIONS = {
 }
 
 
+def supports(spec: Spec, target: Target) -> Support:
+    """Return whether the library runs what `spec` says on `target`. It does not ask the device: see `obstacle`."""
+    if spec.operation not in OPERATIONS:
+        return Support.no(f"it has no {spec.operation}")
+    loaded = load()
+    library_there = Support.unless(loaded if isinstance(loaded, str) else "")
+    return spec.within(DTYPES.keys(), FLOAT32) and nvidia.runs_on(target) and library_there
+
+
 @functools.cache
 def load() -> ctypes.CDLL | str:
     """Return the library, or why there is none. Needs neither a driver nor a device."""
     return library.load("_cuda", "epi_cuda_abi_version", ABI_VERSION, _FUNCTIONS, "nvcc")
 
 
-@functools.cache
 def obstacle(device: torch.device | None = None) -> str:
     """Return why the kernels cannot run on a device and what to do about it; empty if they can.
 
-    Asks the device, the current one if none is given, once, which makes its context if there was none.
+    Asks each device once, which makes its context if there was none. Without one it asks the current one, every time.
     """
     loaded = load()
     if isinstance(loaded, str):
         return loaded
-    with nullcontext() if device is None else torch.cuda.device(device):
-        error = loaded.epi_cuda_device_error()
+    error = loaded.epi_cuda_device_error() if device is None else _error_of(device)
     return f"CUDA error {error}: it needs a driver and a GPU of compute capability 8.0 or later" if error else ""
 
 
@@ -89,3 +101,9 @@ def _library() -> ctypes.CDLL:
     if isinstance(loaded, str):
         raise RuntimeError(f"the CUDA kernels cannot run: {loaded}")
     return loaded
+
+
+@functools.cache
+def _error_of(device: torch.device) -> int:
+    with torch.cuda.device(device):
+        return int(_library().epi_cuda_device_error())

@@ -1,4 +1,4 @@
-"""The library of the native backend: found and loaded once, with ctypes. Its interface is csrc/epi_native.h.
+"""The backend native: the compiled CPU library, found and loaded once, with ctypes; its interface: csrc/epi_native.h.
 
 The structs below repeat that header's, field by field. One array of them describes the tensors of a call.
 """
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from epi_kernels.backends import library
+from epi_kernels.backends.support import FLOAT32, Spec, Support
+from epi_kernels.backends.target import Target
 
 ABI_VERSION = 3
 
@@ -106,6 +108,15 @@ _FUNCTIONS = {
     "epi_lock": (_POINTER,),
     "epi_sparse_adamw": (),
 }
+
+
+def supports(spec: Spec, target: Target) -> Support:
+    """Return whether the library runs what `spec` says on `target`."""
+    return spec.within(DTYPES.keys(), FLOAT32) and _runs_on(target) and Support.unless(obstacle())
+
+
+def _runs_on(target: Target) -> Support:
+    return Support.unless("" if target.vendor == "cpu" else f"it runs on the CPU and the tensors are on {target}")
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Which backend runs an operation, and why: the only place where that is decided.
+"""The list of the backends, and which of them runs an operation: the only place where that is decided.
 
 A backend of an operation is a module ``epi_kernels/ops/<stem>/<backend>.py`` that has a function of the operation's
 name; for masked_adamw_ and sparse_adamw_ a class Sweep. Modules are imported when first chosen, so that a missing
@@ -7,22 +7,27 @@ compiler or GPU costs nothing.
 
 import functools
 import importlib
-import importlib.util
-import os
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
-from epi_kernels.backends import native
+from epi_kernels.backends import cuda, native, reference, triton
+from epi_kernels.backends.support import Spec, Support
+from epi_kernels.backends.target import Target, target_of, with_index
 from epi_kernels.contract import arithmetic_dtype
 from epi_kernels.notices import warn
 
-# "auto" takes the first that can run; the order is by speed, and by what is tried most
-BACKENDS = ("triton", "cuda", "native", "reference")
 
-# what csrc/cuda has: the histogram, which Triton cannot keep in shared memory, and the step, for want of Triton
-_CUDA = ("masked_adamw_", "score_histogram")
+class Backend(Protocol):
+    """What a module epi_kernels/backends/<backend>.py has."""
+
+    def supports(self, spec: Spec, target: Target) -> Support:
+        """Return whether the backend runs what `spec` says on `target`, and why not."""
+
+
+# "auto" takes the first that can run; the order is by speed, and by what is tried most
+BACKENDS: dict[str, Backend] = {"triton": triton, "cuda": cuda, "native": native, "reference": reference}
 
 # what "auto" tries before the others
 _FIRST = {"score_histogram": "cuda"}
@@ -38,65 +43,59 @@ STEMS = {
     "sparse_adamw_": "sparse_adamw",
 }
 
-FLOAT32 = frozenset({torch.float32})
-
-# the oldest GPUs whose code is compiled and looked at in the tests: A100
-OLDEST_GPU = (8, 0)
-
 # interpreted, ten thousand times slower: whoever debugs kernels of his own must not get it by accident
 _ON_REQUEST = ("triton", "cpu")
 
 
 class Choice(NamedTuple):
-    """The backend that runs an operation on a device."""
+    """The backend that runs an operation on a device, and its module of that operation."""
 
     backend: str
-    reason: str
     module: ModuleType
 
 
-@functools.cache
-def choose(
-    operation: str,
-    device: torch.device | str,
-    requested: str,
-    values: frozenset[torch.dtype] = FLOAT32,
-    states: frozenset[torch.dtype] = FLOAT32,
-) -> Choice:
-    """Return the backend that runs `operation`, one of STEMS, on tensors of `device`.
+def choose(spec: Spec, device: torch.device, requested: str) -> Choice:
+    """Return the backend that runs what `spec` says on tensors of `device`.
 
     Args:
-        operation: a key of STEMS.
-        device: the tensors' own, or its type: GPUs of one machine differ, and "cuda" is the current one at the first
-            call.
+        spec: the operation and the dtypes.
+        device: the tensors' own: GPUs of one machine differ.
         requested: "auto", or one of BACKENDS, which then runs or raises: never a quiet fallback.
-        values: the dtypes of the parameters and gradients.
-        states: the dtypes of the moments and importances.
 
     Raises:
         ValueError: `requested` is unknown.
         NotImplementedError: the requested backend does not have the operation.
         RuntimeError: the requested backend cannot run this here; the message says why and what to do.
+
+    Example:
+        >>> choose(Spec("lock_"), torch.device("cpu"), "reference").backend
+        'reference'
     """
-    check(requested, operation)
-    device = torch.device(device)
-    order = sorted(BACKENDS, key=lambda backend: backend != _FIRST.get(operation))
+    return _choose(spec, with_index(device), requested, triton.interpreted())
+
+
+@functools.cache
+def _choose(spec: Spec, device: torch.device, requested: str, interpreted: bool) -> Choice:
+    # `interpreted` is there for the cache alone: triton answers by it, and a program may change it
+    check(requested, spec.operation)
+    target = target_of(device)
+    order = sorted(BACKENDS, key=lambda backend: backend != _FIRST.get(spec.operation))
     for backend in order if requested == "auto" else (requested,):
-        if not _is_built(operation, backend) or (requested == "auto" and (backend, device.type) == _ON_REQUEST):
+        if requested == "auto" and (backend, target.vendor) == _ON_REQUEST:
             continue
-        obstacle = _obstacle(backend, device, values, states)
-        if not obstacle:
-            module = importlib.import_module(f"epi_kernels.ops.{STEMS[operation]}.{backend}")
-            # what it finds by itself, on the device
-            obstacle = module.obstacle(device) if hasattr(module, "obstacle") else ""
-        if not obstacle:
-            reason = "requested" if requested == backend else f"the fastest here for {device.type}"
-            return Choice(backend, reason, module)
+        support = BACKENDS[backend].supports(spec, target)
+        if support:
+            module = importlib.import_module(f"epi_kernels.ops.{STEMS[spec.operation]}.{backend}")
+            # what the operation finds by itself, on the device
+            support = Support.unless(module.obstacle(device) if hasattr(module, "obstacle") else "")
+        if support:
+            return Choice(backend, module)
         if requested == backend:
             raise RuntimeError(
-                f"backend={backend!r} cannot run {operation} here: {obstacle}; or use backend='auto' or 'reference'"
+                f"backend={backend!r} cannot run {spec.operation} here: {support.reason}; or use backend='auto' or "
+                "'reference'"
             )
-    raise AssertionError(f"{operation} has no reference backend")  # held by a test
+    raise AssertionError(f"{spec.operation} has no reference backend")  # held by a test
 
 
 def check(requested: str, *operations: str) -> None:
@@ -110,8 +109,8 @@ def check(requested: str, *operations: str) -> None:
         ValueError: the name is unknown.
         NotImplementedError: the backend does not have an operation.
     """
-    if requested != "auto" and requested not in BACKENDS:
-        raise ValueError(f"Invalid backend: {requested!r}; choose one of {('auto', *BACKENDS)}")
+    if requested not in (names := ("auto", *BACKENDS)):
+        raise ValueError(f"Invalid backend: {requested!r}; choose one of {names}")
     missing = [name for name in operations or STEMS if requested != "auto" and not _is_built(name, requested)]
     if missing:
         raise NotImplementedError(f"backend={requested!r} has no {', '.join(missing)}; use backend='auto'")
@@ -123,71 +122,36 @@ def explain(device: torch.device, requested: str, dtype: torch.dtype = torch.flo
     Raises:
         RuntimeError: the requested backend cannot run there; see `choose`.
     """
-    values, states = frozenset({dtype}), frozenset({arithmetic_dtype(dtype)})
-    choices = {operation: choose(operation, device, requested, values, states).backend for operation in STEMS}
+    dtypes = frozenset({dtype}), frozenset({arithmetic_dtype(dtype)})
+    choices = {operation: choose(Spec(operation, *dtypes), device, requested).backend for operation in STEMS}
     if len(set(choices.values())) == 1:
         return next(iter(choices.values()))
     return ", ".join(f"{operation} {backend}" for operation, backend in choices.items())
 
 
 def say_if_slow(device: torch.device) -> None:
-    """Warn, once for each process, where the native library would run on the CPU and is missing."""
-    if device.type == "cpu" and native.obstacle():
-        _say_slow()
+    """Warn, once for each process, where "auto" has only plain torch for a device that a user expects to be fast.
+
+    Such devices are the CPU without the native library, and the GPUs of AMD.
+    """
+    vendor = target_of(device).vendor
+    if vendor == "cpu" and native.obstacle():
+        _say_slow(
+            "the native library of epi_kernels is missing, and every step on the CPU runs on plain torch, about 4 "
+            f"times slower: {native.obstacle()}"
+        )
+    elif vendor == "amd":
+        _say_slow(
+            "epi_kernels has no kernels for AMD GPUs yet (this torch is built for ROCm), and every step there runs on "
+            "plain torch, which is slower"
+        )
 
 
 @functools.cache
-def _say_slow() -> None:
-    warn(
-        f"the native library of epi_kernels is missing, and every step on the CPU runs on plain torch, about 4 times "
-        f"slower: {native.obstacle()}. backend='reference' asks for plain torch and is silent"
-    )
-
-
-def _obstacle(
-    backend: str, device: torch.device, values: frozenset[torch.dtype], states: frozenset[torch.dtype]
-) -> str:
-    """Return why a backend cannot run on these tensors; empty if it can."""
-    if backend == "reference":
-        return ""
-    if not values <= native.DTYPES.keys():
-        return f"it takes {_names(native.DTYPES)} and not {_names(values - native.DTYPES.keys())}"
-    if not states <= FLOAT32:
-        return f"its moments and importance are float32 and not {_names(states - FLOAT32)}"
-    if backend == "triton":
-        return _triton_obstacle(device)
-    if backend == "cuda":
-        return _gpu_obstacle(device)
-    if device.type != "cpu":
-        return f"it runs on the CPU and the tensors are on {device.type}"
-    return native.obstacle()
-
-
-def _triton_obstacle(device: torch.device) -> str:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; pip install triton"
-    if device.type == "cpu":
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        return "" if interpreted else "it runs on a GPU, and on the CPU only with TRITON_INTERPRET=1, for tests"
-    return _gpu_obstacle(device)
-
-
-def _gpu_obstacle(device: torch.device) -> str:
-    if device.type != "cuda":
-        return f"it runs on CUDA GPUs and the tensors are on {device.type}"
-    if torch.version.hip is not None:  # where torch calls AMD's GPUs "cuda" too
-        return f"it runs on CUDA GPUs and this torch is built for ROCm {torch.version.hip}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < OLDEST_GPU:
-        found, needed = (".".join(map(str, version)) for version in (capability, OLDEST_GPU))
-        return f"it needs compute capability {needed} and this GPU has {found}"
-    return ""
-
-
-def _names(dtypes: Any) -> str:
-    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+def _say_slow(why: str) -> None:
+    warn(f"{why}. backend='reference' asks for plain torch and is silent")
 
 
 def _is_built(operation: str, backend: str) -> bool:
     # every operation has the other backends
-    return backend != "cuda" or operation in _CUDA
+    return backend != "cuda" or operation in cuda.OPERATIONS

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from epi_kernels.backends.registry import choose
+from epi_kernels.backends.support import Spec
 from epi_kernels.contract import (
     KEY_DIGITS,
     check_indices,
@@ -71,7 +72,7 @@ class Sweep:
             absent = [None] * len(params)
             lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs or absent, locks or absent)
             states = _dtypes(exp_avgs, exp_avg_sqs, max_exp_avg_sqs, [] if lock_in == "static" else locks)
-            chosen = choose("masked_adamw_", params[0].device, backend, _dtypes(params, grads), states)
+            chosen = choose(Spec("masked_adamw_", _dtypes(params, grads), states), params[0].device, backend)
             self._sweep = chosen.module.Sweep(*lists, lock_in, lockable)
 
     def step_(
@@ -232,7 +233,8 @@ def importance_(
     check_positions("layers", layers, count, "ranges", len(ranges))
     check_value("grad_factor", grad_factor, device)
     check_value("due", due, device)
-    choose("importance_", ranges.device, backend, _dtypes(grads), _dtypes(importances)).module.importance_(
+    spec = Spec("importance_", _dtypes(grads), _dtypes(importances))
+    choose(spec, ranges.device, backend).module.importance_(
         importances, grads, ranges, nonfinite, betas, layers, keep_finite, grad_factor, due
     )
 
@@ -263,7 +265,7 @@ def gradient_sums_(
     check_lists(sums=sums, square_sums=square_sums, grads=grads)
     if sums:
         states = _dtypes(sums, square_sums)
-        chosen = choose("gradient_sums_", sums[0].device, backend, _dtypes(grads), states)
+        chosen = choose(Spec("gradient_sums_", _dtypes(grads), states), sums[0].device, backend)
         chosen.module.gradient_sums_(sums, square_sums, grads)
 
 
@@ -311,7 +313,7 @@ def score_histogram(
     check_tensor("selection", selection, torch.int64, (len(selection), 2), selection.device)
     if not (1 <= bins <= _MOST_BINS and bins & (bins - 1) == 0 and 0 <= shift < 31):
         raise ValueError(f"bins is {bins} and shift {shift}; bins is a power of two up to {_MOST_BINS}, shift 0 to 30")
-    chosen = choose("score_histogram", selection.device, backend, states=_dtypes(importances))
+    chosen = choose(Spec("score_histogram", states=_dtypes(importances)), selection.device, backend)
     return cast(
         Tensor, chosen.module.score_histogram(importances, layers, ranges, budgets, selection, shift, bins, due)
     )
@@ -356,7 +358,7 @@ def select_digit_(counts: Tensor, selection: Tensor, shift: int, backend: str) -
         raise ValueError(f"counts has shape {tuple(counts.shape)}; pass [parts, budgets, bins]")
     parts, _, bins = counts.shape
     check_tensor("counts", counts, torch.int64, (parts, len(selection), bins), selection.device)
-    chosen = choose("select_digit_", selection.device, backend)
+    chosen = choose(Spec("select_digit_"), selection.device, backend)
     return cast(Tensor, chosen.module.select_digit_(counts, selection, shift))
 
 
@@ -394,7 +396,7 @@ def lock_(
     """
     _check_scored(importances, layers, ranges, budgets, due, "thresholds", len(thresholds), thresholds.device)
     check_tensor("thresholds", thresholds, torch.float32, (len(thresholds),), thresholds.device)
-    chosen = choose("lock_", thresholds.device, backend, states=_dtypes(importances))
+    chosen = choose(Spec("lock_", states=_dtypes(importances)), thresholds.device, backend)
     return cast(Tensor, chosen.module.lock_(importances, layers, ranges, budgets, thresholds, due))
 
 
@@ -438,7 +440,7 @@ class SparseSweep:
         self._sweep = None
         if params:
             states = _dtypes(exp_avgs, exp_avg_sqs)
-            chosen = choose("sparse_adamw_", params[0].device, backend, _dtypes(params, grads), states)
+            chosen = choose(Spec("sparse_adamw_", _dtypes(params, grads), states), params[0].device, backend)
             self._sweep = chosen.module.Sweep(params, grads, indices, exp_avgs, exp_avg_sqs)
 
     def step_(

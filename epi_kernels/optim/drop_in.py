@@ -12,6 +12,7 @@ from torch.optim.adamw import AdamW
 from torch.optim.optimizer import Optimizer
 
 from epi_kernels.backends import registry as dispatch
+from epi_kernels.backends.support import Spec
 from epi_kernels.contract import FLOATING
 from epi_kernels.distributed import given, is_dtensor, shard_of
 from epi_kernels.optim import compiled
@@ -425,8 +426,8 @@ class DropInAdamW(Named, AdamW):
                 if dtype.is_complex:
                     continue
                 with named(f"{key} of {self._name(param)} is {dtype}"):
-                    values = frozenset({param.dtype})
-                    dispatch.choose("masked_adamw_", param.device.type, self._backend, values, frozenset({dtype}))
+                    spec = Spec("masked_adamw_", frozenset({param.dtype}), frozenset({dtype}))
+                    dispatch.choose(spec, param.device, self._backend)
 
     def _clock_device(self, param: Tensor, group: dict[str, Any]) -> torch.device | None:
         """Return the device on which the clock of `param` runs, or None: on the host."""

@@ -17,6 +17,7 @@ from torch.nn import Parameter
 
 from epi_kernels.backends import native
 from epi_kernels.backends import registry as dispatch
+from epi_kernels.backends.support import Spec
 from epi_kernels.contract import check_lists, shares_memory
 from epi_kernels.distributed import Ranks, group_of, is_dtensor, local, local_gradient
 from epi_kernels.notices import warn
@@ -314,7 +315,7 @@ class PreparedAdamW(DropInAdamW):
                 continue
             dispatch.say_if_slow(param.device)
             other = [dtype for dtype in moment_dtypes(self.state.get(param, _NOTHING)) if dtype != torch.float32]
-            fast = dispatch.choose("masked_adamw_", param.device.type, "auto").backend
+            fast = dispatch.choose(Spec("masked_adamw_"), param.device, "auto").backend
             if other and fast != "reference" and not self._told_of_moments:
                 self._told_of_moments = True
                 warn(

@@ -1,0 +1,34 @@
+"""The backend triton: kernels that Triton compiles on the machine where they run."""
+
+import importlib.util
+import os
+
+from epi_kernels.backends import nvidia
+from epi_kernels.backends.native import DTYPES
+from epi_kernels.backends.support import FLOAT32, Spec, Support
+from epi_kernels.backends.target import Target
+
+
+def supports(spec: Spec, target: Target) -> Support:
+    """Return whether the kernels run what `spec` says on `target`."""
+    return spec.within(DTYPES.keys(), FLOAT32) and _runs_on(target) and _installed()
+
+
+def interpreted() -> bool:
+    """Return whether Triton interprets its kernels on the CPU, which TRITON_INTERPRET=1 says and a program may change.
+
+    That is some ten thousand times slower than a compiled kernel, and for tests.
+    """
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _runs_on(target: Target) -> Support:
+    if target.vendor != "cpu":
+        return nvidia.runs_on(target)
+    refusal = "it runs on a GPU, and on the CPU only with TRITON_INTERPRET=1, for tests"
+    return Support.unless("" if interpreted() else refusal)
+
+
+def _installed() -> Support:
+    missing = importlib.util.find_spec("triton") is None
+    return Support.unless("triton is not installed; pip install triton" if missing else "")
