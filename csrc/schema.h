@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#define EPI_VERSION 774009108
+#define EPI_VERSION 1825164113
 
 #define EPI_SLOTS 3
 #define EPI_SCALARS 11
@@ -34,8 +34,8 @@ typedef struct {
     float one_minus_importance_beta;
 } epi_sweep_scalars;
 
-/* Of a rule: the positions of its slots; how many there are, and how many of them every parameter has; a
- * bit for each that is never negative; the one that can be the importance, or -1; and its scalars. */
+/* Of a rule: the positions of its slots; how many there are, and how many of them every parameter has; the
+ * one that can serve as the importance, or -1; and its scalars. */
 
 enum epi_adamw {
     EPI_ADAMW_EXP_AVG = 0,
@@ -43,7 +43,6 @@ enum epi_adamw {
     EPI_ADAMW_MAX_EXP_AVG_SQ = 2,
     EPI_ADAMW_SLOTS = 3,
     EPI_ADAMW_REQUIRED = 2,
-    EPI_ADAMW_NONNEGATIVE = 6,
     EPI_ADAMW_IMPORTANCE_SLOT = 1,
 };
 

@@ -24,20 +24,18 @@ inline float sweep_entry(float param, float grad, float* slots, float& importanc
     constexpr bool in_slot = lock == Lock::slot;
     constexpr bool advances = (lock == Lock::importance || in_slot) && !advanced;
     bool locked = lock == Lock::fixed && fixed < 0;
-    for (int k = 0; k < Rule::SLOTS; ++k)
-        if ((Rule::NONNEGATIVE >> k & 1) && !(in_slot && k == Rule::IMPORTANCE_SLOT)) slots[k] = magnitude(slots[k]);
     if constexpr (lock == Lock::importance) {
         locked = is_locked(importance);
         if constexpr (advances)
             importance =
                 advanced_importance(importance, grad, all.importance_beta, all.one_minus_importance_beta, true);
     }
-    if constexpr (in_slot) {
+    if constexpr (Rule::IMPORTANCE_SLOT >= 0) {
         float& slot = slots[Rule::IMPORTANCE_SLOT];
-        locked = is_locked(slot);
-        if constexpr (advances)
+        if constexpr (in_slot) locked = is_locked(slot);
+        if constexpr (in_slot && advances)
             slot = advanced_importance(slot, grad, all.importance_beta, all.one_minus_importance_beta, false);
-        slot = magnitude(slot);
+        slot = magnitude(slot);  // where it does not serve, lock bits may be left from a time when it did
     }
     if constexpr (advances) nonfinite += is_finite(grad * grad) ? 0 : 1;
     const float next = Rule::template update<in_slot, optional>(param, grad, slots, s);

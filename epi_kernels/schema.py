@@ -207,14 +207,11 @@ def _rule(rule: Rule) -> str:
     """Return what C has to know of a rule: the positions of its slots, what they are, and its scalars."""
     prefix = f"EPI_{rule.name.upper()}"
     names = [slot.name for slot in rule.slots]
-    nonnegative = sum(1 << i for i, slot in enumerate(rule.slots) if slot.nonnegative)
-    importance = names.index(rule.importance_slot) if rule.importance_slot else -1
     facts = [
         *(f"{prefix}_{name.upper()} = {i}" for i, name in enumerate(names)),
         f"{prefix}_SLOTS = {len(names)}",
         f"{prefix}_REQUIRED = {rule.required}",
-        f"{prefix}_NONNEGATIVE = {nonnegative}",
-        f"{prefix}_IMPORTANCE_SLOT = {importance}",
+        f"{prefix}_IMPORTANCE_SLOT = {rule.importance_index}",
     ]
     scalars = [(f"float {name}", "") for name in rule.scalars._fields]
     return f"{_enum(f'epi_{rule.name}', facts)}\n{_struct(f'epi_{rule.name}_scalars', scalars)}"
@@ -228,9 +225,8 @@ def _parts() -> list[str]:
         _enum("epi_lock_in", [f"EPI_LOCK_{name.upper()}" for name in LOCK_IN]),
         _enum("epi_rule", [*(f"EPI_RULE_{rule.name.upper()}" for rule in RULES), "EPI_RULES"]),
         _struct("epi_sweep_scalars", [(f"float {name}", "") for name in SweepScalars._fields]),
-        "/* Of a rule: the positions of its slots; how many there are, and how many of them every parameter has; a\n"
-        " * bit for each that is never negative; the one that can be the importance, or -1; and its scalars. */\n\n"
-        + "\n".join(map(_rule, RULES)),
+        "/* Of a rule: the positions of its slots; how many there are, and how many of them every parameter has; the\n"
+        " * one that can serve as the importance, or -1; and its scalars. */\n\n" + "\n".join(map(_rule, RULES)),
         "/* Rows of the host. */\n\n" + "\n".join(map(_tensor, ROWS)),
         "/* A row of a device's table of scores. */\n\n" + _struct("epi_score_row", words),
     ]

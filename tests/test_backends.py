@@ -195,9 +195,9 @@ def test_each_gpu_is_judged_by_itself_and_not_by_the_current_one(
     backends = [choose(Spec("score_histogram"), device, "auto").backend for device in devices]
     assert backends == ["cuda", "reference", "triton"]
     for backend in ("triton", "cuda"):
-        assert choose(Spec("sweep_"), devices[0], backend).backend == backend
+        assert choose(Spec("score_histogram"), devices[0], backend).backend == backend
         with pytest.raises(RuntimeError, match="compute capability 8.0 and this GPU has 7.5"):
-            choose(Spec("sweep_"), devices[1], backend)
+            choose(Spec("score_histogram"), devices[1], backend)
     assert registry.explain(devices[1], "auto") == "reference"
     assert registry.explain(devices[0], "auto") != "reference"
 

@@ -29,7 +29,7 @@ def step_constants() -> dict[str, Any]:
     from epi_kernels.ops import tiles
 
     float32 = tiles.DTYPES[torch.float32]
-    lock = {"LOCK_IN": LOCK_IN.index("importance"), "SIGNED": -1, "ADVANCED": False}
+    lock = {"LOCK_IN": LOCK_IN.index("importance"), "ADVANCED": False}
     return {"PARAM": float32, "GRAD": float32, **lock, "BLOCK": tiles.BLOCK, "TILES": tiles.TILES}
 
 

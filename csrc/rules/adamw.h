@@ -13,7 +13,6 @@ struct AdamW {
     using Scalars = epi_adamw_scalars;
     static constexpr int SLOTS = EPI_ADAMW_SLOTS;
     static constexpr int REQUIRED = EPI_ADAMW_REQUIRED;
-    static constexpr int NONNEGATIVE = EPI_ADAMW_NONNEGATIVE;
     static constexpr int IMPORTANCE_SLOT = EPI_ADAMW_IMPORTANCE_SLOT;
 
     // Return the parameter after the step, and change the slots. `given`: the importance slot has this gradient in it

@@ -37,7 +37,7 @@ def constants_of(rule: Rule, optional: bool) -> dict[str, Any]:
         "SLOTS": len(rule.slots),
         "REQUIRED": rule.required,
         "OPTIONAL": optional,
-        "NONNEGATIVE": sum(1 << i for i, slot in enumerate(rule.slots) if slot.nonnegative),
+        "IMPORTANCE_SLOT": rule.importance_index,
         "SCALARS": len(rule.scalars._fields),
     }
 

@@ -12,8 +12,7 @@ class Slot(NamedTuple):
 
     Attributes:
         name: its key in an optimizer's state.
-        nonnegative: whether its values are never below 0. Its sign bits are then free to carry the lock; where they do
-            not, a sweep clears them as it loads the slot, for they may be left from a time when they did.
+        nonnegative: whether its values are never below 0, so that it needs no sign.
         option: the flag of a parameter group that asks for it; None: every parameter has it. Optional slots come last,
             and a parameter has all of its rule's or none.
     """
@@ -45,7 +44,9 @@ class Rule:
             it). Tensors are float32 or float64, of one dtype and shape, and none is written. An optional slot that the
             parameter lacks is None, and stays it. With ``given=True`` the slot named by `importance_slot` has this
             step's gradient in it already, and the rule takes it as it is.
-        importance_slot: the slot that can serve as the importance of its parameter, or None. It is nonnegative.
+        importance_slot: the slot that can serve as the importance of its parameter, or None. It is nonnegative, and its
+            sign bits then carry the lock. Where it does not serve, bits may be left from a time when it did: whoever
+            loads the slot clears them.
     """
 
     name: str
@@ -55,6 +56,11 @@ class Rule:
     scalars: Any
     update: Callable[[Tensor, Tensor, list[Tensor | None], Any, bool], tuple[Tensor, list[Tensor | None]]]
     importance_slot: str | None = None
+
+    @property
+    def importance_index(self) -> int:
+        """Return the position of the importance slot, or -1."""
+        return next((i for i, slot in enumerate(self.slots) if slot.name == self.importance_slot), -1)
 
     @property
     def required(self) -> int:

@@ -37,10 +37,9 @@ def _step(
     own, of_rule = SweepScalars(*row[:_OWN]), rule.scalars(*row[_OWN:])
     dtype = arithmetic_dtype(param.dtype)
     grad = raw_grad.take(chosen).to(dtype) * own.sign
-    values = [
-        None if tensor is None else (lock.magnitude(tensor) if slot.nonnegative else tensor).to(dtype)
-        for slot, tensor in zip(rule.slots, slots, strict=True)
-    ]
+    values = [None if tensor is None else tensor.to(dtype) for tensor in slots]
+    if rule.importance_slot is not None:
+        values[rule.importance_index] = lock.magnitude(values[rule.importance_index])  # type: ignore[arg-type]
     theta, values = rule.update(param.take(chosen).to(dtype), grad, values, of_rule, False)
     for tensor, value in zip(slots, values, strict=True):
         if tensor is not None and value is not None:

@@ -41,7 +41,7 @@ def gather_kernel(
     SLOTS: tl.constexpr,
     REQUIRED: tl.constexpr,
     OPTIONAL: tl.constexpr,
-    NONNEGATIVE: tl.constexpr,
+    IMPORTANCE_SLOT: tl.constexpr,
     SCALARS: tl.constexpr,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
@@ -67,7 +67,7 @@ def gather_kernel(
         kept = read_slots(row + _FIRST_SLOT, start, at, left, LOAD, SLOTS, REQUIRED, OPTIONAL, BLOCK, False, True)
         slots = ()
         for k in tl.static_range(SLOTS):
-            slots = slots + (magnitude(kept[k]) if (NONNEGATIVE >> k) & 1 else kept[k],)
+            slots = slots + (magnitude(kept[k]) if k == IMPORTANCE_SLOT else kept[k],)
         theta, slots = UPDATE(param, grad, slots, rule_scalars(s, SCALARS), None, OPTIONAL)
         write_slots(row + _FIRST_SLOT, start, at, slots, left, STORE, SLOTS, REQUIRED, OPTIONAL, False, True)
         tl.store(here, theta.to(PARAM), mask=at < left)

@@ -64,16 +64,15 @@ def _step(
     betas = own.importance_beta, own.one_minus_importance_beta
     bad: Tensor | int = 0
 
-    signed = lock_
-    if lock_in == "slot":
-        signed = slots[[slot.name for slot in rule.slots].index(str(rule.importance_slot))]
+    signed = slots[rule.importance_index] if lock_in == "slot" else lock_
     if lock_in in ("importance", "slot") and not advanced:
         assert signed is not None
         after, bad = advanced_importance(signed, raw_grad, *betas, keep_finite=lock_in == "importance")
         signed.copy_(after)
 
-    values = [None if tensor is None else _loaded(tensor, slot.nonnegative).to(dtype)
-              for slot, tensor in zip(rule.slots, slots, strict=True)]  # fmt: skip
+    values = [None if tensor is None else tensor.to(dtype) for tensor in slots]
+    if rule.importance_slot is not None:
+        values[rule.importance_index] = lock.magnitude(values[rule.importance_index])  # type: ignore[arg-type]
     theta, values = rule.update(param.to(dtype), grad, values, of_rule, lock_in == "slot")
     theta = theta.to(param.dtype)
     if lock_in != "none":
@@ -86,8 +85,3 @@ def _step(
         if tensor is not None and value is not None and not (lock_in == "slot" and tensor is signed):
             tensor.copy_(value)
     return bad
-
-
-def _loaded(slot: Tensor, nonnegative: bool) -> Tensor:
-    # a tensor that was exempted from isolation since its last step may still carry lock bits
-    return lock.magnitude(slot) if nonnegative else slot

@@ -56,10 +56,9 @@ def sweep_kernel(
     SLOTS: tl.constexpr,
     REQUIRED: tl.constexpr,
     OPTIONAL: tl.constexpr,
-    NONNEGATIVE: tl.constexpr,
+    IMPORTANCE_SLOT: tl.constexpr,
     SCALARS: tl.constexpr,
     LOCK_IN: tl.constexpr,
-    SIGNED: tl.constexpr,
     ADVANCED: tl.constexpr,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
@@ -68,7 +67,7 @@ def sweep_kernel(
 
     rows: int64 [tensors, words of SWEEP]. scalars: float32 [.., m], of `epi_kernels.schema`. nonfinite: int64
     [tensors]. refreshed, grad_factor, found_inf: float32, or None. Where refreshed is not 0 it stands for ADVANCED.
-    UPDATE to SCALARS: of `constants_of`. SIGNED: the slot that the lock is in; -1: it is in none.
+    UPDATE to SCALARS: of `constants_of`.
     """
     tensor, start = located(chunks, BLOCK * TILES)
     row = rows + tensor * _WIDTH
@@ -82,13 +81,13 @@ def sweep_kernel(
         for tile in range(tiles):
             bad += _step_tile(
                 row, scalars, refreshed, grad_factor, start, tile * BLOCK, left, PARAM, GRAD, UPDATE, LOAD, STORE,
-                SLOTS, REQUIRED, OPTIONAL, NONNEGATIVE, SCALARS, LOCK_IN, SIGNED, ADVANCED, BLOCK, True,
+                SLOTS, REQUIRED, OPTIONAL, IMPORTANCE_SLOT, SCALARS, LOCK_IN, ADVANCED, BLOCK, True,
             )  # fmt: skip
     else:
         for tile in range(tiles):
             bad += _step_tile(
                 row, scalars, refreshed, grad_factor, start, tile * BLOCK, left, PARAM, GRAD, UPDATE, LOAD, STORE,
-                SLOTS, REQUIRED, OPTIONAL, NONNEGATIVE, SCALARS, LOCK_IN, SIGNED, ADVANCED, BLOCK, False,
+                SLOTS, REQUIRED, OPTIONAL, IMPORTANCE_SLOT, SCALARS, LOCK_IN, ADVANCED, BLOCK, False,
             )  # fmt: skip
     if (LOCK_IN == _IMPORTANCE or LOCK_IN == _SLOT) and not ADVANCED:
         count = tl.sum(bad)
@@ -100,9 +99,8 @@ def sweep_kernel(
 def _step_tile(
     row, scalars, refreshed, grad_factor, start, first, left,
     PARAM: tl.constexpr, GRAD: tl.constexpr, UPDATE: tl.constexpr, LOAD: tl.constexpr, STORE: tl.constexpr,
-    SLOTS: tl.constexpr, REQUIRED: tl.constexpr, OPTIONAL: tl.constexpr, NONNEGATIVE: tl.constexpr,
-    SCALARS: tl.constexpr, LOCK_IN: tl.constexpr, SIGNED: tl.constexpr, ADVANCED: tl.constexpr, BLOCK: tl.constexpr,
-    FULL: tl.constexpr,
+    SLOTS: tl.constexpr, REQUIRED: tl.constexpr, OPTIONAL: tl.constexpr, IMPORTANCE_SLOT: tl.constexpr,
+    SCALARS: tl.constexpr, LOCK_IN: tl.constexpr, ADVANCED: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Step the tile at entry `first` of the chunk; return where the squared gradient is not finite, int32 0 or 1."""
     s = row_of(scalars, tl.load(row + _SCALARS), SCALARS)
@@ -152,14 +150,15 @@ def _step_tile(
     slots = ()
     for k in tl.static_range(SLOTS):
         value = kept[k]
-        if k == SIGNED:
-            locked = lockable & is_locked(value)
-            if not ADVANCED:
-                after = advanced_importance(value, grad, beta, one_minus_beta, False)
-                if refreshed is not None:
-                    after = tl.where(tl.load(refreshed) == 0, after, value)
-                value = tl.where(lockable, after, value)
-        if (NONNEGATIVE >> k) & 1:
+        if k == IMPORTANCE_SLOT:
+            if LOCK_IN == _SLOT:
+                locked = lockable & is_locked(value)
+                if not ADVANCED:
+                    after = advanced_importance(value, grad, beta, one_minus_beta, False)
+                    if refreshed is not None:
+                        after = tl.where(tl.load(refreshed) == 0, after, value)
+                    value = tl.where(lockable, after, value)
+            # where it does not serve, lock bits may be left from a time when it did
             value = magnitude(value)
         slots = slots + (value,)
 
@@ -176,7 +175,7 @@ def _step_tile(
     stored = ()
     for k in tl.static_range(SLOTS):
         value = slots[k]
-        if k == SIGNED:
+        if LOCK_IN == _SLOT and k == IMPORTANCE_SLOT:
             value = with_lock(value, locked)
         stored = stored + (value,)
     write_slots(row + _FIRST_SLOT, start, at, stored, left, STORE, SLOTS, REQUIRED, OPTIONAL, FULL, False)
@@ -209,18 +208,11 @@ def _variant(rule: Rule, budget: Budget) -> Variant:
         "PARAM": param,
         "GRAD": grad,
         **constants_of(rule, budget.optional),
-        **_lock_constants(rule, budget.lock_in),
+        "LOCK_IN": LOCKS.index(budget.lock_in),
         "ADVANCED": False,
         **budget.changes,
     }
     return Variant(budget.name, sweep_kernel, arguments, size, budget.instructions, reads, writes)
-
-
-def _lock_constants(rule: Rule, lock_in: str) -> dict[str, int]:
-    """Return the compile-time arguments that say where the lock is."""
-    names = [slot.name for slot in rule.slots]
-    signed = names.index(str(rule.importance_slot)) if lock_in == "slot" else -1
-    return {"LOCK_IN": LOCKS.index(lock_in), "SIGNED": signed}
 
 
 VARIANTS = tuple(_variant(rule, budget) for rule in RULES for budget in twin_of(rule).SWEEPS)
@@ -243,7 +235,7 @@ class Sweep:
             "PARAM": tiles.DTYPES[params[0].dtype],
             "GRAD": tiles.DTYPES[grads[0].dtype],
             **constants_of(rule, tensors.has_optional(rule)),
-            **_lock_constants(rule, lock_in),
+            "LOCK_IN": LOCKS.index(lock_in),
             "BLOCK": tiles.BLOCK,
             "TILES": tiles.TILES,
         }
