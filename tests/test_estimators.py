@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from epi_kernels import SparseAdamW, importance
+from epi_kernels import SparseAdamW, per_example
 from epi_kernels.importance import fisher, output_magnitude, second_order, update_magnitude
 from epi_kernels.optim import release_gradients
 
@@ -206,8 +206,8 @@ def test_what_vmap_gives_up_on_half_way_goes_on_by_the_loop_and_counts_once() ->
 def test_many_examples_go_through_vmap_some_at_a_time(monkeypatch: pytest.MonkeyPatch, fails_at: int | None) -> None:
     torch.manual_seed(0)
     model = nn.Linear(8, 4)
-    monkeypatch.setattr(importance, "_WORTH_VMAP", 2)
-    monkeypatch.setattr(importance, "_AT_ONCE", 3 * 36)  # 3 examples of 36 parameters: 4 chunks of 10, the last of 1
+    monkeypatch.setattr(per_example, "_WORTH_VMAP", 2)
+    monkeypatch.setattr(per_example, "_AT_ONCE", 3 * 36)  # 3 examples of 36 parameters: 4 chunks of 10, the last of 1
     calls = 0
     vmap = torch.func.vmap
 

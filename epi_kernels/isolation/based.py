@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer
 
-from epi_kernels.distributed import shard_of
+from epi_kernels.distributed import local, shard_of
 from epi_kernels.engine.checkpoint import check_form, check_place, check_tensor, named, pairs_of
 from epi_kernels.engine.groups import name_of
 from epi_kernels.engine.settings import Groups, check_shared
@@ -33,6 +33,26 @@ def in_torchs_form(packed: Any, groups: Groups) -> bool:
     except ValueError:
         return False
     return fits and all(isinstance(entry, dict) for entry in packed["state"].values())
+
+
+def own_form(groups: Groups) -> dict[str, Any]:
+    """Return a state of torch's form that has our settings alone."""
+    found, number = [], 0
+    for group in groups:
+        keys = ("param_names", *SETTINGS, CLOCK, "layers_auto", "layer_digest")
+        members = list(range(number, number + len(group["params"])))
+        number += len(members)
+        found.append({**{key: group[key] for key in keys if key in group}, "params": members})
+    return {"state": {}, "param_groups": found}
+
+
+def clock_of(state_dict: dict[str, Any]) -> int:
+    """Return the clock of a saved state; of one that has none, such as the base's, its largest ``step``."""
+    groups = state_dict["param_groups"]
+    if groups and CLOCK in groups[0]:
+        return int(groups[0][CLOCK])
+    steps = [entry.get("step", 0) for entry in state_dict["state"].values() if isinstance(entry, dict)]
+    return max((int(local(step)) if isinstance(step, Tensor) else int(step) for step in steps), default=0)
 
 
 def checked_entries(

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer
 
 from epi_kernels.distributed import local
-from epi_kernels.engine.groups import name_of, params_of
+from epi_kernels.engine.groups import has_names, name_of, params_of
 from epi_kernels.engine.method import Owner
 from epi_kernels.engine.state import new_state
 from epi_kernels.isolation.isolation import signed_importance
@@ -134,3 +135,35 @@ class Guest:
         alone = object.__new__(type(base))
         vars(alone).update({**vars(base), "state": bare})
         return alone, importances
+
+
+def stepping_of(owner: Owner) -> dict[Tensor, dict[str, Any]]:
+    """Return the parameters whose importance this step advances, and their groups.
+
+    Raises:
+        RuntimeError: a gradient is sparse, a parameter has no values (meta), or the parameters are not those that were
+            named: DeepSpeed ZeRO has put flat partitions in their place.
+    """
+    stepping = {}
+    for group in owner.param_groups:
+        if "param_names" in group and group["params"] and not has_names(group):
+            raise RuntimeError(
+                "the parameters are not those that were named: DeepSpeed ZeRO has put flat partitions in their "
+                "place, and each rank would choose masks of its own partition. Use EPIAdamW and its "
+                "bind_deepspeed, or FSDP2 (fully_shard), or ZeRO stage 0"
+            )
+        for param in group["params"] if group["isolation_ratio"] > 0 else ():
+            if param.grad is None:
+                continue
+            name = name_of(param, owner.param_groups)
+            if param.grad.is_sparse:
+                raise RuntimeError(
+                    f"{name} has a sparse gradient; importance needs dense ones. Give its group isolation_ratio=0"
+                )
+            if param.is_meta:
+                raise RuntimeError(
+                    f"{name} is on the meta device and has no values; materialise the model first, by "
+                    'model.to_empty(device="cpu") for instance, and construct the optimizer then'
+                )
+            stepping[param] = group
+    return stepping

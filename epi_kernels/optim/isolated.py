@@ -19,11 +19,11 @@ from epi_kernels.backends import registry
 from epi_kernels.distributed import given, local, local_gradient
 from epi_kernels.engine.checkpoint import check_form, in_our_order, pairs_of
 from epi_kernels.engine.complex import squared_by_importance
-from epi_kernels.engine.groups import has_names, name_of, params_of
+from epi_kernels.engine.groups import params_of
 from epi_kernels.engine.optimizer import FusedOptimizer
 from epi_kernels.engine.settings import check_shared, check_written, plain_settings
-from epi_kernels.isolation.based import as_before, checked_entries, in_torchs_form
-from epi_kernels.isolation.guest import Guest
+from epi_kernels.isolation.based import as_before, checked_entries, clock_of, in_torchs_form, own_form
+from epi_kernels.isolation.guest import Guest, stepping_of
 from epi_kernels.isolation.isolating import Isolating
 from epi_kernels.isolation.isolation import Isolation
 from epi_kernels.isolation.layers import LayersArgument
@@ -295,7 +295,7 @@ class IsolatedOptimizer(Isolating, Optimizer):
                 loss = closure()
         self._take_groups()
         self._take_written()
-        stepping = self._stepping()
+        stepping = stepping_of(self)
         self._guest.check(self)
         isolation, before = self._isolation, self._entries.keep(self)
         clocks, iteration = [(group, group[CLOCK]) for group in self.param_groups], copy.deepcopy(isolation.iteration)
@@ -327,36 +327,6 @@ class IsolatedOptimizer(Isolating, Optimizer):
         put_back(kept)
         isolation.nonfinite.warn(self.param_groups)
         return loss
-
-    def _stepping(self) -> dict[Tensor, dict[str, Any]]:
-        """Return the parameters whose importance this step advances, and their groups.
-
-        Raises:
-            RuntimeError: see `step`.
-        """
-        stepping = {}
-        for group in self.param_groups:
-            if "param_names" in group and group["params"] and not has_names(group):
-                raise RuntimeError(
-                    "the parameters are not those that were named: DeepSpeed ZeRO has put flat partitions in their "
-                    "place, and each rank would choose masks of its own partition. Use EPIAdamW and its "
-                    "bind_deepspeed, or FSDP2 (fully_shard), or ZeRO stage 0"
-                )
-            for param in group["params"] if group["isolation_ratio"] > 0 else ():
-                if param.grad is None:
-                    continue
-                name = name_of(param, self.param_groups)
-                if param.grad.is_sparse:
-                    raise RuntimeError(
-                        f"{name} has a sparse gradient; importance needs dense ones. Give its group isolation_ratio=0"
-                    )
-                if param.is_meta:
-                    raise RuntimeError(
-                        f"{name} is on the meta device and has no values; materialise the model first, by "
-                        'model.to_empty(device="cpu") for instance, and construct the optimizer then'
-                    )
-                stepping[param] = group
-        return stepping
 
     def _advance(self, stepping: dict[Tensor, dict[str, Any]]) -> None:
         """Advance the importance by the gradients."""
@@ -400,7 +370,7 @@ class IsolatedOptimizer(Isolating, Optimizer):
         with self._guest.aside(self) as aside:
             packed = self.base.state_dict()
             if not in_torchs_form(packed, self.param_groups):
-                packed = {"base": packed, **self._own_form()}
+                packed = {"base": packed, **own_form(self.param_groups)}
             state = dict(packed["state"])
             for number, param in pairs_of(packed["param_groups"], self.param_groups):
                 if param in aside:
@@ -410,16 +380,6 @@ class IsolatedOptimizer(Isolating, Optimizer):
             changed = post_hook(self, packed)
             packed = packed if changed is None else changed
         return packed
-
-    def _own_form(self) -> dict[str, Any]:
-        """Return a state of torch's form that has our settings alone."""
-        groups, number = [], 0
-        for group in self.param_groups:
-            keys = ("param_names", *SETTINGS, CLOCK, "layers_auto", "layer_digest")
-            members = list(range(number, number + len(group["params"])))
-            number += len(members)
-            groups.append({**{key: group[key] for key in keys if key in group}, "params": members})
-        return {"state": {}, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this class, or one of the base, whose importance then starts at 0.
@@ -442,7 +402,7 @@ class IsolatedOptimizer(Isolating, Optimizer):
             packed = self.base.state_dict()
             plain, of_base = in_torchs_form(packed, self.param_groups), state_dict
             if not plain and "base" not in state_dict and not {"state", "param_groups"} & state_dict.keys():
-                state_dict = {"base": state_dict, **self._own_form()}  # of the base alone
+                state_dict = {"base": state_dict, **own_form(self.param_groups)}  # of the base alone
                 for group in state_dict["param_groups"]:
                     del group[CLOCK]
             if check_form(state_dict, self.param_groups):  # else the base says
@@ -456,7 +416,7 @@ class IsolatedOptimizer(Isolating, Optimizer):
                     )
                 of_base = state_dict["base"]
             own = [{key: group[key] for key in (*SETTINGS, "layer_digest")} for group in self.param_groups]
-            clock = self._clock_of(state_dict)
+            clock = clock_of(state_dict)
             had = [group.keys() for group in packed["param_groups"]] if plain else []
             self.base.load_state_dict(of_base)
             for i, (group, keys) in enumerate(zip(self.param_groups, had, strict=False)):
@@ -484,14 +444,6 @@ class IsolatedOptimizer(Isolating, Optimizer):
         self._isolation.competition.part()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
-
-    def _clock_of(self, state_dict: dict[str, Any]) -> int:
-        """Return the clock of a saved state; of one that has none, such as the base's, its largest ``step``."""
-        groups = state_dict["param_groups"]
-        if groups and CLOCK in groups[0]:
-            return int(groups[0][CLOCK])
-        steps = [entry.get("step", 0) for entry in state_dict["state"].values() if isinstance(entry, dict)]
-        return max((int(local(step)) if isinstance(step, Tensor) else int(step) for step in steps), default=0)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep."""
