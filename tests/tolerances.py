@@ -27,6 +27,10 @@ STEP_FLOAT64 = 1e-12
 # 1e-2, each off by a few parts in 1e-7 of itself, and a rounding of 6e-8 of the parameter at each.
 RUN_OF_12 = 2e-5
 
+# A run of 8 steps in bfloat16 on one machine against the same on another, absolute, for parameters up to 4 and lr 1/64:
+# two roundings of 1/64 at 4. In float32 it is RUN_OF_12.
+RUN_OF_8_IN_BFLOAT16 = 1 / 32
+
 # A score of PIECE against a loop over examples in float64, relative: gradients of float32, summed in float32.
 SCORE_ERROR = 1e-4
 
