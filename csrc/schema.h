@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#define EPI_VERSION 1825164113
+#define EPI_VERSION 1312985333
 
 #define EPI_SLOTS 3
 #define EPI_SCALARS 11
@@ -25,6 +25,7 @@ enum epi_lock_in {
 
 enum epi_rule {
     EPI_RULE_ADAMW,
+    EPI_RULE_LION,
     EPI_RULES,
 };
 
@@ -56,6 +57,22 @@ typedef struct {
     float bias_correction2_sqrt;
     float eps;
 } epi_adamw_scalars;
+
+enum epi_lion {
+    EPI_LION_EXP_AVG = 0,
+    EPI_LION_SLOTS = 1,
+    EPI_LION_REQUIRED = 1,
+    EPI_LION_IMPORTANCE_SLOT = -1,
+};
+
+typedef struct {
+    float decay;
+    float lr;
+    float beta1;
+    float one_minus_beta1;
+    float beta2;
+    float one_minus_beta2;
+} epi_lion_scalars;
 
 /* Rows of the host. */
 

@@ -50,7 +50,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from epi_kernels import EPIAdamW, IsolatedOptimizer, MaskedAdamW, SparseAdamW, distributed, select
+from epi_kernels import EPIAdamW, EPILion, IsolatedOptimizer, MaskedAdamW, SparseAdamW, distributed, select
 from epi_kernels.isolation import competition
 
 
@@ -102,6 +102,19 @@ def test_an_optimizer_that_is_wrapped_is_isolated_as_in_one_process(rank: int, s
         IsolatedOptimizer(torch.optim.SGD(one.named_parameters(), lr=0.05, momentum=0.9), **settings)
         for one in (model, whole)
     )
+    for step in range(1, STEPS + 1):
+        give_both(model, optimizer, whole, reference, step)
+        assert_same_here(model, optimizer, whole, reference)
+    assert_same(model, optimizer, whole, reference)
+    assert any(reference.isolation_mask(param).any() for param in whole.parameters())
+
+
+@layouts(("fsdp", 1), ("fsdp", 3), ("tp+fsdp", 4))
+@on_ranks()
+def test_lion_is_isolated_as_in_one_process(rank: int, size: int, layout: str) -> None:
+    model, whole, _ = pairs(layout)
+    optimizer = EPILion(model.named_parameters(), **SETTINGS)
+    reference = EPILion(whole.named_parameters(), **SETTINGS)
     for step in range(1, STEPS + 1):
         give_both(model, optimizer, whole, reference, step)
         assert_same_here(model, optimizer, whole, reference)

@@ -2,5 +2,6 @@
 #pragma once
 
 #include "adamw.h"
+#include "lion.h"
 
-#define EPI_FOR_EACH_RULE(RULE) RULE(EPI_RULE_ADAMW, AdamW)
+#define EPI_FOR_EACH_RULE(RULE) RULE(EPI_RULE_ADAMW, AdamW) RULE(EPI_RULE_LION, Lion)

@@ -1,12 +1,13 @@
 """Update rules: a file is a rule, with twins beside it and in csrc/rules. csrc/rules/all.h has this list again."""
 
 from epi_kernels.rules.adamw import ADAMW
+from epi_kernels.rules.lion import LION
 from epi_kernels.rules.rule import Rule, Slot
 
-__all__ = ["ADAMW", "RULES", "Rule", "Slot", "rule_of"]
+__all__ = ["ADAMW", "LION", "RULES", "Rule", "Slot", "rule_of"]
 
 # a rule's position is its number in compiled code
-RULES: list[Rule] = [ADAMW]
+RULES: list[Rule] = [ADAMW, LION]
 
 
 def rule_of(name: str) -> Rule:

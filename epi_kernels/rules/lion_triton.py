@@ -1,0 +1,32 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""Lion in Triton: names, equations and roundings of lion.py, in float32."""
+
+import triton
+import triton.language as tl
+
+from epi_kernels.ops.tiles import Budget
+
+
+@triton.jit
+def update(param, grad, slots, scalars, given, OPTIONAL: tl.constexpr):
+    """Return (theta, slots) after the step; arguments as of adamw_triton.py."""
+    exp_avg = slots[0]
+    decay, lr, beta1, one_minus_beta1, beta2, one_minus_beta2 = scalars
+    direction = sign(exp_avg * beta1 + grad * one_minus_beta1)
+    return param * decay - direction * lr, (exp_avg * beta2 + grad * one_minus_beta2,)
+
+
+@triton.jit
+def sign(value):
+    return tl.where(value > 0, 1.0, tl.where(value < 0, -1.0, value))
+
+
+SWEEPS = (
+    Budget("Lion, float32", 27),
+    Budget("Lion with locks, float32", 49, lock_in="importance"),
+    Budget("Lion with locks after a refresh, float32", 32, lock_in="importance", changes={"ADVANCED": True}),
+    Budget("Lion with locks, bfloat16", 55, "bfloat16", "bfloat16", "importance"),
+    Budget("Lion with a fixed mask, float32", 32, lock_in="static"),
+)
+
+GATHERS = (Budget("Lion of selected entries, float32", 45),)
