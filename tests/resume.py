@@ -1,9 +1,9 @@
-"""The runs of test_resume.py, and the process that goes on with them: ``python tests/resume.py <file>``."""
+"""The runs of test_resume.py, and what a new process does to go on with one of them."""
 
 import copy
 import itertools
-import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,21 +73,19 @@ def train(params: dict[str, Parameter], optimizer: torch.optim.Optimizer, first:
         optimizer.step()
 
 
-def go_on(path: str) -> None:
-    """Load every half run of a file, take the other half, and write the parameters into the file."""
-    saved = torch.load(path, weights_only=True)
-    for index, (mode, dtype) in enumerate(RUNS):
-        params = parameters(dtype)
-        with torch.no_grad():
-            for name, param in params.items():
-                param.copy_(saved[index]["params"][name])
-        optimizer = optimizer_of(mode, params)
-        optimizer.load_state_dict(saved[index]["optimizer"])
-        train(params, optimizer, HALF + 1, WHOLE)
-        saved[index] = {"params": {name: p.detach() for name, p in params.items()}, "optimizer": optimizer.state_dict()}
-    torch.save(saved, path)
-
-
-if __name__ == "__main__":
+def go_on(number: int, folder: Path, path: Path, mode: str, dtype: torch.dtype) -> None:
+    """Load half of a run from a file, take the other half, and write it into the file, in a process of `forked`."""
     warnings.simplefilter("error")
-    go_on(sys.argv[1])
+    saved = torch.load(path, weights_only=True)
+    params = parameters(dtype)
+    with torch.no_grad():
+        for name, param in params.items():
+            param.copy_(saved["params"][name])
+    optimizer = optimizer_of(mode, params)
+    optimizer.load_state_dict(saved["optimizer"])
+    train(params, optimizer, HALF + 1, WHOLE)
+    torch.save(contents(params, optimizer), path)
+
+
+def contents(params: dict[str, Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    return {"params": {name: p.detach() for name, p in params.items()}, "optimizer": optimizer.state_dict()}

@@ -50,7 +50,9 @@ def step(lists: Any, backend: str, lock_in: str, **group: Any) -> Any:
 @pytest.mark.parametrize("lock_in", ["none", "importance", "static"])
 @pytest.mark.parametrize("param_dtype", HALVES)
 @pytest.mark.parametrize("grad_dtype", HALVES)
-def test_a_sweep_has_the_bits_of_the_reference(backend: str, lock_in: str, param_dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
+def test_a_sweep_has_the_bits_of_the_reference(
+    backend: str, lock_in: str, param_dtype: torch.dtype, grad_dtype: torch.dtype
+) -> None:
     params = [torch.randn(s).to(param_dtype) for s in SIZES]
     lists = lists_of(params, [gradient((s,), grad_dtype) for s in SIZES], lock_in)
     for group in ({}, {"maximize": True}, {"betas": (0.0, 0.5)}):

@@ -145,16 +145,13 @@ def left(memory: list["weakref.ref[Any]"]) -> int:
     return sum(ref() is not None for ref in memory)
 
 
-@pytest.fixture(params=OURS)
-def kind(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+# every class has other keys in its state; storages differ in how a step reaches a tensor, for locks and for indices
+RUNS = [(kind, "contiguous") for kind in OURS]
+RUNS += [(kind, storage) for kind in ("EPIAdamW", "SparseAdamW") for storage in STORAGES if storage != "contiguous"]
+every_run = pytest.mark.parametrize(("kind", "storage"), RUNS, ids=[", ".join(run) for run in RUNS])
 
 
-@pytest.fixture(params=STORAGES)
-def storage(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
+@every_run
 def test_moved_states_are_free_and_the_run_goes_on(kind: str, storage: str, backend: str, mesh: Any) -> None:
     run, twin = Run(kind, storage, backend, mesh).steps(), Run(kind, storage, backend, mesh).steps()
     old, old_masks = run.states, run.masks
@@ -169,6 +166,7 @@ def test_moved_states_are_free_and_the_run_goes_on(kind: str, storage: str, back
     assert left(old_masks) == 0  # a mask or selection outlives its state, until another has its place
 
 
+@every_run
 def test_cleared_states_are_free(kind: str, storage: str, backend: str, mesh: Any) -> None:
     run = Run(kind, storage, backend, mesh).steps()
     clock = weakref.ref(run.optimizer.state[run.params[0]]["step"])
@@ -176,6 +174,7 @@ def test_cleared_states_are_free(kind: str, storage: str, backend: str, mesh: An
     assert left([*run.states, clock]) == 0
 
 
+@every_run
 def test_moved_weights_are_free_and_the_run_goes_on(kind: str, storage: str, backend: str, mesh: Any) -> None:
     run, twin = Run(kind, storage, backend, mesh).steps(), Run(kind, storage, backend, mesh).steps()
     old = run.weights
@@ -195,6 +194,7 @@ def test_moved_weights_are_free_and_the_run_goes_on(kind: str, storage: str, bac
     run.assert_equal(twin)
 
 
+@every_run
 def test_gradients_are_free(kind: str, storage: str, backend: str, mesh: Any) -> None:
     run = Run(kind, storage, backend, mesh).steps()
     free = []
@@ -209,6 +209,7 @@ def test_gradients_are_free(kind: str, storage: str, backend: str, mesh: Any) ->
     assert left(free) == 0
 
 
+@every_run
 def test_a_dropped_parameter_is_free_with_all_that_it_had(kind: str, storage: str, backend: str, mesh: Any) -> None:
     run = Run(kind, storage, backend, mesh, masked=1).steps()  # a mask keeps its parameter
     of_each = len(run.optimizer.state[run.params[1]].keys() - {"step", *MASKS})
@@ -281,8 +282,14 @@ def test_a_state_of_another_dtype_at_the_same_address_is_seen(key: str) -> None:
         run.step(4)
 
 
-@pytest.mark.parametrize("name", ["EPIAdamW", "EPIAdamW, S = exp_avg_sq", "MaskedAdamW", "SparseAdamW"])
-@pytest.mark.parametrize("value", [1.0, "text", None, torch.zeros(3, 5), torch.zeros((), dtype=torch.int32)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[(name, torch.zeros(3, 5)) for name in ("EPIAdamW, S = exp_avg_sq", "MaskedAdamW", "SparseAdamW")],
+        *[("EPIAdamW", value) for value in (1.0, "text", None, torch.zeros(3, 5), torch.zeros((), dtype=torch.int32))],
+    ],
+    ids=str,
+)
 def test_a_key_of_the_users_own_in_a_state_is_left_alone_and_saved(name: str, value: Any, backend: str) -> None:
     run, twin = Run(name, "contiguous", backend, None), Run(name, "contiguous", backend, None)
     run.step(1)
@@ -301,7 +308,7 @@ def changing(optimizer: EPIAdamW, params: list[Parameter], steps: int) -> int:
     bad = 0
     for _ in range(steps):
         for param in params:
-            param.grad = torch.full((4,), float("nan")) if torch.rand(()) < 0.1 else torch.ones(4)
+            param.grad = torch.full((4,), float("nan")) if torch.rand(()) < 0.3 else torch.ones(4)
             if torch.rand(()) < 0.5:
                 param.grad = None
             bad += 0 if param.grad is None else int(param.grad.isnan().sum())
@@ -310,14 +317,14 @@ def changing(optimizer: EPIAdamW, params: list[Parameter], steps: int) -> int:
 
 
 def test_counters_are_as_many_as_are_in_use_and_add_up(backend: str) -> None:
-    params = [Parameter(torch.ones(4)) for _ in range(24)]
+    params = [Parameter(torch.ones(4)) for _ in range(8)]
     optimizer = EPIAdamW(params, mask_interval=10, isolation_ratio=0.1, layers="tensor", backend=backend)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        bad = changing(optimizer, params, 50)
-        assert len(optimizer._isolation.nonfinite.counters()) <= 12
+        bad = changing(optimizer, params, 25)
+        assert len(optimizer._isolation.nonfinite.counters()) <= 12  # not 25, as many as steps
         optimizer.refresh()
-        assert optimizer.telemetry()[-1]["nonfinite"] == bad > 100
+        assert optimizer.telemetry()[-1]["nonfinite"] == bad > 20
         twin = pickle.loads(pickle.dumps(optimizer))
         twin.refresh()
         assert twin.telemetry()[-1]["nonfinite"] == bad
@@ -326,7 +333,7 @@ def test_counters_are_as_many_as_are_in_use_and_add_up(backend: str) -> None:
         assert twin.telemetry()[-1]["nonfinite"] == bad + more
     messages = [str(warning.message) for warning in said if "squared gradients" in str(warning.message)]
     assert len(messages) == len(params)
-    assert {message.split(":")[0] for message in messages} == {f"0.{i}" for i in range(24)}
+    assert {message.split(":")[0] for message in messages} == {f"0.{i}" for i in range(8)}
 
 
 def test_a_parameter_that_has_left_is_not_warned_of() -> None:
