@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#define EPI_VERSION 774009108
+#define EPI_VERSION 1495613826
 
 #define EPI_SLOTS 3
 #define EPI_SCALARS 11

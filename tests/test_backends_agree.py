@@ -50,10 +50,10 @@ CHALLENGERS = [(backend, level) for backend in AVAILABLE for level in ((1, 3, 4)
 def library_at(level: int) -> ctypes.CDLL:
     """Return a library of its own, which has chosen its SIMD level with this one as the highest."""
     folder = Path(tempfile.mkdtemp())
-    for path in Path(library.__file__).parent.glob("_native*.so"):
+    for path in Path(library.__file__).parents[1].glob("_native*.so"):
         shutil.copy(path, folder)
     with (
-        mock.patch.object(library, "__file__", str(folder / "library.py")),
+        mock.patch.object(library, "__file__", str(folder / "backends" / "library.py")),
         mock.patch.dict(os.environ, {"EPI_KERNELS_SIMD_LEVEL": str(level)}),
     ):
         loaded = native._load.__wrapped__()
@@ -359,8 +359,8 @@ def test_advanced_may_be_known_to_the_device_alone(backend: str, lock_in: str) -
             lists["grads"][0][7] = torch.inf
             call = step_arguments(lists, lock_in)
             tensors = tensors_of(lists)
-            sweep = ops.Sweep(ADAMW, tensors, lock_in, [True], backend)
-            sweep.step_(tensors, call["nonfinite"], call["scalars"], [0], advanced=flag)
+            sweep = ops.prepared_sweep(ADAMW, tensors, lock_in, [True], backend)
+            sweep.step_(tensors, call["nonfinite"], call["scalars"], [0], flag, None, None, False)
             results.append({**lists, "nonfinite": [call["nonfinite"]]})
         assert_same(*results)
         assert results[0]["nonfinite"][0].item() == (not advanced)
