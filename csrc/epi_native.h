@@ -47,6 +47,12 @@ EPI_EXPORT void epi_gradient_sums(const epi_sums_tensor* tensors, int64_t count,
 EPI_EXPORT void epi_score_histogram(const epi_score_tensor* tensors, int64_t count, const int64_t* prefixes,
                                     int32_t shift, int32_t digit_bits, int64_t* counts, int32_t threads);
 
+/* Find the digit of every budget that has the score of its rank. selection: [budgets][2], the digits found so far and
+ * the rank among the scores that have them, written; counts: [parts][budgets][bins], to be added up over the parts;
+ * thresholds: [budgets], written. */
+EPI_EXPORT void epi_select_digit(int64_t* selection, int64_t budgets, const int64_t* counts, int64_t parts,
+                                 int64_t bins, int32_t shift, float* thresholds);
+
 /* Lock where score >= thresholds[budget] and score > 0, release elsewhere. */
 EPI_EXPORT void epi_lock(epi_score_tensor* tensors, int64_t count, const float* thresholds, int32_t threads);
 

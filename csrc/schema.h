@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#define EPI_VERSION 1312985333
+#define EPI_VERSION 960864355
 
 #define EPI_SLOTS 3
 #define EPI_SCALARS 11

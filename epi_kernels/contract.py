@@ -18,6 +18,9 @@ _DTYPES = frozenset({*FLOATING, torch.int8})
 # sign are cut into digits, highest first; the first one alone has 16 bins for each factor of two (see `threshold`).
 KEY_DIGITS = (12, 10, 9)
 
+# of each digit, highest first: the number of bits below it, and of values that it can have
+DIGITS = tuple((sum(KEY_DIGITS[i + 1 :]), 1 << bits) for i, bits in enumerate(KEY_DIGITS))
+
 # Below this a float32 is subnormal. Hardware that flushes subnormals (a library built with -ffast-math switches that on
 # for the whole process) and hardware that keeps them must protect the same entries, so an importance below it counts as
 # 0 everywhere, and so does a difference of importances.

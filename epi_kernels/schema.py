@@ -28,7 +28,7 @@ def width_of(rule: Rule) -> int:
 
 
 # raised when a function of csrc/epi_native.h or csrc/epi_cuda.h changes
-_INTERFACE = 4
+_INTERFACE = 5
 
 # where the lock bit of a tensor is; a position is its number in compiled code
 LOCK_IN = ("none", "importance", "slot", "static")

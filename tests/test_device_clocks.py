@@ -365,11 +365,6 @@ def test_a_clock_stays_where_a_captured_step_counts_it_when_another_parameter_mi
     assert optimizer.state[first]["step"].data_ptr() == counted.data_ptr()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="issue 18: a step whose refresh the device decides runs all of its Python",
-)
 def test_a_step_that_is_not_due_calls_as_little_as_with_clocks_on_the_host() -> None:
     calls = []
     for capturable in (False, True):

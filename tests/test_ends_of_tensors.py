@@ -23,7 +23,7 @@ from torch import Tensor
 import epi_kernels
 from epi_kernels import ops
 from epi_kernels.backends import cuda
-from epi_kernels.ops.threshold.cuda import score_histogram
+from epi_kernels.ops.threshold.cuda import Histogram
 from epi_kernels.rules import ADAMW
 from epi_kernels.schema import SWEEP
 
@@ -131,9 +131,10 @@ def test_a_kernel_is_launched_while_its_arguments_live(monkeypatch: pytest.Monke
     monkeypatch.setattr(cuda, "histogram_chunk", lambda: 4096)
     monkeypatch.setattr(torch.cuda, "device", lambda _: Nothing())
     monkeypatch.setattr(torch.cuda, "current_stream", Nothing)
-    monkeypatch.setattr("epi_kernels.ops.threshold.cuda.table_of", lambda *_: Tables())
+    monkeypatch.setattr("epi_kernels.ops.threshold.rows.table_of", lambda *_: Tables())
     selection = torch.zeros(1, 2, dtype=torch.int64)
-    score_histogram([torch.zeros(4)], [0], None, [0], selection, 19, 4096, torch.ones(1))
+    histogram = Histogram([torch.zeros(4)], [0], [0], torch.device("cpu"))
+    histogram.count([torch.zeros(4)], None, selection, 19, 4096, torch.ones(1))
     assert alive == [True]
 
 

@@ -16,7 +16,7 @@ from epi_kernels import EPIAdamW, IsolatedOptimizer, MaskedAdamW, SparseAdamW, d
 from epi_kernels.distributed import Held
 from epi_kernels.engine.groups import names_of, position_of
 from epi_kernels.engine.sweeping import Sweeping
-from epi_kernels.isolation.refresh import Candidate, refresh_
+from epi_kernels.isolation.refresh import Candidate, Refresh
 
 FOLDER = epi_kernels.__path__[0]
 
@@ -124,8 +124,9 @@ def test_layers_and_budgets_of_ranks_are_not_searched_in_lists(monkeypatch: pyte
         def sum(self, counts: torch.Tensor) -> torch.Tensor:
             return counts
 
-    found = refresh_(
-        [Candidate(torch.rand(4), None, 0.9, 0.1, i, i) for i in range(20)],
+    candidates = [Candidate(torch.rand(4), None, 0.9, 0.1, i, i) for i in range(20)]
+    refresh = Refresh(
+        candidates,
         [],
         20,
         [2] * 20,
@@ -133,12 +134,11 @@ def test_layers_and_budgets_of_ranks_are_not_searched_in_lists(monkeypatch: pyte
         normalize=True,
         exact=True,
         keep_finite=True,
-        grad_factor={},
-        due=None,
         backend="auto",
         ranks=OneRank(),  # type: ignore[arg-type]
         pairs=Searched(pairs),
     )
+    found = refresh.run_([candidate.importance for candidate in candidates], [None] * 20, grad_factor={}, due=None)
     assert found.counts[:, 0].tolist() == [2] * 20
     assert Searched.times == 0
 

@@ -34,7 +34,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from epi_kernels import EPIAdamW, MaskedAdamW, SparseAdamW
 from epi_kernels.distributed import local, wrapped
-from epi_kernels.isolation.telemetry import RECORDS, Budget, Record, Records
+from epi_kernels.isolation.telemetry import RECORDS, Budget, Layout, Record, Records
 from epi_kernels.optim import release_gradients
 
 EPI: dict[str, Any] = {"lr": 0.1, "isolation_ratio": 0.2, "mask_interval": 2, "layers": "tensor"}
@@ -400,11 +400,10 @@ def test_a_record_that_is_under_way_is_read_when_it_has_arrived(monkeypatch: pyt
     records = Records()
     for step in range(1, RECORDS + 10):
         counts, thresholds = torch.tensor([[2, 1, 0], [3, 0, 1]]), torch.ones(1)
-        budgets = [Budget("global", 0.5, 10, 5)]
+        budgets = (Budget("global", 0.5, 10, 5),)
         nonfinite = [torch.tensor([step, 1])]
-        record = Record(
-            step, ["a", "b"], [4, 6], budgets, [0, 1], [0, 0], torch.ones(2, 2), thresholds, counts, nonfinite
-        )
+        layout, layer_of, budget_of = Layout(("a", "b"), (4, 6), budgets), np.array([0, 1]), np.array([0, 0])
+        record = Record(step, layout, layer_of, budget_of, torch.ones(2, 2), thresholds, counts, nonfinite)
         records.add(record, [here])
     assert len(records) == RECORDS
     assert not records._done

@@ -150,6 +150,24 @@ void epi_score_histogram(const epi_score_tensor* tensors, int64_t count, const i
     });
 }
 
+void epi_select_digit(int64_t* selection, int64_t budgets, const int64_t* counts, int64_t parts, int64_t bins,
+                      int32_t shift, float* thresholds) {
+    for (int64_t budget = 0; budget < budgets; ++budget) {
+        int64_t& prefix = selection[2 * budget];
+        int64_t& rank = selection[2 * budget + 1];
+        const bool wanted = rank > 0;
+        int64_t bin = bins - 1;
+        for (;; --bin) {
+            int64_t here = 0;
+            for (int64_t part = 0; part < parts; ++part) here += counts[(part * budgets + budget) * bins + bin];
+            if (here >= rank || bin == 0) break;
+            rank -= here;
+        }
+        prefix = prefix * bins + bin;
+        thresholds[budget] = wanted ? float_from(static_cast<int32_t>(prefix << shift)) : INFINITY;
+    }
+}
+
 void epi_lock(epi_score_tensor* tensors, int64_t count, const float* thresholds, int32_t threads) {
     const Kernels& kernels = *level().kernels;
     Chunks all(tensors, count);

@@ -47,6 +47,7 @@ def _load() -> ctypes.CDLL | str:
         name: (None, (_POINTER, _INT64, *arguments, _INT32)) for name, arguments in _FUNCTIONS.items()
     }
     functions["epi_compiler"] = (ctypes.c_char_p, ())
+    functions["epi_select_digit"] = (None, (_POINTER, _INT64, _POINTER, _INT64, _INT64, _INT32, _POINTER))
     return library.load("_native", "epi_abi_version", VERSION, functions, "a C++ compiler")
 
 

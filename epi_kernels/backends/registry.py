@@ -1,7 +1,8 @@
 """The list of the backends, and which of them runs an operation: the only place where that is decided.
 
-A backend of an operation is a module ``epi_kernels/ops/<stem>/<backend>.py`` that has a function of the operation's
-name; for sweep_ and gather_ a class, Sweep and Gather. Modules are imported when first chosen, so that a missing
+A backend of an operation is a module ``epi_kernels/ops/<stem>/<backend>.py`` that has a class which
+keeps its tables from call to call (Sweep, Gather, Importance, Histogram, Lock), or, for gradient_sums_ and
+select_digit_, a function of the operation's name. Modules are imported when first chosen, so that a missing
 compiler or GPU costs nothing.
 """
 

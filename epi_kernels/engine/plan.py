@@ -32,13 +32,16 @@ from epi_kernels.rules import Rule
 from epi_kernels.storage import DTYPES
 
 _NOTHING: dict[str, Any] = {}
-_PLAIN = {Tensor, Parameter}
+
+# the classes of tensors that are memory of one device and nothing else
+PLAIN = frozenset({Tensor, Parameter})
 
 # plans that are kept for sets of parameters whose gradients come and go, as of blocks that take turns
 KEPT_PLANS = 8
 
 _address, _is_neg = Tensor.data_ptr, Tensor.is_neg
-_dtype, _shape, _requires_grad, _is_sparse = map(attrgetter, ("dtype", "shape", "requires_grad", "is_sparse"))
+_dtype, _shape, _device = map(attrgetter, ("dtype", "shape", "device"))
+_requires_grad, _is_sparse = map(attrgetter, ("requires_grad", "is_sparse"))
 
 _T = TypeVar("_T")
 
@@ -228,7 +231,7 @@ class Planner:
             now.groups += [i] * (len(params) - before)
         if True in map(_is_sparse, grads):
             raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
-        now.held, now.plain = params, _PLAIN.issuperset(map(type, params))
+        now.held, now.plain = params, PLAIN.issuperset(map(type, params))
         if not now.plain:
             now.held = list(map(local, params))
         return now
@@ -377,6 +380,11 @@ def _memory_of(now: Present) -> list[object]:
     if any(dtype.is_complex for dtype in set(dtypes)):
         seen.append([(tensor.is_conj(), grad.is_conj()) for tensor, grad in zip(held, grads, strict=True)])
     return seen
+
+
+def form_of(tensors: list[Tensor]) -> list[object]:
+    """Return what a table of some tensors was made from, but for their addresses."""
+    return [list(map(_dtype, tensors)), list(map(_shape, tensors)), _layouts(tensors), list(map(_device, tensors))]
 
 
 def _layouts(tensors: list[Tensor]) -> list[object]:

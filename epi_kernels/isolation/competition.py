@@ -56,7 +56,7 @@ class Competition:
         self.every_group: Groups = ()  # the groups that the segments count by
         self._agreed: Agreement | None = None
         self._agreed_on: tuple[Sequence[Held], Ranks] | None = None  # what this rank held then, and with whom
-        self._known_ranks: tuple[Ranks | None] | None = None
+        self.known_ranks: tuple[Ranks | None] | None = None  # None: they were not looked for yet
         self.parted = True  # parameters have come since the ranks were last looked for
         self.unmet = True  # the ranks may have to agree before the next refresh
 
@@ -72,15 +72,15 @@ class Competition:
 
     def ranks(self, owner: Owner) -> Ranks | None:
         """Return the ranks among which the parameters are shared out, or None."""
-        if self._known_ranks is None:
+        if self.known_ranks is None:
             group = group_of(params_of(owner.param_groups), owner._process_group)
-            self._known_ranks = (None if group is None else Ranks(group),)
+            self.known_ranks = (None if group is None else Ranks(group),)
             self.parted = False
-        return self._known_ranks[0]
+        return self.known_ranks[0]
 
     def part(self) -> None:
         """Forget the ranks: parameters are others now. What all agreed on holds until the others hear of it."""
-        self._known_ranks = None
+        self.known_ranks = None
         self.parted = self.unmet = True
 
     def disagree(self) -> None:

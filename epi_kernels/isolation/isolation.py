@@ -7,28 +7,37 @@ tensor whose sign bits are the mask.
 import copy
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from epi_kernels import contract, lock
 from epi_kernels.backends import registry
-from epi_kernels.distributed import AgreeAgain, local, local_gradient
+from epi_kernels.distributed import AgreeAgain, Ranks, local, local_gradient
 from epi_kernels.engine.complex import as_real, squared_by_importance
 from epi_kernels.engine.groups import group_of, has_names, params_of
 from epi_kernels.engine.method import Owner
 from epi_kernels.engine.nonfinite import NonfiniteCounts
+from epi_kernels.engine.plan import PLAIN, form_of
 from epi_kernels.engine.scaling import UNSCALED, Scaling
 from epi_kernels.engine.settings import Groups
 from epi_kernels.isolation.competition import Competition, Signed
 from epi_kernels.isolation.layers import Grouping, LayersArgument
-from epi_kernels.isolation.refresh import refresh_
+from epi_kernels.isolation.refresh import Refresh
 from epi_kernels.isolation.settings import CLOCK
-from epi_kernels.isolation.telemetry import Budget, Record, Records
+from epi_kernels.isolation.telemetry import Budget, Layout, Record, Records
 from epi_kernels.notices import warn
 from epi_kernels.ops.table import Uploads, on_device
+
+_requires_grad = attrgetter("requires_grad")
+
+# the settings of a group that decide what is protected, and not when
+_DECIDING = ("isolation_ratio", "importance_beta", "normalize", "scope", "threshold", "importance")
 
 
 @dataclass
@@ -38,6 +47,19 @@ class Iteration:
     stepped: list[int] = field(default_factory=list)
     parameters: int = 0  # as many as have joined with groups
     clock: int = 0
+
+
+@dataclass
+class _Plan:
+    """A refresh, prepared from what the parameters, states and settings were; it holds no tensor of theirs."""
+
+    seen: list[object] | None  # see `Isolation._look`; None: it is for one refresh alone
+    where: list[int]  # of the candidates, their places among the parameters of all groups
+    ranks: Ranks | None
+    refresh: Refresh | None  # None: nothing can be protected
+    layout: Layout
+    layer_of: "np.ndarray[Any, Any]"  # of each row of the counts
+    budget_of: "np.ndarray[Any, Any]"
 
 
 class Isolation:
@@ -57,6 +79,7 @@ class Isolation:
         self.iteration = Iteration()
         self._warned = False  # of flat partitions
         self._shown: list[int] = []  # ids of the parameters of the last step
+        self._plan: _Plan | None = None  # of the last refresh
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep."""
@@ -66,7 +89,13 @@ class Isolation:
         """Take what `__getstate__` gave; a copy begins a new iteration."""
         competition = copy.copy(state["competition"])  # a shallow copy has one of its own
         vars(self).update(
-            state, competition=competition, _clock_there=None, iteration=Iteration(), _warned=False, _shown=[]
+            state,
+            competition=competition,
+            _clock_there=None,
+            iteration=Iteration(),
+            _warned=False,
+            _shown=[],
+            _plan=None,
         )
 
     @property
@@ -259,17 +288,17 @@ class Isolation:
 
         Where the device alone knows whether it is time, `due` is not 0 where it is, and `clock` is there as well.
         """
-        grads = {param: squared_by_importance(local_gradient(param).detach()) for param in stepping}
         step = self.latest_clock(owner.param_groups) if clock is None else clock
-        try:
-            self._refresh_once(owner, grads, scaling, step, due)
-        except AgreeAgain:
-            # of the importance, which has taken the gradients in
-            self.competition.disagree()
-            self._refresh_once(owner, {}, scaling, step, due)
+        with torch.no_grad():
+            try:
+                self._refresh_once(owner, stepping, scaling, step, due)
+            except AgreeAgain:
+                # of the importance, which has taken the gradients in
+                self.competition.disagree()
+                self._refresh_once(owner, (), scaling, step, due)
 
     def _refresh_once(
-        self, owner: Owner, grads: dict[Tensor, Tensor], scaling: Scaling, step: int | Tensor, due: Tensor | None
+        self, owner: Owner, stepping: Sequence[Tensor], scaling: Scaling, step: int | Tensor, due: Tensor | None
     ) -> None:
         """Advance the importance by these gradients, and choose the protected entries.
 
@@ -277,64 +306,122 @@ class Isolation:
             AgreeAgain: after the importance has advanced, before anything else has: another rank holds something else
                 now than when all agreed.
         """
-
-        def signed_of(param: Tensor, group: dict[str, Any]) -> Tensor | None:
-            return signed_importance(owner, param, group)
-
-        signed: Signed = signed_of
-        competition, shared = self.competition, owner.param_groups[0]
-        ranks, found = competition.ranks(owner), competition.competitors(owner, signed, grads, step)
-        agreed = found.agreed
-        if not agreed.layers:  # nothing can be protected
-            if ranks is not None:
+        seen, signed, grads = self._look(owner, stepping)
+        plan = self._plan
+        # what a capture sends up is there in replays alone
+        capturing = due is not None and due.is_cuda and torch.cuda.is_current_stream_capturing()
+        if plan is not None and seen is not None and plan.seen == seen and not capturing:
+            signed, grads = [signed[i] for i in plan.where], [grads[i] for i in plan.where]
+        else:
+            self._plan = None  # whose counters are in use no more
+            plan, signed, grads = self._planned(owner, stepping, seen, step)
+            if seen is not None and not capturing:
+                self._plan = plan
+        settings = None if plan.ranks is None else self.competition.settings_of_ranks(owner)
+        if plan.refresh is None:
+            if plan.ranks is not None:
                 assert isinstance(step, int)
                 nothing = torch.zeros(0, 2, dtype=torch.float32, device="cpu")
-                ranks.ranges(nothing, step, competition.settings_of_ranks(owner))  # until a rank says otherwise
+                plan.ranks.ranges(nothing, step, settings)  # until a rank says otherwise
             return
-        if not found.candidates and ranks is None:
-            return
-        budgets = [
-            Budget(scope, ratio, eligible, contract.budget(ratio, eligible))
-            for (scope, ratio), eligible in zip(agreed.budgets, agreed.budget_eligible, strict=True)
-        ]
-        chosen = refresh_(
-            found.candidates,
-            found.untouched,
-            layer_count=len(agreed.layers),
-            ks=[budget.k for budget in budgets],
-            counters=lambda where: self.nonfinite.counter([found.params[i] for i in where]),
-            normalize=shared["normalize"] == "layer",
-            exact=shared["threshold"] == "exact",
-            keep_finite=shared["importance"] == "ema",
-            grad_factor=scaling.factor,
-            due=due,
-            backend=owner._backend,
-            ranks=ranks,
-            pairs=agreed.pairs,
-            clock=step,
-            settings=competition.settings_of_ranks(owner) if ranks else None,
-        )
-        rows = agreed.pairs if ranks else [(candidate.layer, candidate.budget) for candidate in found.candidates]
+        chosen = plan.refresh.run_(signed, grads, grad_factor=scaling.factor, due=due, clock=step, settings=settings)
         counters = self.nonfinite.counters() if due is not None else self.nonfinite.snapshot(owner.param_groups)
         record = Record(
             step=step,
-            layers=agreed.layers,
-            layer_eligible=agreed.layer_eligible,
-            budgets=budgets,
-            layer_of=[layer for layer, _ in rows],
-            budget_of=[budget for _, budget in rows],
+            layout=plan.layout,
+            layer_of=plan.layer_of,
+            budget_of=plan.budget_of,
             ranges=chosen.ranges,
             thresholds=chosen.thresholds,
             counts=chosen.counts,
             nonfinite=counters,
         )
         if due is None:
-            self.records.add(record, {chosen.counts.device, *(c.importance.device for c in found.candidates)})
+            self.records.add(record, {chosen.counts.device, *plan.refresh.devices})
         else:
             written = self.records.add_where(due, record)
             uploads = Uploads.current()
             if uploads is not None:  # a graph writes into it, for as long as there is the graph
-                uploads.keep(written)
+                uploads.keep((written, plan))
+
+    def _look(self, owner: Owner, stepping: Sequence[Tensor]) -> tuple[list[object] | None, list[Any], list[Any]]:
+        """Return all that a plan depends on, and of every parameter the signed importance and the gradient.
+
+        What was seen has no tensor, and is None where a plan cannot be kept: ranks agree anew at each refresh, and what
+        DTensors, segments of flat partitions and complex parameters compete with is made for one refresh alone.
+        """
+        groups, competition, grouping = owner.param_groups, self.competition, self.grouping
+        params = [*chain.from_iterable(group["params"] for group in groups)]
+        if competition.known_ranks != (None,) or owner._process_group is not None or competition.segments is not None:
+            return None, [], []
+        signed = [signed_importance(owner, param, group) for group in groups for param in group["params"]]
+        stepped = set(map(id, stepping))
+        grads = [param.grad if id(param) in stepped else None for param in params]
+        present = [tensor for tensor in signed if tensor is not None]
+        given = [grad for grad in grads if grad is not None]
+        if not PLAIN.issuperset(map(type, chain(params, present, given))) or True in map(Tensor.is_complex, given):
+            return None, [], []
+        seen: list[object] = [
+            owner._backend,
+            grouping.layers,
+            list(grouping.of(groups).values()) if callable(grouping.layers) else None,
+            ["param_names" in group for group in groups],
+            [list(map(str, group.get("param_names", ()))) for group in groups],
+            [[group.get(key) for key in _DECIDING] for group in groups],
+            [float(group["betas"][1]) if group.get("importance") == "exp_avg_sq" else None for group in groups],
+            [len(group["params"]) for group in groups],
+            list(map(id, params)),
+            list(map(_requires_grad, params)),
+            list(map(Tensor.numel, params)),
+            [tensor is None for tensor in signed],
+            [grad is None for grad in grads],
+            list(map(Tensor.data_ptr, present)),
+            *form_of(present),
+            *form_of(given),
+        ]
+        return seen, signed, grads
+
+    def _planned(
+        self, owner: Owner, stepping: Sequence[Tensor], seen: list[object] | None, clock: int | Tensor
+    ) -> tuple[_Plan, list[Tensor], list[Tensor | None]]:
+        """Return the plan of a refresh with these gradients, and the importances and gradients of its candidates."""
+        grads = {param: squared_by_importance(local_gradient(param).detach()) for param in stepping}
+
+        def signed_of(param: Tensor, group: dict[str, Any]) -> Tensor | None:
+            return signed_importance(owner, param, group)
+
+        signed: Signed = signed_of
+        competition, shared = self.competition, owner.param_groups[0]
+        ranks, found = competition.ranks(owner), competition.competitors(owner, signed, grads, clock)
+        agreed = found.agreed
+        budgets = [
+            Budget(scope, ratio, eligible, contract.budget(ratio, eligible))
+            for (scope, ratio), eligible in zip(agreed.budgets, agreed.budget_eligible, strict=True)
+        ]
+        refresh = None
+        if agreed.layers and (found.candidates or ranks is not None):
+            refresh = Refresh(
+                found.candidates,
+                found.untouched,
+                layer_count=len(agreed.layers),
+                ks=[budget.k for budget in budgets],
+                counters=lambda where: self.nonfinite.counter([found.params[i] for i in where]),
+                normalize=shared["normalize"] == "layer",
+                exact=shared["threshold"] == "exact",
+                keep_finite=shared["importance"] == "ema",
+                backend=owner._backend,
+                ranks=ranks,
+                pairs=agreed.pairs,
+            )
+        rows = agreed.pairs if ranks else [(candidate.layer, candidate.budget) for candidate in found.candidates]
+        layer_of, budget_of = np.array(rows, np.int64).reshape(-1, 2).T
+        places: dict[int, int] = {}
+        for i, param in enumerate(params_of(owner.param_groups)):
+            places.setdefault(id(param), i)
+        where = [] if seen is None else [places[id(param)] for param in found.params]
+        layout = Layout(tuple(agreed.layers), tuple(agreed.layer_eligible), tuple(budgets))
+        plan = _Plan(seen, where, ranks, refresh, layout, layer_of, budget_of)
+        return plan, [c.importance for c in found.candidates], [c.grad for c in found.candidates]
 
 
 def signed_importance(owner: Owner, param: Tensor, group: dict[str, Any]) -> Tensor | None:

@@ -1,19 +1,24 @@
 """One refresh of the masks: importance, layer ranges, thresholds, locks.
 
-It is a function of tensors and numbers alone, for any optimizer and any number of devices in one process.
+It is made of tensors and numbers alone, for any optimizer and any number of devices in one process, and keeps no tensor
+of the optimizer's: it is prepared once and runs for as long as the candidates are the same.
 """
 
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from epi_kernels import ops
+from epi_kernels.contract import DIGITS
 from epi_kernels.distributed import Ranks
 from epi_kernels.ops.table import on_device
+
+_T = TypeVar("_T")
 
 
 class Candidate(NamedTuple):
@@ -36,145 +41,203 @@ class Refreshed(NamedTuple):
     counts: Tensor  # int64 [candidates, 3], or [pairs, 3] over all ranks: locked now, newly locked, released
 
 
-def refresh_(
-    candidates: Sequence[Candidate],
-    untouched: Sequence[int],
-    layer_count: int,
-    ks: Sequence[int],
-    counters: Callable[[Sequence[int]], Tensor],
-    *,
-    normalize: bool,
-    exact: bool,
-    keep_finite: bool,
-    grad_factor: dict[torch.device, Tensor],
-    due: Tensor | None,
-    backend: str,
-    ranks: Ranks | None = None,
-    pairs: Sequence[tuple[int, int]] = (),
-    clock: int | Tensor = 0,
-    settings: object = None,
-) -> Refreshed:
+class Refresh:
     """Advance every importance, then lock the entries with the largest scores (EPI Alg. 1, lines 8-11).
 
     Args:
-        candidates: at least one, or `ranks`; importances are written.
+        candidates: at least one, or `ranks`. Their tensors are looked at and not kept.
         untouched: the layers that hold entries without a state, whose importance is therefore 0.
         layer_count: layers are 0 .. layer_count - 1.
         ks: of each budget, its number of places k.
-        counters: positions of candidates -> int64 counters on their device, to which the numbers of squared gradients
-            that are NaN or infinite are added.
+        counters: positions of candidates -> int64 counters on their device, to which every run adds the numbers of
+            squared gradients that are NaN or infinite.
         normalize: rank (S - mu) / (nu - mu) of each layer; False ranks the raw S.
         exact: the exact k-th largest score; False: see `epi_kernels.ops.find_threshold`.
         keep_finite: see `epi_kernels.ops.importance_`.
-        grad_factor: device -> what multiplies every gradient first, float32 of one value; none there: 1.
-        due: float32 of one value; where it is 0 nothing changes and what is returned means nothing. None: 1.
         backend: "auto" or the name of one.
-        ranks: that hold the other pieces; all of them must call. None: there are none.
+        ranks: that hold the other pieces; all of them must run. None: there are none.
         pairs: (layer, budget) of the rows of the counts over all ranks.
-        clock: of the refresh; must be the same on all ranks, and on the host if there are any.
-        settings: see `Ranks.ranges`.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as the operations; nothing has changed.
     """
-    by_device: defaultdict[torch.device, list[int]] = defaultdict(list)
-    for i, candidate in enumerate(candidates):
-        by_device[candidate.importance.device].append(i)
-    parts = [_Part([candidates[i] for i in where], counters(where), backend) for where in by_device.values()]
-    home = parts[0].device if parts else ranks.device if ranks else torch.device("cpu")
 
-    start = torch.tensor([[math.inf, -math.inf]], dtype=torch.float32, device="cpu").repeat(layer_count, 1)
-    start[list(set(untouched))] = 0.0
-    for part in parts:
-        part.advance(start, keep_finite, grad_factor.get(part.device), _on(part.device, due))
-    ranges = parts[0].ranges if parts else start.to(home)
-    if len(parts) > 1:
-        every = torch.stack([part.ranges.to(home) for part in parts])
-        ranges = torch.stack([every[:, :, 0].amin(0), every[:, :, 1].amax(0)], 1)
-    if ranks is not None:
-        assert isinstance(clock, int)
-        ranges = ranks.ranges(ranges, clock, settings)
-    score_ranges = ranges if normalize else None
-
-    def histogram(selection: Tensor, shift: int, bins: int) -> Tensor:
-        counts = [
-            part.histogram(score_ranges, selection, shift, bins, _on(part.device, due)).to(home) for part in parts
-        ]
-        if ranks is not None:
-            none = torch.zeros(1, len(ks), bins, dtype=torch.int64, device=home)
-            return ranks.sum(torch.cat([none, *counts]).sum(0))[None]
-        return counts[0] if len(counts) == 1 else torch.cat(counts)
-
-    thresholds = ops.find_threshold(histogram, ks, exact=exact, device=home, backend=backend)
-    counts = [part.lock(score_ranges, thresholds, _on(part.device, due)).to(home) for part in parts]
-    if ranks is not None:
-        total = torch.zeros(len(pairs), 3, dtype=torch.int64, device=home)
+    def __init__(
+        self,
+        candidates: Sequence[Candidate],
+        untouched: Sequence[int],
+        layer_count: int,
+        ks: Sequence[int],
+        counters: Callable[[Sequence[int]], Tensor],
+        *,
+        normalize: bool,
+        exact: bool,
+        keep_finite: bool,
+        backend: str,
+        ranks: Ranks | None = None,
+        pairs: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        by_device: defaultdict[torch.device, list[int]] = defaultdict(list)
+        for i, candidate in enumerate(candidates):
+            by_device[candidate.importance.device].append(i)
         row_of = {pair: row for row, pair in enumerate(pairs)}
-        for where, rows in zip(by_device.values(), counts, strict=True):
-            own = [j for j, i in enumerate(where) if candidates[i].counted]
-            of = [row_of[candidates[where[j]].layer, candidates[where[j]].budget] for j in own]
-            if own:
-                total.index_add_(0, torch.tensor(of, dtype=torch.int64, device=home), rows[own])
-        return Refreshed(ranges, thresholds, ranks.sum(total))
-    if len(counts) == 1:
-        return Refreshed(ranges, thresholds, counts[0])
-    # position of each candidate in the concatenation of the parts
-    order = torch.tensor([i for where in by_device.values() for i in where], dtype=torch.int64, device=home).argsort()
-    return Refreshed(ranges, thresholds, torch.cat(counts)[order])
+        self._parts = []
+        for where in by_device.values():
+            members = [candidates[i] for i in where]
+            part = _Part(members, where, counters(where), layer_count, len(ks), normalize, keep_finite, backend)
+            part.rows = [row_of[members[j].layer, members[j].budget] for j in part.counted] if ranks else []
+            self._parts.append(part)
+        self.devices = set(by_device)
+        self._ranks, self._pair_count, self._normalize = ranks, len(pairs), normalize
+        self._digits = DIGITS if exact else DIGITS[:1]
+        self._home = next(iter(by_device), ranks.device if ranks else torch.device("cpu"))
+        self._ranges = torch.tensor([[math.inf, -math.inf]], dtype=torch.float32, device="cpu").repeat(layer_count, 1)
+        self._ranges[list(set(untouched))] = 0.0
+        self._selection = torch.tensor([[0, k] for k in ks], dtype=torch.int64, device="cpu").view(-1, 2)
+        self._select_digit_ = ops.prepared_digit(self._home, backend)
+        places = [i for where in by_device.values() for i in where]
+        self._order = sorted(range(len(places)), key=places.__getitem__)  # of the candidates among those of all parts
+
+    def run_(
+        self,
+        importances: list[Tensor],
+        grads: list[Tensor | None],
+        *,
+        grad_factor: dict[torch.device, Tensor],
+        due: Tensor | None,
+        clock: int | Tensor = 0,
+        settings: object = None,
+    ) -> Refreshed:
+        """Refresh once.
+
+        Args:
+            importances: of the candidates, as those that this was made with but for their values; written.
+            grads: of the candidates, of the dtypes and strides of those that this was made with, and None where they
+                were None.
+            grad_factor: device -> what multiplies every gradient first, float32 of one value; none there: 1.
+            due: float32 of one value; where it is 0 nothing changes and what is returned means nothing. None: 1.
+            clock: of the refresh; must be the same on all ranks, and on the host if there are any.
+            settings: see `Ranks.ranges`.
+
+        Raises:
+            AgreeAgain: see `Ranks.ranges`; the importance has advanced.
+        """
+        ranks, home = self._ranks, self._home
+        running = [(part, part.of(importances), _on(part.device, due)) for part in self._parts]
+        found = [
+            part.advance_(held, part.of(grads), _copy_on(part.device, self._ranges), grad_factor, now)
+            for part, held, now in running
+        ]
+        increment_version(importances)
+        ranges = found[0] if found else self._ranges.to(home)
+        if len(found) > 1:
+            every = torch.stack([of_part.to(home) for of_part in found])
+            ranges = torch.stack([every[:, :, 0].amin(0), every[:, :, 1].amax(0)], 1)
+        if ranks is not None:
+            assert isinstance(clock, int)
+            ranges = ranks.ranges(ranges, clock, settings)
+        of_scores = ranges if self._normalize else None
+
+        selection = _copy_on(home, self._selection)
+        for shift, bins in self._digits:
+            histograms = [part.count(held, of_scores, selection, shift, bins, now) for part, held, now in running]
+            if ranks is not None:
+                none = torch.zeros(1, len(selection), bins, dtype=torch.int64, device=home)
+                histograms = [ranks.sum(torch.cat([none, *(there.to(home) for there in histograms)]).sum(0))[None]]
+            counted = histograms[0] if len(histograms) == 1 else torch.cat([there.to(home) for there in histograms])
+            thresholds = self._select_digit_(counted, selection, shift)
+        counts = [part.lock_(held, of_scores, thresholds, now) for part, held, now in running]
+        if ranks is not None:
+            total = torch.zeros(self._pair_count, 3, dtype=torch.int64, device=home)
+            for (part, *_), rows in zip(running, counts, strict=True):
+                if part.rows:
+                    of = torch.tensor(part.rows, dtype=torch.int64, device=home)
+                    total.index_add_(0, of, rows.to(home)[part.counted])
+            return Refreshed(ranges, thresholds, ranks.sum(total))
+        if len(counts) == 1:
+            return Refreshed(ranges, thresholds, counts[0])
+        order = torch.tensor(self._order, dtype=torch.int64, device=home)
+        return Refreshed(ranges, thresholds, torch.cat([there.to(home) for there in counts])[order])
 
 
 class _Part:
-    """The candidates on one device, as the lists that the operations take."""
+    """The candidates on one device, as the operations have prepared them."""
 
-    ranges: Tensor  # of these candidates alone
+    rows: list[int]  # of those that are counted: the rows of their pairs, where ranks sum up
 
-    def __init__(self, candidates: Sequence[Candidate], counter: Tensor, backend: str) -> None:
-        self.importances = [candidate.importance for candidate in candidates]
-        self.grads = [candidate.grad for candidate in candidates]
-        self.betas = torch.tensor([(c.beta, c.one_minus_beta) for c in candidates], dtype=torch.float64, device="cpu")
-        self.layers = [candidate.layer for candidate in candidates]
-        self.budgets = [candidate.budget for candidate in candidates]
-        self.counted = [i for i, candidate in enumerate(candidates) if candidate.counted]
-        self.device = self.importances[0].device
-        self.counter = counter
-        self.backend = backend
-
-    def advance(self, start: Tensor, keep_finite: bool, grad_factor: Tensor | None, due: Tensor | None) -> None:
-        self.ranges = on_device(start, self.device)
-        ops.importance_(
-            self.importances,
-            self.grads,
-            self.ranges,
-            self.counter,
-            self.betas,
-            self.layers,
-            keep_finite,
-            grad_factor,
-            due,
-            self.backend,
+    def __init__(
+        self,
+        members: Sequence[Candidate],
+        where: list[int],
+        counter: Tensor,
+        layer_count: int,
+        budget_count: int,
+        normalize: bool,
+        keep_finite: bool,
+        backend: str,
+    ) -> None:
+        self._where, self._counter = where, counter
+        self.device = device = members[0].importance.device
+        self.counted = [j for j, member in enumerate(members) if member.counted]
+        importances, grads = [member.importance for member in members], [member.grad for member in members]
+        betas = torch.tensor([(m.beta, m.one_minus_beta) for m in members], dtype=torch.float64, device="cpu")
+        layers, budgets = [member.layer for member in members], [member.budget for member in members]
+        self._importance = ops.prepared_importance(
+            importances, grads, betas, layers, layer_count, keep_finite, device, backend
         )
-
-    def histogram(self, ranges: Tensor | None, selection: Tensor, shift: int, bins: int, due: Tensor | None) -> Tensor:
-        return ops.score_histogram(
-            [self.importances[i] for i in self.counted],
-            [self.layers[i] for i in self.counted],
-            _on(self.device, ranges),
-            [self.budgets[i] for i in self.counted],
-            selection.to(self.device),
-            shift,
-            bins,
-            due,
-            self.backend,
+        rows = layer_count if normalize else None
+        self._histogram = ops.prepared_histogram(
+            self._of_counted(importances),
+            self._of_counted(layers),
+            rows,
+            self._of_counted(budgets),
+            budget_count,
+            device,
+            backend,
         )
+        self._lock = ops.prepared_lock(importances, layers, rows, budgets, budget_count, device, backend)
 
-    def lock(self, ranges: Tensor | None, thresholds: Tensor, due: Tensor | None) -> Tensor:
-        return ops.lock_(
-            self.importances,
-            self.layers,
-            _on(self.device, ranges),
-            self.budgets,
-            thresholds.to(self.device),
-            due,
-            self.backend,
-        )
+    def of(self, values: list[_T]) -> list[_T]:
+        """Return those of this part among the values of all candidates."""
+        return values if len(values) == len(self._where) else [values[i] for i in self._where]
+
+    def _of_counted(self, values: list[_T]) -> list[_T]:
+        return values if len(values) == len(self.counted) else [values[j] for j in self.counted]
+
+    def advance_(
+        self,
+        importances: list[Tensor],
+        grads: list[Tensor | None],
+        ranges: Tensor,
+        grad_factor: dict[torch.device, Tensor],
+        due: Tensor | None,
+    ) -> Tensor:
+        """Advance the importances, and return the ranges, which are written."""
+        self._importance.advance_(importances, grads, ranges, self._counter, grad_factor.get(self.device), due)
+        return ranges
+
+    def count(
+        self,
+        importances: list[Tensor],
+        ranges: Tensor | None,
+        selection: Tensor,
+        shift: int,
+        bins: int,
+        due: Tensor | None,
+    ) -> Tensor:
+        """Return the histograms of the scores that are counted here."""
+        there, selection = _on(self.device, ranges), selection.to(self.device)
+        return cast(Tensor, self._histogram.count(self._of_counted(importances), there, selection, shift, bins, due))
+
+    def lock_(self, importances: list[Tensor], ranges: Tensor | None, thresholds: Tensor, due: Tensor | None) -> Tensor:
+        """Lock what reaches the thresholds, and return the counts of each candidate."""
+        return cast(Tensor, self._lock.lock_(importances, _on(self.device, ranges), thresholds.to(self.device), due))
 
 
 def _on(device: torch.device, tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.to(device)
+
+
+def _copy_on(device: torch.device, values: Tensor) -> Tensor:
+    """Return a copy on a device of values on the CPU, to be written."""
+    return values.clone() if device.type == "cpu" else on_device(values, device)

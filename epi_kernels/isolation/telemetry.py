@@ -89,11 +89,9 @@ class Record:
     """One refresh as it comes from its device."""
 
     step: int | Tensor
-    layers: list[str]
-    layer_eligible: list[int]
-    budgets: list[Budget]
-    layer_of: list[int]  # layer of each row of counts
-    budget_of: list[int]  # budget of each row of counts
+    layout: Layout
+    layer_of: "np.ndarray[Any, Any]"  # layer of each row of counts
+    budget_of: "np.ndarray[Any, Any]"  # budget of each row of counts
     ranges: Tensor  # [layers, 2]: minimum and maximum importance
     thresholds: Tensor  # [budgets]
     counts: Tensor  # [tensors, 3]: protected, newly locked, released
@@ -104,13 +102,8 @@ class Record:
 
         Without one before, and `due` 0, the step is 0: there was no refresh.
         """
-        fits = before is not None and (before.layers, before.budgets, before.layer_of) == (
-            self.layers,
-            self.budgets,
-            self.layer_of,
-        )
         assert isinstance(self.step, Tensor)
-        if before is None or not fits:
+        if before is None or before.layout != self.layout or not np.array_equal(before.layer_of, self.layer_of):
             return replace(self, step=self.step * (due != 0))
         for name in ("step", "ranges", "thresholds", "counts"):
             mine, theirs = getattr(self, name), getattr(before, name)
@@ -124,12 +117,11 @@ class Record:
 
     def numbers(self, before: Layout | None) -> Numbers:
         """Return the record in plain numbers; the layout is that of the one `before` where they are equal."""
-        layout = Layout(tuple(self.layers), tuple(self.layer_eligible), tuple(self.budgets))
-        rows = self.counts.cpu().numpy()
-        counts = np.zeros((len(self.layers), 3), np.int64)
-        np.add.at(counts, np.asarray(self.layer_of, np.int64), rows)
-        protected = np.zeros(len(self.budgets), np.int64)
-        np.add.at(protected, np.asarray(self.budget_of, np.int64), rows[:, 0])
+        layout, rows = self.layout, self.counts.cpu().numpy()
+        counts = np.zeros((len(layout.layers), 3), np.int64)
+        np.add.at(counts, self.layer_of, rows)
+        protected = np.zeros(len(layout.budgets), np.int64)
+        np.add.at(protected, self.budget_of, rows[:, 0])
         return Numbers(
             int(self.step),
             before if before == layout else layout,

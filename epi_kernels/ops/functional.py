@@ -1,13 +1,14 @@
-"""The operations of importance and threshold, one function each: check, choose a backend, run.
+"""The operations of importance and threshold, one function each: check, choose a backend, prepare, run.
 
 They are registered with torch (``torch.ops.epi_kernels.*``), so that ``torch.compile`` sees one opaque node, and each
 has a fake implementation. All of them work on lists: one call serves every tensor of one device and dtype combination.
+A refresh, which takes the same tensors again and again, prepares them once and keeps what the backend has made.
 
 A *signed importance* carries the protection mask in its sign bit: see `epi_kernels.lock`.
 """
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from epi_kernels.backends.registry import choose
 from epi_kernels.backends.support import Spec
 from epi_kernels.contract import (
-    KEY_DIGITS,
+    DIGITS,
     check_lists,
     check_positions,
     check_tensor,
@@ -25,7 +26,41 @@ from epi_kernels.ops.table import on_device
 from epi_kernels.ops.tensors import dtypes_of
 
 # of a histogram: a digit has at most this many values
-_MOST_BINS = 1 << max(KEY_DIGITS)
+_MOST_BINS = max(bins for _, bins in DIGITS)
+
+
+def prepared_importance(
+    importances: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    betas: Tensor,
+    layers: Sequence[int],
+    layer_count: int,
+    keep_finite: bool,
+    device: torch.device,
+    backend: str,
+) -> Any:
+    """Return a backend's `importance_` of these tensors, with all prepared that does not change from call to call.
+
+    It keeps no tensor of the lists, and has one function, which gets them again::
+
+        advance_(importances, grads, ranges, nonfinite, grad_factor, due)
+
+    The tensors have the shapes, strides, dtypes and devices of those here, and gradients are missing in the same
+    places; all but the gradients lie at the same addresses. That is not checked again. The caller tells autograd what
+    was written.
+
+    The arguments are those of `importance_`, `layer_count` the number of rows of `ranges`, and `device` that of all
+    tensors but `betas`.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `importance_`.
+    """
+    check_lists(importances=importances, grads=grads)
+    _check_devices(importances, device)
+    check_tensor("betas", betas, torch.float64, (len(importances), 2), torch.device("cpu"))
+    check_positions("layers", layers, len(importances), "ranges", layer_count)
+    chosen = choose(Spec("importance_", dtypes_of(grads), dtypes_of(importances)), device, backend)
+    return chosen.module.Importance(importances, grads, betas, layers, keep_finite, device)
 
 
 @torch.library.custom_op("epi_kernels::importance_", mutates_args=("importances", "ranges", "nonfinite"))
@@ -70,19 +105,13 @@ def importance_(
         TypeError: a tensor has another dtype.
         RuntimeError: the backend cannot run on these tensors.
     """
-    check_lists(importances=importances, grads=grads)
-    count, device = len(importances), ranges.device
-    _check_devices(importances, device)
+    device = ranges.device
     check_tensor("ranges", ranges, torch.float32, (len(ranges), 2), device)
-    check_tensor("nonfinite", nonfinite, torch.int64, (count,), device)
-    check_tensor("betas", betas, torch.float64, (count, 2), torch.device("cpu"))
-    check_positions("layers", layers, count, "ranges", len(ranges))
+    check_tensor("nonfinite", nonfinite, torch.int64, (len(importances),), device)
     check_value("grad_factor", grad_factor, device)
     check_value("due", due, device)
-    spec = Spec("importance_", dtypes_of(grads), dtypes_of(importances))
-    choose(spec, ranges.device, backend).module.importance_(
-        importances, grads, ranges, nonfinite, betas, layers, keep_finite, grad_factor, due
-    )
+    prepared = prepared_importance(importances, grads, betas, layers, len(ranges), keep_finite, device, backend)
+    prepared.advance_(importances, grads, ranges, nonfinite, grad_factor, due)
 
 
 importance_.register_fake(lambda *_: None)
@@ -116,6 +145,32 @@ def gradient_sums_(
 
 
 gradient_sums_.register_fake(lambda *_: None)
+
+
+def prepared_histogram(
+    importances: Sequence[Tensor],
+    layers: Sequence[int],
+    layer_count: int | None,
+    budgets: Sequence[int],
+    budget_count: int,
+    device: torch.device,
+    backend: str,
+) -> Any:
+    """Return a backend's `score_histogram` of these tensors, with all prepared that does not change from call to call.
+
+    It keeps no tensor of the list, and has one function, which gets them again, as those of `prepared_importance`::
+
+        count(importances, ranges, selection, shift, bins, due) -> counts
+
+    The arguments are those of `score_histogram`, `layer_count` the number of rows of `ranges`, None without them,
+    `budget_count` that of `selection`, and `device` that of all tensors.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `score_histogram`.
+    """
+    _check_scored(importances, layers, layer_count, budgets, "selection", budget_count, device)
+    chosen = choose(Spec("score_histogram", states=dtypes_of(importances)), device, backend)
+    return chosen.module.Histogram(importances, layers, budgets, device)
 
 
 @torch.library.custom_op("epi_kernels::score_histogram", mutates_args=())
@@ -155,14 +210,14 @@ def score_histogram(
     Raises:
         ValueError, TypeError, RuntimeError: as `importance_`; or `shift` and `bins` are no digit of a key.
     """
-    _check_scored(importances, layers, ranges, budgets, due, "selection", len(selection), selection.device)
-    check_tensor("selection", selection, torch.int64, (len(selection), 2), selection.device)
+    device = selection.device
+    check_tensor("selection", selection, torch.int64, (len(selection), 2), device)
+    layer_count = _rows_of(ranges, device)
+    check_value("due", due, device)
     if not (1 <= bins <= _MOST_BINS and bins & (bins - 1) == 0 and 0 <= shift < 31):
         raise ValueError(f"bins is {bins} and shift {shift}; bins is a power of two up to {_MOST_BINS}, shift 0 to 30")
-    chosen = choose(Spec("score_histogram", states=dtypes_of(importances)), selection.device, backend)
-    return cast(
-        Tensor, chosen.module.score_histogram(importances, layers, ranges, budgets, selection, shift, bins, due)
-    )
+    prepared = prepared_histogram(importances, layers, layer_count, budgets, len(selection), device, backend)
+    return cast(Tensor, prepared.count(importances, ranges, selection, shift, bins, due))
 
 
 @score_histogram.register_fake
@@ -179,6 +234,17 @@ def _(
 ) -> Tensor:
     parts = torch.library.get_ctx().new_dynamic_size()
     return torch.empty(parts, selection.shape[0], bins, dtype=torch.int64, device=selection.device)
+
+
+def prepared_digit(device: torch.device, backend: str) -> Callable[[Tensor, Tensor, int], Tensor]:
+    """Return a backend's `select_digit_`, (counts, selection, shift) -> thresholds, which checks nothing.
+
+    Raises:
+        ValueError, RuntimeError: the backend is unknown, or cannot run on the device.
+    """
+    return cast(
+        Callable[[Tensor, Tensor, int], Tensor], choose(Spec("select_digit_"), device, backend).module.select_digit_
+    )
 
 
 @torch.library.custom_op("epi_kernels::select_digit_", mutates_args=("selection",))
@@ -204,13 +270,38 @@ def select_digit_(counts: Tensor, selection: Tensor, shift: int, backend: str) -
         raise ValueError(f"counts has shape {tuple(counts.shape)}; pass [parts, budgets, bins]")
     parts, _, bins = counts.shape
     check_tensor("counts", counts, torch.int64, (parts, len(selection), bins), selection.device)
-    chosen = choose(Spec("select_digit_"), selection.device, backend)
-    return cast(Tensor, chosen.module.select_digit_(counts, selection, shift))
+    return prepared_digit(selection.device, backend)(counts, selection, shift)
 
 
 @select_digit_.register_fake
 def _(counts: Tensor, selection: Tensor, shift: int, backend: str) -> Tensor:
     return torch.empty(selection.shape[0], dtype=torch.float32, device=selection.device)
+
+
+def prepared_lock(
+    importances: Sequence[Tensor],
+    layers: Sequence[int],
+    layer_count: int | None,
+    budgets: Sequence[int],
+    budget_count: int,
+    device: torch.device,
+    backend: str,
+) -> Any:
+    """Return a backend's `lock_` of these tensors, with all prepared that does not change from call to call.
+
+    It keeps no tensor of the list, and has one function, which gets them again, as those of `prepared_importance`::
+
+        lock_(importances, ranges, thresholds, due) -> counts
+
+    The arguments are those of `lock_`, `layer_count` the number of rows of `ranges`, None without them, `budget_count`
+    that of the thresholds, and `device` that of all tensors.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `lock_`.
+    """
+    _check_scored(importances, layers, layer_count, budgets, "thresholds", budget_count, device)
+    chosen = choose(Spec("lock_", states=dtypes_of(importances)), device, backend)
+    return chosen.module.Lock(importances, layers, budgets, device)
 
 
 @torch.library.custom_op("epi_kernels::lock_", mutates_args=("importances",))
@@ -240,10 +331,12 @@ def lock_(
     Raises:
         ValueError, TypeError, RuntimeError: as `importance_`.
     """
-    _check_scored(importances, layers, ranges, budgets, due, "thresholds", len(thresholds), thresholds.device)
-    check_tensor("thresholds", thresholds, torch.float32, (len(thresholds),), thresholds.device)
-    chosen = choose(Spec("lock_", states=dtypes_of(importances)), thresholds.device, backend)
-    return cast(Tensor, chosen.module.lock_(importances, layers, ranges, budgets, thresholds, due))
+    device = thresholds.device
+    check_tensor("thresholds", thresholds, torch.float32, (len(thresholds),), device)
+    layer_count = _rows_of(ranges, device)
+    check_value("due", due, device)
+    prepared = prepared_lock(importances, layers, layer_count, budgets, len(thresholds), device, backend)
+    return cast(Tensor, prepared.lock_(importances, ranges, thresholds, due))
 
 
 @lock_.register_fake
@@ -265,12 +358,19 @@ def _check_devices(importances: Sequence[Tensor], device: torch.device) -> None:
             raise ValueError(f"importances[{i}] is on {importance.device}, and the numbers beside it on {device}")
 
 
+def _rows_of(ranges: Tensor | None, device: torch.device) -> int | None:
+    """Check the ranges of a histogram or a lock, and return how many there are; None without any."""
+    if ranges is None:
+        return None
+    check_tensor("ranges", ranges, torch.float32, (len(ranges), 2), device)
+    return len(ranges)
+
+
 def _check_scored(
     importances: Sequence[Tensor],
     layers: Sequence[int],
-    ranges: Tensor | None,
+    layer_count: int | None,
     budgets: Sequence[int],
-    due: Tensor | None,
     of_budgets: str,
     budget_count: int,
     device: torch.device,
@@ -278,11 +378,9 @@ def _check_scored(
     """Check what the histogram and the lock have in common; `of_budgets` is the argument with a row for each budget."""
     check_lists(importances=importances)
     _check_devices(importances, device)
-    if ranges is not None:
-        check_tensor("ranges", ranges, torch.float32, (len(ranges), 2), device)
-        check_positions("layers", layers, len(importances), "ranges", len(ranges))
+    if layer_count is not None:
+        check_positions("layers", layers, len(importances), "ranges", layer_count)
     check_positions("budgets", budgets, len(importances), of_budgets, budget_count)
-    check_value("due", due, device)
 
 
 def find_threshold(
@@ -322,8 +420,6 @@ def find_threshold(
     selection = on_device(
         torch.tensor([[0, rank] for rank in ranks], dtype=torch.int64, device="cpu").view(-1, 2), torch.device(device)
     )
-    shift = sum(KEY_DIGITS)
-    for bits in KEY_DIGITS if exact else KEY_DIGITS[:1]:
-        shift -= bits
-        thresholds = select_digit_(histogram(selection, shift, 1 << bits), selection, shift, backend)
+    for shift, bins in DIGITS if exact else DIGITS[:1]:
+        thresholds = select_digit_(histogram(selection, shift, bins), selection, shift, backend)
     return thresholds

@@ -11,31 +11,52 @@ from epi_kernels.backends import native
 from epi_kernels.ops.flat import Flat
 
 
-def importance_(
-    importances: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-    ranges: Tensor,
-    nonfinite: Tensor,
-    betas: Tensor,
-    layers: Sequence[int],
-    keep_finite: bool,
-    grad_factor: Tensor | None,
-    due: Tensor | None,
-) -> None:
-    """Advance where there is a gradient, extend the ranges; contract: `epi_kernels.ops.importance_`."""
-    if due is not None and not due:
-        return
-    flat = Flat(written=[importances], read=[grads])
-    table = native.table_of(schema.IMPORTANCE.struct, importance=flat.written[0], grad=flat.read[0])
-    table["beta"], table["one_minus_beta"] = betas.float().numpy().T
-    table["layer"] = np.asarray(layers, np.int32)
-    found = torch.empty(len(ranges), 2, dtype=torch.float32, device="cpu")
-    factor = 1.0 if grad_factor is None else grad_factor.item()
-    native.call("epi_importance", table, found.data_ptr(), len(ranges), factor, keep_finite)
-    ranges[:, 0].clamp_(max=found[:, 0])
-    ranges[:, 1].clamp_(min=found[:, 1])
-    nonfinite += torch.from_numpy(table["nonfinite"].copy())
-    flat.write_back()
+class Importance:
+    """The advance of a fixed list of importances; contract: `epi_kernels.ops.prepared_importance`."""
+
+    def __init__(
+        self,
+        importances: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        betas: Tensor,
+        layers: Sequence[int],
+        keep_finite: bool,
+        device: torch.device,
+    ) -> None:
+        self._run, self._keep_finite = native.function("epi_importance"), keep_finite
+        flat = Flat(written=[importances], read=[grads])
+        self._strided = flat.strided
+        self._table = native.table_of(schema.IMPORTANCE.struct, importance=flat.written[0], grad=flat.read[0])
+        self._table["beta"], self._table["one_minus_beta"] = betas.float().numpy().T
+        self._table["layer"] = np.asarray(layers, np.int32)
+
+    def advance_(
+        self,
+        importances: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        ranges: Tensor,
+        nonfinite: Tensor,
+        grad_factor: Tensor | None,
+        due: Tensor | None,
+    ) -> None:
+        """Advance where there is a gradient, extend the ranges."""
+        if due is not None and not due:
+            return
+        table, flat = self._table, None
+        if self._strided:  # copies are somewhere else in each refresh
+            flat = Flat(written=[importances], read=[grads], strided=self._strided)
+            table["importance"], grads = native.addresses(flat.written[0]), flat.read[0]
+        table["grad"] = [0 if grad is None else grad.data_ptr() for grad in grads]
+        table["nonfinite"] = 0
+        found = torch.empty(len(ranges), 2, dtype=torch.float32, device="cpu")
+        factor, threads = 1.0 if grad_factor is None else grad_factor.item(), torch.get_num_threads()
+        self._run(table.ctypes.data, len(table), found.data_ptr(), len(ranges), factor, self._keep_finite, threads)
+        ranges[:, 0].clamp_(max=found[:, 0])
+        ranges[:, 1].clamp_(min=found[:, 1])
+        if table["nonfinite"].any():
+            nonfinite += torch.from_numpy(table["nonfinite"].copy())
+        if flat is not None:
+            flat.write_back()
 
 
 def gradient_sums_(sums: Sequence[Tensor], square_sums: Sequence[Tensor], grads: Sequence[Tensor]) -> None:

@@ -148,39 +148,57 @@ VARIANTS = (
 )
 
 
-def importance_(
-    importances: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-    ranges: Tensor,
-    nonfinite: Tensor,
-    betas: Tensor,
-    layers: Sequence[int],
-    keep_finite: bool,
-    grad_factor: Tensor | None,
-    due: Tensor | None,
-) -> None:
-    """Advance where there is a gradient, extend the ranges; contract: `epi_kernels.ops.importance_`."""
-    flat = Flat(written=[importances], read=[grads])
-    table = Table(IMPORTANCE.words, [importance.numel() for importance in importances], tiles.CHUNK, ranges.device)
-    table.point("importance", flat.written[0])
-    table.point("grad", flat.read[0])
-    table.set("grad_dtype", tiles.dtype_codes(grads))
-    table.set("layer", layers)
-    tiles.launch(
-        importance_kernel,
-        table.chunks.numel(),
-        ranges.device,
-        table.rows(due),
-        table.chunks,
-        on_device(betas.float(), ranges.device),
-        ranges.view(torch.int32),
-        nonfinite,
-        grad_factor,
-        keep_finite,
-        tiles.BLOCK,
-        tiles.TILES,
-    )
-    flat.write_back()
+class Importance:
+    """The advance of a fixed list of importances; contract: `epi_kernels.ops.prepared_importance`."""
+
+    def __init__(
+        self,
+        importances: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        betas: Tensor,
+        layers: Sequence[int],
+        keep_finite: bool,
+        device: torch.device,
+    ) -> None:
+        flat = Flat(written=[importances], read=[grads])
+        self._strided, self._keep_finite, self._betas = flat.strided, keep_finite, betas.float()
+        self._table = Table(IMPORTANCE.words, [importance.numel() for importance in importances], tiles.CHUNK, device)
+        self._table.point("importance", flat.written[0])
+        self._table.set("grad_dtype", tiles.dtype_codes(grads))
+        self._table.set("layer", layers)
+
+    def advance_(
+        self,
+        importances: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        ranges: Tensor,
+        nonfinite: Tensor,
+        grad_factor: Tensor | None,
+        due: Tensor | None,
+    ) -> None:
+        """Advance where there is a gradient, extend the ranges."""
+        table, flat = self._table, None
+        if self._strided:  # copies are somewhere else in each refresh
+            flat = Flat(written=[importances], read=[grads], strided=self._strided)
+            table.point("importance", flat.written[0])
+            grads = flat.read[0]
+        table.point("grad", grads)
+        tiles.launch(
+            importance_kernel,
+            table.chunks.numel(),
+            ranges.device,
+            table.rows(due),
+            table.chunks,
+            on_device(self._betas, ranges.device),
+            ranges.view(torch.int32),
+            nonfinite,
+            grad_factor,
+            self._keep_finite,
+            tiles.BLOCK,
+            tiles.TILES,
+        )
+        if flat is not None:
+            flat.write_back()
 
 
 def gradient_sums_(sums: Sequence[Tensor], square_sums: Sequence[Tensor], grads: Sequence[Tensor]) -> None:

@@ -11,38 +11,43 @@ from torch import Tensor
 
 from epi_kernels.backends import cuda
 from epi_kernels.ops.equations import score
-from epi_kernels.ops.flat import Flat
 from epi_kernels.ops.table import zeros
-from epi_kernels.ops.threshold.rows import table_of
+from epi_kernels.ops.threshold.rows import Scored
 
 
-def score_histogram(
-    importances: Sequence[Tensor],
-    layers: Sequence[int],
-    ranges: Tensor | None,
-    budgets: Sequence[int],
-    selection: Tensor,
-    shift: int,
-    bins: int,
-    due: Tensor | None,
-) -> Tensor:
-    """Count the scores of each budget by one digit of their bits; contract: `epi_kernels.ops.score_histogram`."""
-    flat = Flat(written=[], read=[importances])
-    counts = zeros((1, len(selection), bins), torch.int64, selection.device)
-    table = table_of(flat.read[0], layers, budgets, cuda.histogram_chunk(), selection.device)
-    cuda.call(
-        "epi_cuda_score_histogram",
-        selection.device,
-        table.rows(due),
-        table.chunks,
-        table.chunks.numel(),
-        ranges,
-        selection,
-        shift,
-        bins.bit_length() - 1,
-        counts,
-    )
-    return counts
+class Histogram(Scored):
+    """The histograms of a fixed list of importances; contract: `epi_kernels.ops.prepared_histogram`."""
+
+    def chunk(self) -> int:
+        """Return the entries of a chunk."""
+        return cuda.histogram_chunk()
+
+    def count(
+        self,
+        importances: Sequence[Tensor],
+        ranges: Tensor | None,
+        selection: Tensor,
+        shift: int,
+        bins: int,
+        due: Tensor | None,
+    ) -> Tensor:
+        """Count the scores of each budget by one digit of their bits."""
+        table, flat = self.table, self.placed(importances)
+        counts = zeros((1, len(selection), bins), torch.int64, selection.device)
+        cuda.call(
+            "epi_cuda_score_histogram",
+            selection.device,
+            table.rows(due),
+            table.chunks,
+            table.chunks.numel(),
+            ranges,
+            selection,
+            shift,
+            bins.bit_length() - 1,
+            counts,
+        )
+        del flat  # whose copies have lived until now
+        return counts
 
 
 @functools.cache
@@ -54,11 +59,13 @@ def obstacle(device: torch.device) -> str:
     values[: values.numel() // 3] = 0.0
     layer_range = torch.tensor([[0.0, 0.7]], dtype=torch.float32, device="cpu")
     keys = score(values, layer_range[0]).view(torch.int32)
+    there = values.to(device)
+    histogram = Histogram([there], [0], [0], device)
     for prefix, shift, bins in ((0, 19, 4096), (int(keys[-1]) >> 19, 9, 1024)):
         counted = keys[keys >> shift >> (bins.bit_length() - 1) == prefix]
         expected = torch.bincount((counted >> shift) % bins, minlength=bins)
         selection = torch.tensor([[prefix, 1]], dtype=torch.int64, device=device)
-        found = score_histogram([values.to(device)], [0], layer_range.to(device), [0], selection, shift, bins, None)
+        found = histogram.count([there], layer_range.to(device), selection, shift, bins, None)
         if not torch.equal(found[0, 0].cpu(), expected):
             return "on this GPU its counts differ from the reference's; please report it"
     return ""

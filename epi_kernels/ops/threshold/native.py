@@ -1,5 +1,6 @@
 """The threshold in C++ on the CPU; kernels: csrc/cpu/threshold.cpp."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,65 +10,93 @@ from torch import Tensor
 
 from epi_kernels import schema
 from epi_kernels.backends import native
-from epi_kernels.ops.equations import selected
 from epi_kernels.ops.flat import Flat
 
 
-def score_histogram(
-    importances: Sequence[Tensor],
-    layers: Sequence[int],
-    ranges: Tensor | None,
-    budgets: Sequence[int],
-    selection: Tensor,
-    shift: int,
-    bins: int,
-    due: Tensor | None,
-) -> Tensor:
-    """Count the scores of each budget by one digit of their bits; contract: `epi_kernels.ops.score_histogram`."""
-    counts = torch.zeros(1, len(selection), bins, dtype=torch.int64, device="cpu")
-    if due is not None and not due:
+class _Scored:
+    """A fixed list of importances as a table."""
+
+    _function: str  # of the library
+
+    def __init__(
+        self, importances: Sequence[Tensor], layers: Sequence[int], budgets: Sequence[int], device: torch.device
+    ) -> None:
+        self._run, flat = native.function(self._function), Flat(written=[importances])
+        self._strided = flat.strided
+        self._layers = np.asarray(layers, np.intp)
+        self._table = native.table_of(schema.SCORE.struct, importance=flat.written[0])
+        self._table["budget"] = np.asarray(budgets, np.int32)
+
+    def _placed(self, importances: Sequence[Tensor], ranges: Tensor | None) -> Flat | None:
+        """Write what differs between two calls into the table, and return the copies that it has, if there are any."""
+        table, flat = self._table, None
+        table["normalized"] = ranges is not None
+        if ranges is not None:
+            table["low"], table["high"] = ranges.numpy()[self._layers].T
+        if self._strided:
+            flat = Flat(written=[importances], strided=self._strided)
+            table["importance"] = native.addresses(flat.written[0])
+        return flat
+
+
+class Histogram(_Scored):
+    """The histograms of a fixed list of importances; contract: `epi_kernels.ops.prepared_histogram`."""
+
+    _function = "epi_score_histogram"
+
+    def count(
+        self,
+        importances: Sequence[Tensor],
+        ranges: Tensor | None,
+        selection: Tensor,
+        shift: int,
+        bins: int,
+        due: Tensor | None,
+    ) -> Tensor:
+        """Count the scores of each budget by one digit of their bits."""
+        counts = torch.zeros(1, len(selection), bins, dtype=torch.int64, device="cpu")
+        if due is not None and not due:
+            return counts
+        flat = self._placed(importances, ranges)
+        table, prefixes, threads = self._table, selection[:, 0].contiguous(), torch.get_num_threads()
+        digit_bits = bins.bit_length() - 1
+        self._run(table.ctypes.data, len(table), prefixes.data_ptr(), shift, digit_bits, counts.data_ptr(), threads)
+        del flat  # whose copies have lived until now
         return counts
-    flat = Flat(written=[], read=[importances])
-    table = _table(flat.read[0], layers, ranges, budgets)
-    prefixes = selection[:, 0].contiguous()
-    digit_bits = bins.bit_length() - 1
-    native.call("epi_score_histogram", table, prefixes.data_ptr(), shift, digit_bits, counts.data_ptr())
-    return counts
 
 
 def select_digit_(counts: Tensor, selection: Tensor, shift: int) -> Tensor:
     """Find the digit that holds each rank; contract: `epi_kernels.ops.select_digit_`."""
-    # in torch: a few thousand numbers, once in a refresh
-    found, thresholds = selected(counts, selection, shift)
-    selection.copy_(found)
+    parts, budgets, bins = counts.shape
+    thresholds = torch.empty(budgets, dtype=torch.float32, device="cpu")
+    _select()(selection.data_ptr(), budgets, counts.data_ptr(), parts, bins, shift, thresholds.data_ptr())
     return thresholds
 
 
-def lock_(
-    importances: Sequence[Tensor],
-    layers: Sequence[int],
-    ranges: Tensor | None,
-    budgets: Sequence[int],
-    thresholds: Tensor,
-    due: Tensor | None,
-) -> Tensor:
-    """Lock every entry whose score reaches its budget's threshold; contract: `epi_kernels.ops.lock_`."""
-    if due is not None and not due:
-        return torch.zeros(len(importances), 3, dtype=torch.int64, device="cpu")
-    flat = Flat(written=[importances])
-    table = _table(flat.written[0], layers, ranges, budgets)
-    thresholds = thresholds.contiguous()
-    native.call("epi_lock", table, thresholds.data_ptr())
-    flat.write_back()
-    return torch.from_numpy(np.stack([table[name] for name in ("locked", "newly_locked", "released")], 1))
+@functools.cache
+def _select() -> Any:
+    return native.function("epi_select_digit")
 
 
-def _table(
-    importances: Sequence[Tensor | None], layers: Sequence[int], ranges: Tensor | None, budgets: Sequence[int]
-) -> "np.ndarray[Any, Any]":
-    table = native.table_of(schema.SCORE.struct, importance=importances)
-    table["budget"] = np.asarray(budgets, np.int32)
-    table["normalized"] = ranges is not None
-    if ranges is not None:
-        table["low"], table["high"] = ranges.numpy()[np.asarray(layers, np.intp)].T
-    return table
+class Lock(_Scored):
+    """The lock of a fixed list of importances; contract: `epi_kernels.ops.prepared_lock`."""
+
+    _function = "epi_lock"
+
+    def lock_(
+        self, importances: Sequence[Tensor], ranges: Tensor | None, thresholds: Tensor, due: Tensor | None
+    ) -> Tensor:
+        """Lock every entry whose score reaches its budget's threshold."""
+        if due is not None and not due:
+            return torch.zeros(len(importances), 3, dtype=torch.int64, device="cpu")
+        table, flat, thresholds = self._table, self._placed(importances, ranges), thresholds.contiguous()
+        for name in _COUNTS:
+            table[name] = 0
+        self._run(table.ctypes.data, len(table), thresholds.data_ptr(), torch.get_num_threads())
+        if flat is not None:
+            flat.write_back()
+        return torch.from_numpy(np.stack([table[name] for name in _COUNTS], 1))
+
+
+# the results of a lock
+_COUNTS = ("locked", "newly_locked", "released")

@@ -12,27 +12,38 @@ from epi_kernels.ops.equations import score, selected
 CHUNK = 1 << 20
 
 
-def score_histogram(
-    importances: Sequence[Tensor],
-    layers: Sequence[int],
-    ranges: Tensor | None,
-    budgets: Sequence[int],
-    selection: Tensor,
-    shift: int,
-    bins: int,
-    due: Tensor | None,
-) -> Tensor:
-    """Count the scores of each budget by one digit of their bits; contract: `epi_kernels.ops.score_histogram`."""
-    counts = torch.zeros(1, len(selection), bins, dtype=torch.int64, device=selection.device)
-    if due is not None and not due:
+class _Scored:
+    """A fixed list of importances, with the layer and the budget of each."""
+
+    def __init__(
+        self, importances: Sequence[Tensor], layers: Sequence[int], budgets: Sequence[int], device: torch.device
+    ) -> None:
+        self._layers, self._budgets = layers, budgets
+
+
+class Histogram(_Scored):
+    """The histograms of a fixed list of importances; contract: `epi_kernels.ops.prepared_histogram`."""
+
+    def count(
+        self,
+        importances: Sequence[Tensor],
+        ranges: Tensor | None,
+        selection: Tensor,
+        shift: int,
+        bins: int,
+        due: Tensor | None,
+    ) -> Tensor:
+        """Count the scores of each budget by one digit of their bits."""
+        counts = torch.zeros(1, len(selection), bins, dtype=torch.int64, device=selection.device)
+        if due is not None and not due:
+            return counts
+        for importance, layer, budget in zip(importances, self._layers, self._budgets, strict=True):
+            layer_range = None if ranges is None else ranges[layer]
+            for chunk in _chunks(importance):
+                key = score(chunk, layer_range).view(torch.int32) >> shift
+                digit = key[(key // bins) == selection[budget, 0]] % bins
+                counts[0, budget] += torch.bincount(digit, minlength=bins)
         return counts
-    for importance, layer, budget in zip(importances, layers, budgets, strict=True):
-        layer_range = None if ranges is None else ranges[layer]
-        for chunk in _chunks(importance):
-            key = score(chunk, layer_range).view(torch.int32) >> shift
-            digit = key[(key // bins) == selection[budget, 0]] % bins
-            counts[0, budget] += torch.bincount(digit, minlength=bins)
-    return counts
 
 
 def select_digit_(counts: Tensor, selection: Tensor, shift: int) -> Tensor:
@@ -42,27 +53,25 @@ def select_digit_(counts: Tensor, selection: Tensor, shift: int) -> Tensor:
     return thresholds
 
 
-def lock_(
-    importances: Sequence[Tensor],
-    layers: Sequence[int],
-    ranges: Tensor | None,
-    budgets: Sequence[int],
-    thresholds: Tensor,
-    due: Tensor | None,
-) -> Tensor:
-    """Lock every entry whose score reaches its budget's threshold; contract: `epi_kernels.ops.lock_`."""
-    counts = torch.zeros(len(importances), 3, dtype=torch.int64, device=thresholds.device)
-    if due is not None and not due:
+class Lock(_Scored):
+    """The lock of a fixed list of importances; contract: `epi_kernels.ops.prepared_lock`."""
+
+    def lock_(
+        self, importances: Sequence[Tensor], ranges: Tensor | None, thresholds: Tensor, due: Tensor | None
+    ) -> Tensor:
+        """Lock every entry whose score reaches its budget's threshold."""
+        counts = torch.zeros(len(importances), 3, dtype=torch.int64, device=thresholds.device)
+        if due is not None and not due:
+            return counts
+        for i, (importance, layer, budget) in enumerate(zip(importances, self._layers, self._budgets, strict=True)):
+            layer_range = None if ranges is None else ranges[layer]
+            for chunk in _chunks(importance):
+                value = score(chunk, layer_range)
+                before = lock.is_locked(chunk)
+                after = (value >= thresholds[budget]) & (value > 0)
+                chunk.copy_(lock.with_lock(chunk, after))
+                counts[i] += torch.stack([after.sum(), (after & ~before).sum(), (before & ~after).sum()])
         return counts
-    for i, (importance, layer, budget) in enumerate(zip(importances, layers, budgets, strict=True)):
-        layer_range = None if ranges is None else ranges[layer]
-        for chunk in _chunks(importance):
-            value = score(chunk, layer_range)
-            before = lock.is_locked(chunk)
-            after = (value >= thresholds[budget]) & (value > 0)
-            chunk.copy_(lock.with_lock(chunk, after))
-            counts[i] += torch.stack([after.sum(), (after & ~before).sum(), (before & ~after).sum()])
-    return counts
 
 
 def _chunks(tensor: Tensor) -> Iterator[Tensor]:

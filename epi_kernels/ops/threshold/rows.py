@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from epi_kernels.ops.flat import Flat
 from epi_kernels.ops.table import Table
 from epi_kernels.schema import SCORE
 
@@ -22,3 +23,26 @@ def table_of(
     table.set("layer", layers)
     table.set("budget", budgets)
     return table
+
+
+class Scored:
+    """A fixed list of importances as a table on a GPU; of copies where the entries of one do not lie side by side."""
+
+    def chunk(self) -> int:
+        """Return the entries of a chunk."""
+        raise NotImplementedError
+
+    def __init__(
+        self, importances: Sequence[Tensor], layers: Sequence[int], budgets: Sequence[int], device: torch.device
+    ) -> None:
+        flat = Flat(written=[importances])
+        self._strided = flat.strided
+        self.table = table_of(flat.written[0], layers, budgets, self.chunk(), device)
+
+    def placed(self, importances: Sequence[Tensor]) -> Flat | None:
+        """Return the copies to which the table points now, to be written back; None if there are none."""
+        if not self._strided:
+            return None
+        flat = Flat(written=[importances], strided=self._strided)
+        self.table.point("importance", flat.written[0])
+        return flat

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from epi_kernels.ops import tiles
 from epi_kernels.ops.equations_triton import bits_of, float_of, is_locked, score, with_lock
-from epi_kernels.ops.flat import Flat
 from epi_kernels.ops.table import zeros
-from epi_kernels.ops.threshold.rows import table_of
+from epi_kernels.ops.threshold.rows import Scored
 from epi_kernels.ops.tiles import Variant, left_of, located, pointer, read, scattered, words, write
 from epi_kernels.schema import SCORE
 
@@ -196,39 +195,45 @@ VARIANTS = (
 )
 
 
-def score_histogram(
-    importances: Sequence[Tensor],
-    layers: Sequence[int],
-    ranges: Tensor | None,
-    budgets: Sequence[int],
-    selection: Tensor,
-    shift: int,
-    bins: int,
-    due: Tensor | None,
-) -> Tensor:
-    """Count the scores of each budget by one digit of their bits; contract: `epi_kernels.ops.score_histogram`."""
-    flat = Flat(written=[], read=[importances])
-    # several budgets share the entries out by themselves, and each copy costs 32 KiB for each of them
-    copies = max(1, COPIES // max(1, len(selection)))
-    counts = zeros((copies, len(selection), bins), torch.int64, selection.device)
-    table = table_of(flat.read[0], layers, budgets, tiles.CHUNK, selection.device)
-    tiles.launch(
-        score_histogram_kernel,
-        table.chunks.numel(),
-        selection.device,
-        table.rows(due),
-        table.chunks,
-        ranges,
-        selection,
-        counts,
-        len(selection),
-        copies,
-        shift,
-        bins.bit_length() - 1,
-        tiles.BLOCK,
-        tiles.TILES,
-    )
-    return counts
+class Histogram(Scored):
+    """The histograms of a fixed list of importances; contract: `epi_kernels.ops.prepared_histogram`."""
+
+    def chunk(self) -> int:
+        """Return the entries of a chunk."""
+        return tiles.CHUNK
+
+    def count(
+        self,
+        importances: Sequence[Tensor],
+        ranges: Tensor | None,
+        selection: Tensor,
+        shift: int,
+        bins: int,
+        due: Tensor | None,
+    ) -> Tensor:
+        """Count the scores of each budget by one digit of their bits."""
+        table, flat = self.table, self.placed(importances)
+        # several budgets share the entries out by themselves, and each copy costs 32 KiB for each of them
+        copies = max(1, COPIES // max(1, len(selection)))
+        counts = zeros((copies, len(selection), bins), torch.int64, selection.device)
+        tiles.launch(
+            score_histogram_kernel,
+            table.chunks.numel(),
+            selection.device,
+            table.rows(due),
+            table.chunks,
+            ranges,
+            selection,
+            counts,
+            len(selection),
+            copies,
+            shift,
+            bins.bit_length() - 1,
+            tiles.BLOCK,
+            tiles.TILES,
+        )
+        del flat  # whose copies have lived until now
+        return counts
 
 
 def select_digit_(counts: Tensor, selection: Tensor, shift: int) -> Tensor:
@@ -239,29 +244,31 @@ def select_digit_(counts: Tensor, selection: Tensor, shift: int) -> Tensor:
     return thresholds
 
 
-def lock_(
-    importances: Sequence[Tensor],
-    layers: Sequence[int],
-    ranges: Tensor | None,
-    budgets: Sequence[int],
-    thresholds: Tensor,
-    due: Tensor | None,
-) -> Tensor:
-    """Lock every entry whose score reaches its budget's threshold; contract: `epi_kernels.ops.lock_`."""
-    flat = Flat(written=[importances])
-    counts = zeros((len(importances), 3), torch.int64, thresholds.device)
-    table = table_of(flat.written[0], layers, budgets, tiles.CHUNK, thresholds.device)
-    tiles.launch(
-        lock_kernel,
-        table.chunks.numel(),
-        thresholds.device,
-        table.rows(due),
-        table.chunks,
-        ranges,
-        thresholds,
-        counts,
-        tiles.BLOCK,
-        tiles.TILES,
-    )
-    flat.write_back()
-    return counts
+class Lock(Scored):
+    """The lock of a fixed list of importances; contract: `epi_kernels.ops.prepared_lock`."""
+
+    def chunk(self) -> int:
+        """Return the entries of a chunk."""
+        return tiles.CHUNK
+
+    def lock_(
+        self, importances: Sequence[Tensor], ranges: Tensor | None, thresholds: Tensor, due: Tensor | None
+    ) -> Tensor:
+        """Lock every entry whose score reaches its budget's threshold."""
+        table, flat = self.table, self.placed(importances)
+        counts = zeros((len(importances), 3), torch.int64, thresholds.device)
+        tiles.launch(
+            lock_kernel,
+            table.chunks.numel(),
+            thresholds.device,
+            table.rows(due),
+            table.chunks,
+            ranges,
+            thresholds,
+            counts,
+            tiles.BLOCK,
+            tiles.TILES,
+        )
+        if flat is not None:
+            flat.write_back()
+        return counts
