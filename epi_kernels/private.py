@@ -33,7 +33,9 @@ PRIVATE = (
         "instance",
         "tells torch.amp.GradScaler that the step divides by the scale; torch's own fused optimizers set it",
     ),
-    Private("_optimizer_state_dict_pre_hooks", "instance", "IsolatedOptimizer runs the hooks of its own, not its base's"),
+    Private(
+        "_optimizer_state_dict_pre_hooks", "instance", "IsolatedOptimizer runs the hooks of its own, not its base's"
+    ),
     Private("_optimizer_state_dict_post_hooks", "instance", "as above"),
     Private("_optimizer_load_state_dict_pre_hooks", "instance", "as above"),
     Private("_optimizer_load_state_dict_post_hooks", "instance", "as above"),

@@ -1,4 +1,4 @@
-"""The state of an optimizer of torch's form, checked before any of it is taken, and taken without a second copy."""
+"""Saved states in torch's form: checked before any part is taken, and taken without a second copy."""
 
 import math
 import reprlib
@@ -18,21 +18,21 @@ from epi_kernels.engine.settings import Groups, is_number, plain_settings
 from epi_kernels.engine.state import FIXED_DTYPES
 from epi_kernels.rules import Rule
 
-# of a group, torch's and ours: what is a flag, and what is a number; a number of torch's may be in a tensor
+# settings of a group, torch's and ours, that are flags, and numbers of torch's, which may be in a tensor
 _FLAGS = ("amsgrad", "maximize", "capturable", "differentiable", "decoupled_weight_decay", "layers_auto")
 _FLAGS_OR_NONE = ("foreach", "fused")
 _NUMBERS = ("lr", "eps", "weight_decay")
 
-# a clock below this counts every step in double
+# below this, a float64 clock counts every step
 LATEST = 1 << 53
 
-# what a framework keeps moments in on purpose, under parameters of more bits
+# dtypes in which frameworks keep moments on purpose, under parameters of more bits
 _HALVES = (torch.bfloat16, torch.float16)
 
 
 @contextmanager
 def named(what: str) -> Iterator[None]:
-    """Raise what a check of a setting raises as ValueError, with `what` before its text."""
+    """Turn an error that a check raises into a ValueError, with `what` before its text."""
     try:
         yield
     except (TypeError, ValueError, LookupError, RuntimeError) as error:
@@ -40,12 +40,12 @@ def named(what: str) -> Iterator[None]:
 
 
 def check_form(state_dict: dict[str, Any], groups: Groups) -> bool:
-    """Check that a saved state has torch's form, and return whether its groups are of the size of `groups`.
+    """Check that a saved state has torch's form, and return whether its groups have the sizes of `groups`.
 
-    Where they are not torch says so, in its words.
+    Where the sizes differ, torch's own load raises.
 
     Raises:
-        ValueError: it has not; the message says what it has instead.
+        ValueError: it does not have that form; the message says what it has instead.
     """
     for key, kind in (("state", dict), ("param_groups", list)):
         if key not in state_dict:
@@ -70,13 +70,13 @@ def check_form(state_dict: dict[str, Any], groups: Groups) -> bool:
 
 
 def checked_groups(saved_groups: Groups, rule: Rule) -> list[dict[str, Any]]:
-    """Return the groups of a saved state with plain values, after checking that each is what belongs there.
+    """Return the groups of a saved state with plain values, after checking that each value is of the right kind.
 
-    Whether they are in their range is not looked at.
+    Ranges are not checked here.
 
     Raises:
-        ValueError: a group lacks what the rule needs; or a flag is none, or a number is none or not finite; the message
-            names the setting and its value.
+        ValueError: a group lacks a setting that the rule needs, a flag is not a bool, or a number is not a finite
+            number; the message names the setting and its value.
     """
     for i, group in enumerate(saved_groups):
         missing = [key for key in rule.settings if key not in group]
@@ -101,7 +101,7 @@ def _checked_group(group: dict[str, Any], where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: betas is {said(betas)}; it is two numbers")
     for i, beta in enumerate(betas):
         _check_number(beta, f"{where}: betas[{i}]")
-    # an old torch's states have integers, which today's refuses
+    # states of an old torch have integers, which today's torch refuses
     group["betas"] = tuple(float(beta) if isinstance(beta, int) else beta for beta in betas)
     return group
 
@@ -117,7 +117,7 @@ def _check_number(value: Any, what: str) -> None:
 
 
 def said(value: object) -> str:
-    """Return a value as a message has it, which a large one shall not fill."""
+    """Return a value's text for a message, shortened if it is long."""
     if isinstance(value, Tensor) and (value.numel() != 1 or value.is_meta):
         return f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
     return reprlib.repr(value)
@@ -133,14 +133,14 @@ class Stamps(Protocol):
 def in_our_order(state_dict: dict[str, Any], groups: Groups, grouping: Stamps | None = None) -> dict[str, Any]:
     """Return a saved state of the form and size of `groups` with its parameters in the order of the names of `groups`.
 
-    It is another dict where both sides have the same names, without what wrappers add, in another order: torch goes by
-    position, and the state of a parameter, its mask or selection included, would be another's. Where the names differ,
-    parameters were renamed, and the position counts as with torch. The settings of a group always go by its position.
+    If both sides have the same names (without what wrappers add) in another order, the result is a new dict: torch goes
+    by position, and would give a parameter the state, mask or selection of another. If the names differ, parameters
+    were renamed, and the position counts, as with torch. The settings of a group always go by its position.
 
     Args:
         state_dict: in torch's form.
         groups: the optimizer's own.
-        grouping: of its parameters into layers, if it has one.
+        grouping: how the optimizer's parameters are grouped into layers, if they are.
     """
     saved_groups = state_dict["param_groups"]
     for key in (lambda name: without_wrappers(str(name)), str):
@@ -149,7 +149,7 @@ def in_our_order(state_dict: dict[str, Any], groups: Groups, grouping: Stamps | 
         numbers = {name: number for members in theirs for name, number in members}
         params = {name: param for members in ours for name, param in members}
         total = sum(len(group["params"]) for group in groups)
-        if len(numbers) == len(params) == total and numbers.keys() == params.keys():  # of all, and each name once
+        if len(numbers) == len(params) == total and numbers.keys() == params.keys():  # each has a name of its own
             break
     else:
         return state_dict
@@ -169,7 +169,7 @@ def in_our_order(state_dict: dict[str, Any], groups: Groups, grouping: Stamps | 
             "param_names": list(group["param_names"]),
         }
         if "layer_digest" in saved and "layer_digest" in group:
-            # it goes by position: the digest of our layers in the state's order says whether the layers are the same
+            # a digest goes by position: that of our layers in the state's order tells whether the layers are the same
             same = saved["layer_digest"] == there["layer_digest"]
             moved["layer_digest"] = group["layer_digest"] if same else ""
         found.append({**saved, **moved})
@@ -177,7 +177,7 @@ def in_our_order(state_dict: dict[str, Any], groups: Groups, grouping: Stamps | 
 
 
 def _named(group: dict[str, Any], members: Sequence[Any], key: Callable[[Any], str]) -> list[tuple[str, Any]]:
-    """Return (name, member) of each member of a group, or nothing where it has no names of them."""
+    """Return (name, member) of each member of a group, or nothing if the group has no names."""
     names = group.get("param_names", ())
     if not isinstance(names, (list, tuple)) or len(names) != len(members):
         return []
@@ -193,15 +193,15 @@ def check_state(
     check_entry: Callable[[dict[str, Any], Tensor, str], None],
     complete: bool,
 ) -> None:
-    """Check that a saved state, of the form and size of `groups`, is of this rule and fits their parameters.
+    """Check that a saved state, of the form and size of `groups`, belongs to this rule and fits the parameters.
 
     Args:
         state_dict: in torch's form.
         groups: the optimizer's own.
-        rule: of the optimizer: an entry must have its slots.
+        rule: the optimizer's; an entry must have the slots of it.
         known: the keys of a parameter's state that the optimizer can take.
-        shape_of: (key, parameter, entry) -> the shape that it must have there.
-        check_entry: (entry, parameter, its name); raises ValueError for what else is wrong.
+        shape_of: (key, parameter, entry) -> the shape that the tensor of this key must have.
+        check_entry: (entry, parameter, its name); raises ValueError for anything else that is wrong.
         complete: whether every parameter that requires a gradient must have an entry.
 
     Raises:
@@ -257,7 +257,7 @@ def _check_keys(entry: dict[str, Any], name: str, rule: Rule, group: dict[str, A
 def _check_step(step: Any, param: Tensor, name: str) -> None:
     if isinstance(step, Tensor):
         check_place("step", step, param, name, ())
-    clock = local(step).item() if isinstance(step, Tensor) else step  # a number of an old torch
+    clock = local(step).item() if isinstance(step, Tensor) else step  # a number in a state of an old torch
     if not (is_number(clock) and 0 <= clock < LATEST):
         raise ValueError(f"step of {name} is {clock!r} in the state; it is a number of steps, >= 0")
 
@@ -279,10 +279,10 @@ def check_tensor(key: str, value: Any, param: Tensor, name: str, shape: tuple[in
 
 
 def check_place(key: str, value: Tensor, param: Tensor, name: str, shape: tuple[int, ...]) -> None:
-    """Check that `key` of a parameter's saved state has this shape, and values where the parameter has its own.
+    """Check that `key` of a parameter's saved state has values, this shape, and the placement of the parameter.
 
     Raises:
-        ValueError: it has not; the message names it.
+        ValueError: it does not; the message names it.
     """
     if value.layout != torch.strided or value.is_meta:
         raise ValueError(
@@ -299,7 +299,7 @@ def check_place(key: str, value: Tensor, param: Tensor, name: str, shape: tuple[
 
 
 def placed_alike(value: Tensor, param: Tensor) -> bool:
-    """Return whether a DTensor's shards are where those of a parameter are."""
+    """Return whether a DTensor is sharded over the same ranks in the same way as a parameter."""
     return is_dtensor(param) and _placements(value) == _placements(param)
 
 
@@ -320,16 +320,16 @@ def taken(
 ) -> dict[str, Any]:
     """Return the state of a parameter from a saved entry, in the dtypes that it has in this package.
 
-    A tensor that fits is taken and not copied, as torch does it: two copies would be a second optimizer's worth of
-    memory. What `before` has is written instead of replaced: 0 where the entry has nothing of it, a mask excepted.
-    `live` are the dtypes of the state that the parameter has had so far: a moment keeps them.
+    A tensor that fits is taken and not copied, as in torch: copies would need the memory of a second optimizer. Tensors
+    in `before` are overwritten in place (a CUDA graph may hold their addresses); those that the entry lacks are zeroed,
+    except `frozen`, which is kept. `live` has the dtypes of the parameter's state so far, which moments keep.
     """
     state: dict[str, Any] = {}
     for key, value in entry.items():
         if key in before:
             state[key] = before[key].copy_(value) if isinstance(value, Tensor) else before[key].fill_(value)
         elif key == "step":
-            state[key] = value  # whoever takes it knows where a clock runs
+            state[key] = value  # the caller knows where the clock runs
         elif key in ("indices", "trainable"):
             state[key] = value.to(param.device)  # positions
         else:
@@ -350,7 +350,7 @@ def moments_of(
 
 
 def _writable(value: Tensor) -> Tensor:
-    """Return a tensor whose entries a step can write: each in a place of its own, where its value is."""
+    """Return a tensor that a step can write: no two entries share memory, and it is not a lazy view."""
     if is_dtensor(value):
         return value
     value = value.resolve_conj().resolve_neg()
@@ -361,8 +361,8 @@ def _writable(value: Tensor) -> Tensor:
 def _dtype_of(key: str, param: Tensor, value: Tensor, live: Mapping[str, torch.dtype]) -> torch.dtype:
     """Return the dtype in which `key` of a saved entry is taken.
 
-    A moment has the dtype of the live state, which whoever made it has chosen. Without one it has that of the
-    arithmetic; but 16 bits under a float32 or float64 parameter were chosen too, and stay.
+    A moment takes the dtype of the live state, which its maker has chosen. Without a live state it takes the dtype of
+    the arithmetic; but 16 bits under a float32 or float64 parameter were chosen on purpose too, and stay.
     """
     if key == "indices":
         return value.dtype

@@ -1,8 +1,8 @@
 """The clocks of the parameters, ``state["step"]``: counted together, and the scalars of a step that follow from them.
 
-Clocks that were made together are elements of one vector, so that one addition counts them all: 291 tensors of their
-own took 0.8 ms to count, as long as the rest of the step's Python. An element stays where it is when other parameters
-have gradients, so that a clock which a program holds goes on, as torch's does.
+Clocks that were made together are elements of one vector, so that one addition counts them all: 291 separate tensors
+took 0.8 ms to count, as long as the rest of the step's Python. An element stays where it is when other parameters have
+gradients, so that a clock to which a program has a reference goes on counting, as torch's does.
 
 On the host, counting gives numbers. On the device (``capturable``, or under a scaler that knows only there whether a
 step is skipped) it gives tensors, and nothing waits for them: a captured step goes on counting with every replay.
@@ -19,11 +19,11 @@ from epi_kernels.engine.settings import Groups
 from epi_kernels.rules import Rule
 from epi_kernels.schema import SweepScalars
 
-# vectors that the clocks of a plan may lie in before they are brought together: each is an addition
+# the clocks of a plan may lie in this many vectors, each an addition; from more they move into a new one
 _MOST_VECTORS = 4
 
 
-# the vectors that were made here: one that a program has made is its own business, and dies with its last clock
+# the vectors that were made here, each as long as one of its clocks lives; a program's own vectors are not touched
 _made = WeakTensorKeyDictionary()
 
 
@@ -31,7 +31,7 @@ class _Elements(NamedTuple):
     """Clocks that are elements of one vector."""
 
     vector: Tensor
-    where: Tensor | None  # int64; None: they are all of the vector, in order
+    where: Tensor | None  # int64 positions in the vector; None: all of it, in order
 
     def add_(self, amount: Tensor | int) -> None:
         """Add to these clocks, and to no others of the vector."""
@@ -54,7 +54,7 @@ class _Clocks:
     def hand_out(self) -> list[Tensor]:
         """Return, once, the clock of each parameter, bundle by bundle: what ``state["step"]`` shall be.
 
-        They are not kept: the clock of a state that a program clears is free at once.
+        They are not kept here, so that clearing a state frees its clock at once.
         """
         elements, self._elements = self._elements, []
         return elements
@@ -64,7 +64,7 @@ class HostClocks(_Clocks):
     """Clocks on the CPU.
 
     Args:
-        bundles: for each bundle the steps of its parameters.
+        bundles: for each bundle, ``state["step"]`` of each of its parameters.
     """
 
     def __init__(self, bundles: Sequence[Sequence[Tensor]]) -> None:
@@ -103,10 +103,10 @@ class HostClocks(_Clocks):
 
 
 class DeviceClocks(_Clocks):
-    """Clocks where the parameters are.
+    """Clocks on the devices of the parameters.
 
     Args:
-        bundles: for each bundle the steps of its parameters; at least one bundle.
+        bundles: for each bundle, ``state["step"]`` of each of its parameters; at least one bundle.
         devices: the device of each bundle.
     """
 
@@ -134,8 +134,8 @@ class DeviceClocks(_Clocks):
     def scalars(self, bundle: int, members: Sequence[int], groups: Groups, rule: Rule) -> tuple[Tensor, list[int]]:
         """Return (rows of scalars, the row of each parameter), the rows computed and left on the device.
 
-        A tensor among lr, betas, eps and weight_decay is read there, so that a schedule that writes into it reaches a
-        captured step; a number is a constant of the graph, as with torch.
+        If lr, a beta, eps or weight_decay is a tensor, the device reads it, so that a schedule that writes into it
+        reaches a captured step; a number is a constant of the graph, as with torch.
         """
         vectors, back = self._bundles[bundle]
         clocks = vectors[0].values() if len(vectors) == 1 else torch.cat([elements.values() for elements in vectors])
@@ -157,12 +157,12 @@ def scalars_of(rule: Rule, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
     """Return a row of scalars: `SweepScalars`, then the rule's.
 
     Args:
-        rule: whose scalars follow.
-        group: a parameter group of torch: what the rule reads, and maximize; importance_beta where it has an importance
-            of its own. Where ``group["importance"]`` names the rule's importance slot, that slot's beta, the second of
-            ``group["betas"]``, is the importance's.
-        step: the parameter's own clock, this step counted; a float, or float64 clocks in a tensor, for which what
-            depends on it, or on a number of the group that is a tensor, is a tensor.
+        rule: the update rule.
+        group: a parameter group of torch with the settings that the rule reads, maximize, and importance_beta if the
+            importance is a tensor of its own. If ``group["importance"]`` names the rule's importance slot, the
+            importance has the beta of that slot, ``group["betas"][1]``.
+        step: the parameter's clock, this step included: a float, or a tensor of float64 clocks. In the second case
+            each scalar that depends on the clock, or on a setting that is a tensor, is a tensor.
 
     Example:
         >>> from epi_kernels.rules import ADAMW
@@ -179,16 +179,16 @@ def scalars_of(rule: Rule, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
 
 
 def _vectors_of(steps: Sequence[Tensor], device: torch.device) -> tuple[list[_Elements], list[Tensor], list[int]]:
-    """Return the vectors whose elements some clocks are, the clocks as elements, and the position of each in `steps`.
+    """Return (vectors, the clocks as elements of them, the position in `steps` of each element).
 
-    A clock that is an element of a vector of ours on `device` stays one. The others become elements of a new vector.
-    The order of the positions is that of the vectors and of the elements in each.
+    A clock that is an element of a vector of ours on `device` stays there. The others become elements of a new vector.
+    The positions are in the order of the vectors, and within each in the order of its elements.
     """
-    found: dict[int, tuple[Tensor, list[tuple[int, int]]]] = {}  # by id of the vector: it, and (element, position)
+    found: dict[int, tuple[Tensor, list[tuple[int, int]]]] = {}  # id of a vector -> it and its clocks
     strange, met = [], set()
     for position, step in enumerate(steps):
         vector = step._base
-        known = id(step) in met  # two parameters have one clock, and each is counted
+        known = id(step) in met  # two parameters share a clock: each gets one of its own
         met.add(id(step))
         if known or vector is None or vector not in _made or vector.device != device:
             strange.append(position)
@@ -207,7 +207,7 @@ def _vectors_of(steps: Sequence[Tensor], device: torch.device) -> tuple[list[_El
         vectors.append(_Elements(vector, index))
         order += [position for _, position in members]
     if strange:
-        with torch.inference_mode(False):  # the clocks may be counted outside of it
+        with torch.inference_mode(False):  # else they could not be counted outside of it
             dtype = steps[strange[0]].dtype
             vector = torch.stack([steps[i].detach().to(device=device, dtype=dtype) for i in strange])
             _made[vector] = True
@@ -219,12 +219,12 @@ def _vectors_of(steps: Sequence[Tensor], device: torch.device) -> tuple[list[_El
 
 
 def _on_device(group: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Return the group with those of its numbers that are tensors as float64 of no dimension on `device`."""
+    """Return the group with each setting that is a tensor as a 0-d float64 tensor on `device`, or as a float."""
 
     def moved(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        # a tensor on the CPU is a number: a graph cannot read it
+        # a graph cannot read a tensor on the CPU: it becomes a number
         return (
             float(value) if value.device.type == "cpu" != device.type else value.to(device, torch.float64).reshape(())
         )

@@ -1,7 +1,7 @@
 """A step under torch.compile: one operation that the compiler does not look into.
 
-What the step decides from step to step, whether to refresh and by which learning rate, it decides when it runs; nothing
-of it is frozen into the graph, and a new learning rate compiles nothing anew.
+Whether to refresh, and with which learning rate to step, is decided when the operation runs: the graph has no such
+value in it, and a new learning rate compiles nothing anew.
 """
 
 from collections.abc import Sequence
@@ -39,12 +39,12 @@ def register(optimizer: Stepping) -> int:
     tags=[getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name)],
 )
 def step_(params: Sequence[Tensor], grads: Sequence[Tensor | None], optimizer: int) -> None:
-    """Take a step of the optimizer that `register` gave this number, by these gradients.
+    """Take a step of an optimizer with these gradients.
 
     Args:
-        params: its parameters, or copies of them in the same order; written.
-        grads: of each parameter, or None.
-        optimizer: the number.
+        params: the optimizer's parameters, or copies of them in the same order; written.
+        grads: the gradient of each parameter, or None.
+        optimizer: the number that `register` has returned for it.
     """
     stepping = _optimizers[optimizer]
     own = stepping._step_tensors()

@@ -10,9 +10,9 @@ from epi_kernels.distributed import local
 
 
 def as_real(tensor: Tensor) -> Tensor:
-    """Return what this rank holds of a tensor: real as it is, complex as a view of its pairs, [..., 2].
+    """Return this rank's shard of a tensor: real as it is, complex as a view of its pairs, [..., 2].
 
-    Kernels read memory, which a lazily conjugated or negated tensor has not written yet: of such a one it is a copy.
+    Kernels read memory, where a lazily conjugated or negated tensor has other values: it is copied.
     """
     tensor = local(tensor)
     return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).resolve_neg()
@@ -27,8 +27,8 @@ class PairLocks:
     """The locks of complex parameters, repeated for both parts of each entry, so that a step of the parts obeys them.
 
     Args:
-        signed: of each parameter the signed importance or static lock, or None where it cannot be locked.
-        advances: whether they are importances, which every step advances.
+        signed: for each parameter the signed importance or static lock, or None if it has no lock.
+        advances: whether `signed` are importances, which every step advances.
     """
 
     def __init__(self, signed: Sequence[Tensor | None], advances: bool) -> None:

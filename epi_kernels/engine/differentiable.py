@@ -29,13 +29,13 @@ def check(name: str, param: Tensor, lock_in: str) -> None:
 def step_(
     param: Tensor, state: dict[str, Any], group: dict[str, Any], locked: Tensor | None, grad_factor: Tensor | None
 ) -> None:
-    """Take one step of one parameter in place, gradients of it enabled.
+    """Take one step of one parameter in place; the caller has enabled gradients.
 
     Args:
         param: with a gradient; written.
-        state: of torch's form; written, the step counted.
-        group: of `param`.
-        locked: bool, the entries that keep their values; None: none.
+        state: in torch's form; written, its clock included.
+        group: the group of `param`.
+        locked: bool, of the parameter's shape: the entries that keep their values; None: no entry does.
         grad_factor: multiplies the gradient first; None: 1.
     """
     assert param.grad is not None

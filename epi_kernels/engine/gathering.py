@@ -1,4 +1,4 @@
-"""Steps of selected entries alone, whose state is as compact as the selection."""
+"""Steps of trainable entries only, with state for no other entries."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,10 +13,10 @@ from epi_kernels.engine.method import Owner
 from epi_kernels.engine.plan import Bundle, Planner, Present
 from epi_kernels.engine.state import check_memory
 
-# flags of AdamW that compact states do not have yet
+# flags of AdamW that compact states do not support yet
 REFUSED = ("amsgrad", "capturable", "differentiable")
 
-# keys of the positions in a parameter's state: a DTensor has another one
+# the key of the positions in a parameter's state: the second one for DTensors
 _POSITIONS = ("indices", "trainable")
 
 
@@ -34,7 +34,7 @@ class _Bundle(Bundle):
 
 
 class Gathering(Planner):
-    """Steps of selected entries by `epi_kernels.ops.Gather`; the state of a parameter is the method's business."""
+    """Steps of trainable entries by `epi_kernels.ops.Gather`; the method makes the state of a parameter."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep: no plan."""
@@ -49,13 +49,13 @@ class Gathering(Planner):
         return tuple(slot.name for slot in self.rule.slots if slot.option is None)
 
     def run(self, owner: Owner) -> None:
-        """Take a step by the parameters' gradients."""
+        """Take a step with the gradients of the parameters."""
         plan, now = self.planned(owner, [(i, group["params"]) for i, group in enumerate(owner.param_groups)])
         if plan.bundles and plan.clocks.count({}):
             self._update(owner, plan, now)
 
     def run_alone(self, owner: Owner, param: Tensor, group: int) -> None:
-        """Take the step of one parameter, of that group, by its gradient."""
+        """Step one parameter of the group at position `group`, with its gradient."""
         plan, now = self.planned_alone(owner, param, group)
         if plan.bundles and plan.clocks.count({}):
             self._update(owner, plan, now)
@@ -69,7 +69,7 @@ class Gathering(Planner):
                 increment_version(written)
 
     def _kind(self, owner: Owner, param: Tensor) -> tuple[object, ...]:
-        # one tensor beyond 2^31 entries would double the offsets of all others
+        # a tensor from 2^31 entries on has int64 positions: in one launch it would double those of all others
         state = owner.state[param]
         return tuple(state[key].dtype for key in _POSITIONS if key in state)
 
@@ -81,8 +81,8 @@ class Gathering(Planner):
         """Check what a step cannot do with a parameter.
 
         Raises:
-            NotImplementedError: a flag was set since the group was added that compact states do not have.
-            RuntimeError: entries of the parameter share memory, or are in none.
+            NotImplementedError: a flag that compact states do not support was set after the group was added.
+            RuntimeError: entries of the parameter share memory, or the parameter is a lazy view.
             ValueError: the parameter has another shape than its selection.
         """
         check_flags(group)
@@ -93,7 +93,7 @@ class Gathering(Planner):
         """Check nothing: a saved group that asks for an option of a dense step is refused by `check_flags`."""
 
     def ensure_state(self, owner: Owner, param: Tensor, group: dict[str, Any]) -> None:
-        """Let the method create what a parameter lacks of state."""
+        """Let the method create the state that a parameter lacks."""
         self.method.state_made(owner, param, group)
 
     def _bundle(self, owner: Owner, now: Present, bundle: Bundle) -> _Bundle:
@@ -104,7 +104,7 @@ class Gathering(Planner):
 
 
 def check_flags(group: dict[str, Any]) -> None:
-    """Check that a group asks for no flag that compact states do not have.
+    """Check that a group asks for no flag that compact states do not support.
 
     Raises:
         NotImplementedError: it does; the message names the flag.

@@ -11,7 +11,7 @@ from torch import Tensor
 from epi_kernels.distributed import is_dtensor, is_slice
 from epi_kernels.engine.settings import Groups
 
-# what `position_of` found in the groups that were asked last: id of the groups -> id of a parameter -> position
+# what `position_of` found in the last few lists of groups: id of the groups -> id of a parameter -> position
 _found: dict[int, dict[int, tuple[int, int]]] = {}
 _KEPT = 4
 
@@ -19,8 +19,8 @@ _KEPT = 4
 def position_of(param: Tensor, groups: Groups) -> tuple[int, int]:
     """Return (group, place in it) of a parameter.
 
-    It is asked of every parameter in turn, so that what a walk through the groups has found is kept. A program may edit
-    the groups at any time: a position counts where the parameter still is at it, else the walk is made again.
+    Callers ask for every parameter in turn, so what a walk through the groups has found is kept. A program may edit the
+    groups at any time: a kept position counts only if the parameter is still there, else the groups are walked again.
 
     Raises:
         ValueError: `param` is not a parameter of these groups.
@@ -64,7 +64,7 @@ def has_names(group: Mapping[str, Any]) -> bool:
     return len(group.get("param_names", ())) == len(group["params"]) > 0
 
 
-# what wrappers put into a parameter's name: what a name is used for must not depend on how a model is wrapped
+# components that wrappers put into a parameter's name: layers and lookups by name must not depend on the wrapping
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 
@@ -87,7 +87,7 @@ def name_of(param: Tensor, groups: Groups) -> str:
 
 
 def names_of(groups: Groups) -> dict[int, str]:
-    """Return what `name_of` does for every parameter, by its identity."""
+    """Return {id of a parameter: its name, as `name_of` returns it}."""
     return {id(param): name_of(param, groups) for param in params_of(groups)}
 
 
@@ -97,15 +97,15 @@ def masks_of(
     """Return the mask of each parameter that `masks` names, after checking every key and mask.
 
     Args:
-        masks: {name or Parameter: bool tensor of the parameter's shape}; a name is what torch was given as one.
+        masks: {name or Parameter: bool tensor of the parameter's shape}; a name is one that torch was given.
         groups: torch's.
-        argument: what the caller calls `masks`.
+        argument: the caller's name for `masks`, "frozen" or "trainable".
         partitioned: there is a process group: a Parameter that is not here may be another rank's.
 
     Raises:
         ValueError: a name or Parameter is unknown, or given both ways, or its mask is not bool or has another shape.
         TypeError: `masks` is no mapping, or a mask no tensor.
-        NotImplementedError: a parameter is a slice that FSDP1 made, which does not say of what.
+        NotImplementedError: a parameter is a slice that FSDP1 made, which does not say of which entries.
     """
     if not isinstance(masks, Mapping):
         raise TypeError(f"{argument} is a {type(masks).__name__}; pass {{name or Parameter: bool tensor}}")
@@ -144,5 +144,5 @@ def masks_of(
 
 
 def digest_of(mask: Tensor) -> int:
-    """Return a number that differs where masks of whole parameters do; 0 of a DTensor, of which a rank has a shard."""
+    """Return a checksum of the mask of a whole parameter; 0 for a DTensor, of which this rank has only a shard."""
     return 0 if is_dtensor(mask) else zlib.crc32(mask.contiguous().cpu().numpy().data)

@@ -13,7 +13,7 @@ from epi_kernels.engine.scaling import Scaling
 
 
 class Owner(Protocol):
-    """What the parts of an optimizer see of it: torch's attributes, and two arguments that users do not read back."""
+    """An optimizer as its parts see it: torch's attributes, and two arguments that users do not read back."""
 
     param_groups: list[dict[str, Any]]
     state: Any
@@ -25,12 +25,12 @@ class Owner(Protocol):
 class Method:
     """All entries of all parameters move; a subclass says otherwise.
 
-    Every hook gets the optimizer that the method belongs to, `owner`, of which it keeps nothing: a copy of an optimizer
-    has a copy of its method.
+    Every hook gets `owner`, the optimizer that the method belongs to, and keeps no reference to it: a copy of an
+    optimizer has a copy of its method.
     """
 
-    # settings of a group that belong to the method; of these, those that are one for all groups, and those that the
-    # step itself writes
+    # settings of a group that belong to the method; `shared` are those that must be equal in all groups, `counted`
+    # those that the step itself writes
     settings: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
     counted: tuple[str, ...] = ()
@@ -41,7 +41,7 @@ class Method:
     # whether every parameter has a state from the start
     complete = False
 
-    # of the parameters into layers, if there is one
+    # how the parameters are grouped into layers, if they are
     grouping: Any = None
 
     # Settings and groups ---------------------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ class Method:
         return "none"
 
     def new_lock(self, owner: Owner, param: Tensor) -> Tensor:
-        """Return the tensor for the lock of a parameter that has a state of its own for the lock."""
+        """Create the state of a parameter that holds its lock bits, where that is a tensor of its own."""
         raise NotImplementedError
 
     def before_check(self, owner: Owner, param: Tensor, group: dict[str, Any]) -> None:
@@ -98,17 +98,17 @@ class Method:
     def before_update(
         self, owner: Owner, params: Sequence[Tensor], scaling: Scaling, home: torch.device | None = None
     ) -> bool | Tensor:
-        """Do what comes before the update of a step of `params`, their clocks counted.
+        """Do what comes before `params` are updated; their clocks are counted already.
 
         Args:
             owner: the optimizer.
             params: the parameters that have a gradient.
-            scaling: of their gradients.
-            home: the device that alone knows whether this step counts; None: the host knows, and it counts.
+            scaling: what a scaler and clipping do to their gradients.
+            home: the device, where only the device knows whether this step counts; None: the step counts.
 
         Returns:
-            Whether this has advanced the importance of those that can be locked and require a gradient; where the
-            device alone knows, as float32 of one value.
+            Whether this call has advanced the importance of the parameters that can be protected and require a
+            gradient: a bool, or a float32 tensor of one value where only the device knows.
         """
         return False
 
@@ -132,7 +132,7 @@ class Method:
         return packed
 
     def unpacked(self, entry: dict[str, Any], param: Tensor) -> dict[str, Any] | None:
-        """Return a parameter's saved state as `state` has it; None: each tensor as it is, or this rank's shard."""
+        """Return a parameter's saved state as `state` has it; None: its tensors as they are, or this rank's shards."""
         return None
 
     def state_shape(self, key: str, param: Tensor, entry: dict[str, Any]) -> tuple[int, ...]:
@@ -147,7 +147,7 @@ class Method:
         return state
 
     def lacking(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Return the settings of a group that follow from a state of torch's, which does not have them."""
+        """Return settings for the groups that follow from a state of torch's, whose groups lack them."""
         return {}
 
     def check_loaded(self, owner: Owner, groups: list[dict[str, Any]]) -> None:

@@ -44,10 +44,10 @@ _HEALTH_CHECK = next(
 
 
 class Released(Protocol):
-    """What steps each parameter by itself, before `step` is called."""
+    """An object that steps each parameter by itself, before `step` is called."""
 
     def end_iteration(self) -> None:
-        """Do what is left of a step."""
+        """Finish a step once every parameter has stepped."""
 
     def start_over(self) -> None:
         """Let every parameter step again."""
@@ -59,17 +59,17 @@ class Released(Protocol):
 class FusedOptimizer(Optimizer):
     """A torch optimizer whose step is a few fused passes; an optimizer of torch may stand behind it in the class.
 
-    Not used itself. It has a planner, which plans and takes steps, and a method, which says what entries move.
-    Arguments and settings of torch's are checked in torch's words.
+    An abstract base. It has a planner, which plans and takes steps, and a method, which says which entries move.
+    Arguments and settings that torch has too are refused with torch's texts.
 
     Args:
         params: as torch.optim.Optimizer takes them.
-        torchs: what the constructor of the next class of torch's is given beside `params`.
+        torchs: arguments, beside `params`, for the constructor of the torch class behind this one.
         planner: plans and takes the steps; the rule and the method are the planner's.
-        settings: our defaults of the groups, with those of the method.
-        process_group: that the user gave, or None.
-        backend: "auto", or the name of one.
-        dtypes: of parameters that can be taken.
+        settings: the defaults of this package for groups, the method's included.
+        process_group: the one that the user gave, or None.
+        backend: "auto", or the name of a backend.
+        dtypes: the dtypes that a parameter may have.
         scales: whether the step can divide by the scale of a torch.amp.GradScaler.
     """
 
@@ -103,7 +103,7 @@ class FusedOptimizer(Optimizer):
 
     @property
     def _shared(self) -> tuple[str, ...]:
-        """Settings that are one for all groups: they stand in every group, so that a checkpoint holds them."""
+        """Settings that must be equal in all groups: every group has them, so that a checkpoint has them too."""
         own = (key for key in ("differentiable", "clip_grad_norm") if key in self.defaults)
         return *own, *self._method.shared
 
@@ -141,11 +141,11 @@ class FusedOptimizer(Optimizer):
 
     @torch._disable_dynamo  # type: ignore[attr-defined]  # torch.compiler.disable imports the compiler
     def _run_uncompiled(self) -> None:
-        """Take a step within a compiled one: no operation that torch would know how to shard takes DTensors."""
+        """Take a step outside of the compiled graph: torch has no sharding rule for our operation on DTensors."""
         self._run_step()
 
     def _run_step(self) -> None:
-        """Take a step by the parameters' gradients, as `step` does once it has them."""
+        """Take a step with the gradients that the parameters have now."""
         self._method.before_step(self)
         self._take_written()
         if self._released is not None:
@@ -154,7 +154,7 @@ class FusedOptimizer(Optimizer):
             self._planner.run(self)
 
     def _step_alone(self, param: Tensor, group: int) -> None:
-        """Take the step of one parameter, of that group, by its gradient."""
+        """Step one parameter of the group at position `group`, with its gradient."""
         self._method.before_param(self, param)
         self._planner.run_alone(self, param, group)
 
@@ -163,11 +163,11 @@ class FusedOptimizer(Optimizer):
         self._method.between_iterations(self)
 
     def _step_tensors(self) -> list[Tensor]:
-        """Return every parameter; of `epi_kernels.engine.compiled`."""
+        """Return every parameter, for `epi_kernels.engine.compiled`."""
         return params_of(self.param_groups)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; `param_groups` under the name too by which a compiled step follows them."""
+        """Set an attribute; `param_groups` also as `_groups`, the name by which a compiled step reads them."""
         super().__setattr__(name, value)
         if name == "param_groups":
             self.__dict__["_groups"] = value
@@ -181,15 +181,15 @@ class FusedOptimizer(Optimizer):
     # Groups ----------------------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group as torch does; what it brings of its own is checked as the constructor's arguments are.
+        """Add a group as torch does; its settings are checked like the constructor's arguments.
 
         Raises:
-            ValueError: a setting is out of its range, or differs where it is one for all groups; of the groups that are
-                there too.
-            NotImplementedError: a parameter is of a kind or dtype that is not taken.
+            ValueError: a setting, of this group or one that a program wrote into an earlier one, is out of its range,
+                or differs between groups where it must be equal in all.
+            NotImplementedError: a parameter's class or dtype is not supported.
             RuntimeError: the backend that was named cannot run on a parameter.
         """
-        if "_number" in self.__dict__:  # constructed: what was written into every group since holds for this one too
+        if "_number" in self.__dict__:  # after the constructor: a setting written into every group holds for this one
             self._method.before_group(self)
             self._take_written()
         # torch's constructor calls this once for each group and knows nothing of our defaults
@@ -210,7 +210,7 @@ class FusedOptimizer(Optimizer):
         self._method.added(self)
 
     def _check_kind(self, param: Tensor) -> None:
-        """Check that a parameter is of a kind and dtype that is taken, and the backend can run on it."""
+        """Check that a parameter's class and dtype are supported, and that the backend can run on it."""
         name = name_of(param, self.param_groups)
         if param.dtype not in self._dtypes:
             raise NotImplementedError(f"{name} is {param.dtype}; this class takes {', '.join(map(str, self._dtypes))}")
@@ -222,10 +222,11 @@ class FusedOptimizer(Optimizer):
         registry.explain(param.device, self._backend, param.dtype.to_real() if param.is_complex() else param.dtype)
 
     def _check_settings(self, group: dict[str, Any], shared: dict[str, Any]) -> None:
-        """Check the settings of a group, of which those that are one for all are as in `shared`.
+        """Check the settings of a group; those that are one for all groups must equal the values in `shared`.
 
         Raises:
-            ValueError, RuntimeError: they are out of their range, or not possible together; torch's with its texts.
+            ValueError, RuntimeError: a setting is out of its range, or two exclude each other; torch's texts for
+                torch's settings.
         """
         self._method.check_settings(group)
         check_clip_grad_norm(group.get("clip_grad_norm"))
@@ -235,15 +236,15 @@ class FusedOptimizer(Optimizer):
             self._released.check_group(group)
 
     def _take_written(self) -> None:
-        """Take over the settings that a program has written into the groups: those for all must be in all of them.
+        """Take over settings that a program has written into groups; one that holds for all must be in all of them.
 
         Raises:
-            ValueError: one is out of its range, differs between groups or cannot change; nothing has changed then.
+            ValueError: a setting is out of range, differs between groups or cannot change; nothing has changed then.
         """
         shared, counted = self._shared, self._method.counted
         keys = [key for key in dict.fromkeys((*self._ours, *shared)) if key not in counted]
         written = [
-            # a schedule writes a learning rate at every step: only whether it is a Tensor is looked at
+            # of lr only the type: a schedule writes it at every step, and the checks differ only for a Tensor
             [*map(group.get, keys), *map(group.get, FLAGS), type(group["lr"])]
             for group in self.param_groups
         ]
@@ -265,11 +266,11 @@ class FusedOptimizer(Optimizer):
         """Return the state in torch's form.
 
         Raises:
-            ValueError: a setting that is one for all groups, or cannot change, was written into one.
+            ValueError: a program has written a setting into one group that must be equal in all, or cannot change.
         """
         self._method.catch_up(self)
         self._take_written()
-        # before the hooks of the user, who shall see what a checkpoint holds
+        # ours runs before the user's hooks, which must see what the checkpoint will have
         ours = self.register_state_dict_post_hook(lambda _, packed: self._method.packed(self, packed), prepend=True)
         try:
             return super().state_dict()
@@ -277,11 +278,11 @@ class FusedOptimizer(Optimizer):
             ours.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state as torch does, with the dtypes of this class: torch casts every state to its parameter's.
+        """Load a state as torch does, but in this class's dtypes: torch casts each state to its parameter's dtype.
 
-        What the state's groups lack of our settings (a plain state of torch's lacks all) stays as it is. Where
-        both sides have the same parameter names in another order, the state of each parameter goes by its name, not,
-        as with torch, by its position; where the names differ, by position.
+        Settings of this package that the saved groups lack (those of torch.optim.AdamW lack all) stay as they are. If
+        both sides have the same parameter names in another order, each parameter gets its state by name (torch goes by
+        position); if the names differ, by position.
 
         Raises:
             ValueError: the state is of another optimizer, of other shapes, or incomplete; the message names the entry,
@@ -289,8 +290,8 @@ class FusedOptimizer(Optimizer):
         """
         self._method.catch_up(self)
         loading = _Loading(self)
-        # The first runs after, and the last before, the hooks of the user. In between torch loads the groups and no
-        # state: it would make a copy of every tensor in the dtype of its parameter.
+        # The pre-hook runs after the user's, the post-hook before them. Between the two, torch loads the groups but no
+        # state, since it would copy every tensor into the dtype of its parameter.
         hooks = [
             self.register_load_state_dict_pre_hook(lambda _, given: loading.checked(given)),
             self.register_load_state_dict_post_hook(lambda _: loading.take(), prepend=True),
@@ -314,7 +315,7 @@ class FusedOptimizer(Optimizer):
         self._number = compiled.register(self)
 
     def _release(self, released: Released | None) -> None:
-        """Let something step each parameter by itself from now on; None: nothing does."""
+        """Let `released` step each parameter by itself from now on; None ends that."""
         self._released = released
         self._settle()
 
@@ -326,9 +327,9 @@ class FusedOptimizer(Optimizer):
         return {**super().__getstate__(), **own, "_process_group": self._method.process_group_of_copy(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take what `__getstate__` gave, or torch the groups and the state that it loads."""
+        """Take what `__getstate__` gave, or the groups and the state that torch's `load_state_dict` passes."""
         super().__setstate__(state)
-        if "_planner" in state:  # a shallow copy has the very parts of the original
+        if "_planner" in state:  # a shallow copy would share it with the original
             self._planner = self._planner.copied()
         self._written = None
         for group in self.param_groups:
@@ -340,13 +341,13 @@ class FusedOptimizer(Optimizer):
 
 
 class _Loading:
-    """A state on its way into an optimizer: checked before torch takes any of it, and taken without a second copy."""
+    """One load of a state: checked before torch takes any part of the state, and taken without a second copy."""
 
     def __init__(self, optimizer: FusedOptimizer) -> None:
         self._optimizer, self._method = optimizer, optimizer._method
         groups = optimizer.param_groups
         self._entries: dict[Tensor, dict[str, Any]] = {}
-        # a captured step has the addresses of its state; else the old one goes before the new one is made
+        # a captured step reads its state at fixed addresses; else the old state is freed before the new one is made
         captured = any(group["capturable"] for group in groups)
         with_state = [param for param in params_of(groups) if param in optimizer.state]
         self._before = {
@@ -367,7 +368,7 @@ class _Loading:
         optimizer, method = self._optimizer, self._method
         own_groups, rule = optimizer.param_groups, optimizer._planner.rule
         if not check_form(given, own_groups):
-            return given  # of other groups, as torch says in its own words
+            return given  # its groups are others: torch raises its own error
         given = {**given, "param_groups": checked_groups(given["param_groups"], rule)}
         given = in_our_order(given, own_groups, method.grouping)
         known = (*(slot.name for slot in rule.slots), *method.state_keys)
@@ -375,7 +376,7 @@ class _Loading:
         own = [{key: group[key] for key in optimizer._ours} for group in own_groups]
         lacking = method.lacking(given)
         groups = [{**ours, **lacking, **theirs} for ours, theirs in zip(own, given["param_groups"], strict=True)]
-        # in a state of an old torch
+        # for settings that a state of an old torch lacks
         usual = {key: optimizer.defaults[key] for key in optimizer._shared}
         for i, group in enumerate(groups):
             with named(f"parameter group {i} of the state"):
@@ -416,10 +417,10 @@ class _Loading:
         return {key: value if key == "step" else shard_of(value, param) for key, value in entry.items()}
 
     def _check_new_options(self, saved: dict[str, Any], own: dict[str, Any]) -> None:
-        """Check that the parameters of a group can have the options that a saved group brings and the group has not.
+        """Check that a group's parameters can have the options that are on in the saved group and off in the group.
 
         Raises:
-            ValueError, NotImplementedError, RuntimeError: one cannot.
+            ValueError, NotImplementedError, RuntimeError: a parameter cannot.
         """
         new = [key for key in OPTIONS if saved.get(key) and not own.get(key)]
         for param in own["params"] if new else ():
@@ -432,7 +433,7 @@ class _Loading:
                 raise ValueError(f"{new[0]}={saved[new[0]]!r} and {name}: {error}") from error
 
     def _check_moments(self) -> None:
-        """Check that the backend, if one was named, can take a step with moments of the dtypes that entries bring.
+        """Check that the backend, if one was named, can take a step with moments in the dtypes of the loaded state.
 
         Raises:
             ValueError: it cannot; the message names the moment and the way out.

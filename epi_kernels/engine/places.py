@@ -1,7 +1,7 @@
-"""What belongs to a parameter, a mask or a selection, and follows when another object takes the parameter's place.
+"""Masks and selections, which belong to a parameter and follow when another object takes the parameter's place.
 
-Wrappers put other Parameters into `param_groups`: accelerate's FSDP2 DTensors, DeepSpeed ZeRO flat partitions. What is
-kept by Parameter objects alone would be lost there, and nothing would be frozen, without a word.
+Wrappers put other Parameters into `param_groups`: accelerate's FSDP2 DTensors, DeepSpeed ZeRO flat partitions. A mask
+kept only by Parameter object would be lost there: nothing would be frozen, and no error would say so.
 """
 
 import copy
@@ -23,7 +23,7 @@ from epi_kernels.engine.settings import Groups, settings_of
 class Place:
     """A parameter, where it was in the groups when they were last looked at, and what belongs to it."""
 
-    param: Tensor  # no weak reference, with which torch.utils.swap_tensors refuses a parameter
+    param: Tensor  # not a weak reference: torch.utils.swap_tensors refuses a parameter that has one
     group: int
     position: int
     name: str | None
@@ -37,14 +37,14 @@ class Place:
 class Places:
     """What belongs to each parameter of some groups, found by the Parameter object.
 
-    A pickle or deepcopy has it by position; `look` at the copy's groups gives it to their parameters.
+    A pickle or deepcopy keeps what belongs to each by position; `look` gives it to the parameters of the copy's groups.
     """
 
     def __init__(self) -> None:
         self._places: list[Place] = []  # in the order of the groups
         self._sizes: list[int] = []
-        self._of: dict[int, Place] = {}  # by id, those included that are in no group at present
-        self._waiting: Sequence[Any] = ()  # of a copy, until `look`
+        self._of: dict[int, Place] = {}  # by id, also of parameters in no group now
+        self._waiting: Sequence[Any] = ()  # what a copy has, until `look`
 
     def __getstate__(self) -> list[Any]:
         """Return what belongs to each parameter, in the order of the groups."""
@@ -133,10 +133,7 @@ class Places:
 
 
 class Following(Method):
-    """A method with something that belongs to parameters, and follows when other objects take their places.
-
-    Not used itself.
-    """
+    """An abstract method with masks or selections that follow when other objects take the places of parameters."""
 
     def __init__(self) -> None:
         self.places = Places()
@@ -149,10 +146,10 @@ class Following(Method):
     # What a subclass says --------------------------------------------------------------------------------------------
 
     def moved_to(self, owner: Owner, place: Place, param: Tensor) -> tuple[Any, dict[str, Any] | None]:
-        """Return what belongs to `param`, which has taken a place to which something belongs; change nothing.
+        """Return what shall belong to `param`, which has taken another parameter's `place`; change nothing.
 
         Returns:
-            It, and what the state of `param` shall be instead of the state of the one that is gone; None: as torch.
+            What shall belong to it, and the state that replaces the other parameter's; None: the states stay.
 
         Raises:
             ValueError: it does not fit.
@@ -163,7 +160,7 @@ class Following(Method):
         """Do what is left once parameters have been replaced."""
 
     def digest(self, belongs: Any) -> int | None:
-        """Return a number that is equal on ranks of equal masks."""
+        """Return a number that is equal on ranks whose masks are equal."""
         raise NotImplementedError
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -191,7 +188,7 @@ class Following(Method):
         self.compare_anew()
 
     def follow_to(self, owner: Owner, param: Tensor) -> None:
-        """Follow if `param` is an object that was not in the groups before: no look at all others, for one of them."""
+        """Follow if `param` was not in the groups before; for a known parameter, do not look at all the others."""
         if self.places.at(param) is None:
             self.follow(owner)
 
@@ -204,10 +201,10 @@ class Following(Method):
         self.follow(owner)
 
     def before_step(self, owner: Owner) -> None:
-        """Follow, and compare the settings and masks with those of the ranks that hold the rest, once.
+        """Follow, and once compare settings and masks with the ranks that have the other shards.
 
         Raises:
-            ValueError: on every rank: they differ; the message names the first that does.
+            ValueError: on every rank: they differ; the message names the first difference.
         """
         self.follow(owner)
         if self._ranks_compared:
@@ -235,7 +232,7 @@ class Following(Method):
         self.follow(owner)
 
     def constructed(self, owner: Owner) -> None:
-        """Remember which parameters are where; names may be a loaded state's now."""
+        """Remember which parameters are where; a load may have changed their names."""
         self._ranks_compared = False
         self.places.look(owner.param_groups)
 

@@ -36,7 +36,7 @@ _NOTHING: dict[str, Any] = {}
 # the classes of tensors that are memory of one device and nothing else
 PLAIN = frozenset({Tensor, Parameter})
 
-# plans that are kept for sets of parameters whose gradients come and go, as of blocks that take turns
+# plans that are kept, one for each set of parameters that have gradients together, such as blocks that take turns
 KEPT_PLANS = 8
 
 _address, _is_neg = Tensor.data_ptr, Tensor.is_neg
@@ -50,17 +50,17 @@ _T = TypeVar("_T")
 class Present:
     """The tensors of the parameters that take part in a step, as groups and state hold them now; gone with the step.
 
-    Nothing that outlives a step holds a tensor of theirs: a program moves states and weights to another device between
-    two steps to have their memory.
+    Nothing that outlives a step refers to these tensors, so that a program that moves states and weights to another
+    device between two steps gets their memory back.
     """
 
     params: list[Tensor] = field(default_factory=list)
     groups: list[int] = field(default_factory=list)  # of each parameter, the position of its group
     grads: list[Tensor] = field(default_factory=list)  # as the parameters have them
-    held: list[Tensor] = field(default_factory=list)  # the shard of each parameter that this rank has
-    plain: bool = True  # no parameter is a DTensor or of another class of torch's
-    columns: dict[str, list[Any]] = field(default_factory=dict)  # key of a state -> the values, or shards
-    complete: bool = True  # no parameter lacks one of these states; else the value is None
+    shards: list[Tensor] = field(default_factory=list)  # this rank's shard of each parameter
+    plain: bool = True  # every parameter is a Tensor or Parameter of torch, and none a DTensor
+    columns: dict[str, list[Any]] = field(default_factory=dict)  # key of a state -> each parameter's value, or shard
+    complete: bool = True  # no value in the columns is None, which stands for a state that a parameter lacks
 
 
 @dataclass(slots=True)
@@ -68,17 +68,17 @@ class Bundle:
     """The tensors of one launch, by their positions among those of a step."""
 
     where: list[int]
-    groups: list[int]  # of each, its position in param_groups
-    plain: bool  # real tensors whose gradients are in memory, and no DTensor among them
+    groups: list[int]  # for each tensor, the position of its group in param_groups
+    plain: bool  # every parameter is real and no DTensor, and no gradient is negated lazily
 
     def of(self, values: list[_T]) -> list[_T]:
-        """Return those of this bundle among `values`, of which all parameters of the step have one."""
-        # in order, and each position once
+        """Return the members of this bundle from `values`, which has one value for each parameter of the step."""
+        # `where` is in order and has each position once
         return values if len(values) == len(self.where) else [values[i] for i in self.where]
 
     def params(self, now: Present) -> list[Tensor]:
         """Return the shards of the parameters, as an operation takes them."""
-        return self.of(now.held) if self.plain else list(map(as_real, self.of(now.held)))
+        return self.of(now.shards) if self.plain else list(map(as_real, self.of(now.shards)))
 
     def grads(self, now: Present) -> list[Tensor]:
         """Return the gradients as an operation takes them."""
@@ -98,19 +98,19 @@ class Plan:
     memory: list[object] | None = None  # see `_memory_of`
     keys: tuple[str, ...] = ()  # of the states that a step reads or writes
     stored: list[list[int]] | None = None  # the identities of all entries of the state, and of their parameters
-    places: list[int] | None = None  # of the states of this plan among all; None: they are all, in order
-    alive: list["weakref.ref[Tensor]"] = field(default_factory=list)  # the states that were seen
-    gone: list[object] = field(default_factory=list)  # not empty once one of them is: another may have its address
-    bundles: list[Any] = field(default_factory=list)  # of what a subclass's `_bundle` returns
+    places: list[int] | None = None  # the positions of this plan's entries among all; None: all, in order
+    alive: list["weakref.ref[Tensor]"] = field(default_factory=list)  # the state tensors that were seen
+    gone: list[object] = field(default_factory=list)  # not empty once one was freed: its address may be reused
+    bundles: list[Any] = field(default_factory=list)  # what a subclass's `_bundle` has returned
     clocks: HostClocks | DeviceClocks = field(default_factory=lambda: HostClocks([]))
 
 
 class Planner:
-    """Plans of the steps of an optimizer, of which a subclass says how a bundle is made and launched.
+    """Plans the steps of an optimizer; a subclass says how a bundle is made and launched.
 
     Args:
-        rule: by which parameters move.
-        method: which of their entries do.
+        rule: the update rule.
+        method: says which entries move.
     """
 
     def __init__(self, rule: Rule, method: Method) -> None:
@@ -125,16 +125,16 @@ class Planner:
     def forget(self) -> None:
         """Let the next step plan anew."""
         self._plans: OrderedDict[object, Plan] = OrderedDict()
-        self._alone: dict[int, Plan] = {}  # by the identity of a parameter
+        self._alone: dict[int, Plan] = {}  # id of a parameter -> its plan
 
     # What a subclass says --------------------------------------------------------------------------------------------
 
     def run(self, owner: Owner) -> None:
-        """Take a step by the parameters' gradients."""
+        """Take a step with the gradients of the parameters."""
         raise NotImplementedError
 
     def run_alone(self, owner: Owner, param: Tensor, group: int) -> None:
-        """Take the step of one parameter, of that group, by its gradient."""
+        """Step one parameter of the group at position `group`, with its gradient."""
         raise NotImplementedError
 
     def _bundle(self, owner: Owner, now: Present, bundle: Bundle) -> Bundle:
@@ -146,7 +146,7 @@ class Planner:
         raise NotImplementedError
 
     def ensure_state(self, owner: Owner, param: Tensor, group: dict[str, Any]) -> None:
-        """Create what a parameter lacks of state."""
+        """Create the state that a parameter lacks."""
         raise NotImplementedError
 
     def check_options(self, owner: Owner, param: Tensor, group: dict[str, Any]) -> None:
@@ -193,14 +193,14 @@ class Planner:
 
     def planned_alone(self, owner: Owner, param: Tensor, group: int) -> tuple[Plan, Present]:
         """Return the plan and the tensors of a step of one parameter; see `planned`."""
-        if len(self._alone) > 2 * len(params_of(owner.param_groups)):  # of parameters that have left
+        if len(self._alone) > 2 * len(params_of(owner.param_groups)):  # many have left
             self._alone.clear()
         plan = self._alone.setdefault(id(param), Plan())
         now = self._look(owner, [(group, [param])])
         return plan, self._up_to_date(owner, plan, now, capturing=False)
 
     def _up_to_date(self, owner: Owner, plan: Plan, now: Present, capturing: bool) -> Present:
-        # all that a step does for each tensor is in here and in `_look`, in loops of C where there are any
+        # all work for each tensor is here and in `_look`, in loops that run in C where possible
         alike = not plan.gone and plan.identities == self._identities(owner, plan, now)
         if alike and plan.memory == _memory_of(now):
             return now
@@ -213,7 +213,7 @@ class Planner:
         return self._plan(owner, plan, now)
 
     def _look(self, owner: Owner, members: Sequence[tuple[int, Sequence[Tensor]]]) -> Present:
-        """Return the tensors that take part in a step, but for the states.
+        """Return the tensors that take part in a step, except the states.
 
         Raises:
             RuntimeError: a gradient is sparse.
@@ -231,18 +231,18 @@ class Planner:
             now.groups += [i] * (len(params) - before)
         if True in map(_is_sparse, grads):
             raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
-        now.held, now.plain = params, PLAIN.issuperset(map(type, params))
+        now.shards, now.plain = params, PLAIN.issuperset(map(type, params))
         if not now.plain:
-            now.held = list(map(local, params))
+            now.shards = list(map(local, params))
         return now
 
     def _identities(self, owner: Owner, plan: Plan, now: Present) -> list[object]:
-        """Return what tells the groups, parameters and states of a plan from others; look up the states in passing."""
+        """Return a list that changes if groups, parameters or states do; look up the states in passing."""
         state = owner.state
         stored, of_params = list(state.values()), list(map(id, state))
         if plan.stored == [list(map(id, stored)), of_params]:
             entries = stored if plan.places is None else [stored[i] for i in plan.places]
-        else:  # as tensors have their hash from Python, looking each up takes longer than all the rest
+        else:  # slow: a tensor's hash is computed in Python, so that these lookups take longer than all the rest
             entries = [state.get(param, _NOTHING) for param in now.params]
         for key in plan.keys:
             try:
@@ -250,14 +250,14 @@ class Planner:
             except KeyError:
                 now.complete, now.columns[key] = False, [entry.get(key) for entry in entries]
         values = list(map(id, chain.from_iterable(now.columns.values())))
-        scaler = getattr(owner, "found_inf", None)  # under which a device may have to count the clocks
+        scaler = getattr(owner, "found_inf", None)  # with a scaler, a device may have to count
         where = None if scaler is None else scaler.device
         return [where, now.groups, now.plain, list(map(_requires_grad, now.params)), values]
 
     # Planning --------------------------------------------------------------------------------------------------------
 
     def _plan(self, owner: Owner, plan: Plan, now: Present) -> Present:
-        """Check the parameters that have a gradient, create what state they lack, and bundle them into launches."""
+        """Check the parameters that have a gradient, create the state that they lack, and bundle them into launches."""
         self._check_gradients_come(owner)
         plan.identities, plan.bundles = None, []
         of_group: dict[Tensor, int] = {}
@@ -289,8 +289,8 @@ class Planner:
             plain = now.plain and not any(p.is_complex() or p.grad.is_neg() for p in members)  # type: ignore[union-attr]
             groups = [of_group[param] for param in members]
             plan.bundles.append(self._bundle(owner, now, Bundle(list(members.values()), groups, plain)))
-        # Not the death of a parameter is heard of, only that of a state: torch.utils.swap_tensors, by which a module
-        # of DTensors moves, refuses what has a weak reference. Of parameters all is looked at that a table depends on.
+        # Weak references tell when a state is freed. Parameters have none: torch.utils.swap_tensors, by which a module
+        # of DTensors moves, refuses tensors that have one; `_memory_of` compares all that a table takes from them.
         gone: list[object] = []
         plan.identities, plan.gone = identities, gone
         plan.alive = [
@@ -351,11 +351,11 @@ class Planner:
 
 
 def _memory_of(now: Present) -> list[object]:
-    """Return where the tensors of a step are in memory, as what and in which layout; unwrap DTensors in passing.
+    """Return the addresses, dtypes and layouts of the tensors of a step; unwrap DTensors in passing.
 
-    The shape of a state is that of the first look, for as long as it is the same tensor at the same address.
+    The shape of a state is not compared: it cannot change while the state is the same tensor at the same address.
     """
-    held, grads, columns = now.held, now.grads, now.columns
+    shards, grads, columns = now.shards, now.grads, now.columns
     if not now.plain:
         grads = list(map(local, grads))
         columns = now.columns = {
@@ -364,13 +364,13 @@ def _memory_of(now: Present) -> list[object]:
     states = list(chain.from_iterable(columns.values()))
     if not now.complete:
         states = list(filter(_is_there, states))
-    dtypes = list(map(_dtype, held))
+    dtypes = list(map(_dtype, shards))
     seen: list[object] = [
-        list(map(_address, held)),
+        list(map(_address, shards)),
         dtypes,
-        list(map(_shape, held)),
-        _layouts(held),
-        list(map(_is_neg, held)),
+        list(map(_shape, shards)),
+        _layouts(shards),
+        list(map(_is_neg, shards)),
         list(map(_dtype, grads)),
         list(map(_is_neg, grads)),
         _layouts(grads),
@@ -378,7 +378,7 @@ def _memory_of(now: Present) -> list[object]:
         list(map(_dtype, states)),
     ]
     if any(dtype.is_complex for dtype in set(dtypes)):
-        seen.append([(tensor.is_conj(), grad.is_conj()) for tensor, grad in zip(held, grads, strict=True)])
+        seen.append([(tensor.is_conj(), grad.is_conj()) for tensor, grad in zip(shards, grads, strict=True)])
     return seen
 
 
@@ -388,7 +388,7 @@ def form_of(tensors: list[Tensor]) -> list[object]:
 
 
 def _layouts(tensors: list[Tensor]) -> list[object]:
-    """Return of each tensor True, or its strides where it is not contiguous."""
+    """Return for each tensor True, or its strides if it is not contiguous."""
     contiguous: list[Any] = list(map(Tensor.is_contiguous, tensors))
     return contiguous if all(contiguous) else [tensor.is_contiguous() or tensor.stride() for tensor in tensors]
 

@@ -1,4 +1,4 @@
-"""Which optimizer, if any, steps a parameter in backward() and frees its gradient."""
+"""Which release, if any, steps a parameter in backward() and frees its gradient."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def releases_of(param: Tensor) -> list[Any]:
-    """Return what steps a parameter in backward() and frees its gradient: of one optimizer, or of none.
+    """Return the releases that step a parameter in backward() and free its gradient: one, or none.
 
     See `epi_kernels.optim.release`, whose hooks have an attribute `release`.
     """

@@ -10,7 +10,7 @@ from epi_kernels.contract import arithmetic_dtype
 
 
 class Scaling(NamedTuple):
-    """Float32 tensors of one value, by device; empty: none there is."""
+    """Float32 tensors of one value, by device; `factor` is empty if it is 1, `found_inf` without a scaler."""
 
     factor: dict[torch.device, Tensor]
     found_inf: dict[torch.device, Tensor]
@@ -22,7 +22,7 @@ UNSCALED = Scaling({}, {})
 def scaling_of(
     grads: Sequence[Tensor], clip_grad_norm: float | None, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> Scaling:
-    """Return what the step multiplies the gradients by, and whether it is to be skipped, on every device that has one.
+    """Return the factor for the gradients, and whether the step is skipped, on every device that has a gradient.
 
     ::
 
@@ -33,8 +33,8 @@ def scaling_of(
     Args:
         grads: real; read once if there is a norm to clip to.
         clip_grad_norm: the largest norm, or None.
-        grad_scale: by which a torch.amp.GradScaler has multiplied the loss, or None.
-        found_inf: not 0 where it has found an infinite gradient, or None.
+        grad_scale: the factor by which a torch.amp.GradScaler has multiplied the loss, or None.
+        found_inf: not 0 if the scaler has found an infinite gradient, or None.
     """
     if not grads:
         return UNSCALED

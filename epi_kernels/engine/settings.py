@@ -7,24 +7,24 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-# of torch's settings, those that say how a step is taken
+# torch's settings that say how a step is taken
 FLAGS = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused")
 
 Groups = Sequence[dict[str, Any]]
 
 
 def is_number(value: object) -> bool:
-    """Return whether a value is a real number of Python's or of numpy's; a flag is none."""
+    """Return whether a value is a real number of Python's or of numpy's; a bool is not."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def is_count(value: Any, first: int, end: float) -> bool:
-    """Return whether a value is an integer of Python's or of numpy's with first <= value < end; a flag is none."""
+    """Return whether a value is an integer of Python's or of numpy's with first <= value < end; a bool is not."""
     return is_number(value) and isinstance(value, Integral) and first <= int(value) < end
 
 
 def plain(value: Any) -> Any:
-    """Return a number, flag or string of numpy's as Python's, in a tuple or list too; anything else as it is.
+    """Return numpy's numbers, bools and strings, also in a tuple or list, as Python's; anything else as it is.
 
     A checkpoint of plain values loads under ``torch.load(weights_only=True)``.
     """
@@ -45,12 +45,12 @@ def plain_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_torchs(group: Mapping[str, Any]) -> None:
-    """Check the settings of a group that torch.optim.AdamW checks in its constructor, as far as the group has them.
+    """Check the settings of a group that torch.optim.AdamW checks in its constructor, if the group has them.
 
-    torch checks its constructor's arguments alone; a group that is added, written or loaded later is checked here.
+    torch checks only its constructor's arguments; a group that is added, written or loaded later is checked here.
 
     Raises:
-        ValueError, RuntimeError: a setting is out of its range, or two cannot be had together; the texts are torch's.
+        ValueError, RuntimeError: a setting is out of its range, or two exclude each other; the texts are torch's.
     """
     lr, betas = group["lr"], group["betas"]
     unsupported = group.get("foreach") and not group.get("capturable")
@@ -127,8 +127,8 @@ def check_written(groups: Groups, keys: Sequence[str], fixed: Mapping[str, Seque
 
     Args:
         groups: torch's.
-        keys: the settings that are one for all groups: they hold once they are written into all.
-        fixed: setting -> the values that the state of the optimizer is of, the first for the message.
+        keys: the settings that are one for all groups: a value must be written into all of them.
+        fixed: setting -> the values that fit the state of the optimizer; the message names the first.
 
     Raises:
         ValueError: one differs between groups, or is not what it was; the message names it and both values.

@@ -12,23 +12,23 @@ from epi_kernels.distributed import is_sharded, local
 from epi_kernels.engine import differentiable
 from epi_kernels.rules import Rule
 
-# state with a dtype of its own, loaded or new; a slot of a rule has that of the arithmetic
+# states with a fixed dtype, loaded or new; the slots of a rule have the dtype of the arithmetic
 FIXED_DTYPES = {"importance": torch.float32, "frozen": torch.int8, "trainable": torch.uint8}
 
-# where the lock bit is -> the state that holds it, for locks that have one of their own
+# where the lock bit is -> the key of the state that has it, for locks with a state of their own
 LOCK_STATE = {"importance": "importance", "static": "frozen"}
 
 # options that say how a step is taken, which not every parameter can have
 OPTIONS = ("fused", "capturable", "differentiable", "clip_grad_norm")
 
-# what is refused of parameters that are shared out over ranks, and what to do instead
+# options that are refused for parameters that are sharded over ranks, and what to do instead
 _NOT_SHARDED = {
     "capturable": "",
     "differentiable": "",
     "clip_grad_norm": "; clip before the step, by torch.nn.utils.clip_grad_norm_ or what the wrapper has for it",
 }
 
-# entries from which on a state is staggered, and the entries (832 bytes) by which each follows the one before
+# a state of this many entries or more is staggered: each starts STAGGER entries (832 bytes) after the one before
 STAGGER_FROM = 1 << 14
 STAGGER = 208
 _STAGGERED = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "importance", "frozen")
@@ -38,11 +38,11 @@ def new_state(param: Tensor, name: str) -> Tensor:
     """Return zeros laid out like `param` for the state `name`, in the dtype in which this package keeps it.
 
     On the CPU the states of a large parameter start at different offsets within a page. Large allocations all start at
-    the same one, and a sweep that goes through five of them in step finds their lines in the same sets of the cache:
-    staggered, it took 2 to 5% less time. (Huge pages brought nothing beyond that.)
+    the same offset, so that a sweep through five of them finds their lines in the same cache sets: staggered, it took
+    2 to 5% less time. (Huge pages brought nothing beyond that.)
     """
     dtype = FIXED_DTYPES.get(name) or arithmetic_dtype(param.dtype)
-    with torch.inference_mode(False):  # the state may be written outside of it
+    with torch.inference_mode(False):  # else the state could not be written outside of it
         if local(param) is not param or param.device.type != "cpu" or param.numel() < STAGGER_FROM:
             return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
         strides = torch.empty_like(param, device="meta", memory_format=torch.preserve_format).stride()
@@ -64,10 +64,10 @@ def new_clock(value: float | Tensor, device: torch.device | None, fused: bool) -
     else:
         dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
     if isinstance(value, Tensor):
-        # a clock of 16 bits stands still before long
+        # a 16-bit clock soon stops counting: 256 + 1 is 256 in bfloat16
         own = value.dtype if value.dtype in (torch.float32, torch.float64) else torch.float32
         return value.to(device or value.device, torch.float32 if device else own)
-    with torch.inference_mode(False):  # the clock may be counted outside of it
+    with torch.inference_mode(False):  # else the clock could not be counted outside of it
         return torch.tensor(value, dtype=dtype, device=device or "cpu")
 
 
@@ -79,7 +79,7 @@ def ensure_slots(rule: Rule, state: dict[str, Any], param: Tensor, group: Mappin
 
 
 def moment_dtypes(rule: Rule, state: Mapping[str, Any]) -> frozenset[torch.dtype]:
-    """Return the dtypes of the slots in a parameter's state: the optional ones are in one launch with the others."""
+    """Return the dtypes of all slots in a parameter's state: one launch takes them all, the optional ones included."""
     moments = [state.get(slot.name) for slot in rule.slots]
     return frozenset(moment.dtype for moment in moments if isinstance(moment, Tensor))
 
@@ -107,20 +107,20 @@ def check_shapes(state: Mapping[str, Any], keys: tuple[str, ...], param: Tensor,
     """Check that the tensors of a parameter's state have the shape of the parameter.
 
     Args:
-        state: of the parameter.
-        keys: what of it a step reads or writes.
+        state: the parameter's.
+        keys: the keys of the state that a step reads or writes.
         param: the parameter.
         name: what messages call it.
 
     Raises:
         ValueError: one has another shape; the message says what to do.
     """
-    held = local(param)
+    shard = local(param)
     for key in keys:
         value = state.get(key)
-        if isinstance(value, Tensor) and local(value).shape != held.shape:
+        if isinstance(value, Tensor) and local(value).shape != shard.shape:
             raise ValueError(
-                f"{name} has shape {tuple(held.shape)} now, and {key} in its state "
+                f"{name} has shape {tuple(shard.shape)} now, and {key} in its state "
                 f"{tuple(local(value).shape)}. If you resized or replaced the parameter, give every tensor of "
                 "optimizer.state[parameter] its shape too, importance and frozen included (0 for a new entry, "
                 "which is free), or delete optimizer.state[parameter], which starts over"
@@ -131,15 +131,15 @@ def check_options(param: Tensor, name: str, group: Mapping[str, Any], lock_in: s
     """Check the options of a group that not every parameter can have.
 
     Args:
-        param: of the group.
+        param: a parameter of the group.
         name: what messages call it.
-        group: its settings.
+        group: the settings.
         lock_in: where the lock bits of the parameter are.
         partitioned: the user gave a process group.
 
     Raises:
         RuntimeError: ``differentiable`` and a leaf that requires a gradient; or torch's fused kernels cannot take it.
-        NotImplementedError: ``capturable`` and a complex parameter; or an option is not there for what ranks share.
+        NotImplementedError: ``capturable`` and a complex parameter; or an option is refused for sharded parameters.
         AssertionError: ``capturable`` on a device that has no graphs, in torch's words.
     """
     if group.get("differentiable"):

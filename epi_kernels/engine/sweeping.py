@@ -1,4 +1,4 @@
-"""Steps of whole tensors whose entries can be locked: under scalers, clipping, CUDA graphs and autograd."""
+"""Steps of whole tensors with a lock for each entry: under scalers, clipping, CUDA graphs and autograd."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -54,8 +54,8 @@ class Sweeping(Planner):
     """Steps of all parameters by `epi_kernels.ops.Sweep`.
 
     Args:
-        rule: by which parameters move.
-        method: which of their entries do; it may count the gradients that are not finite.
+        rule: the update rule.
+        method: says which entries move; it may count the gradients that are not finite.
     """
 
     def __init__(self, rule: Rule, method: Method) -> None:
@@ -74,7 +74,7 @@ class Sweeping(Planner):
     # The step --------------------------------------------------------------------------------------------------------
 
     def run(self, owner: Owner) -> None:
-        """Take a step by the parameters' gradients."""
+        """Take a step with the gradients of the parameters."""
         groups = owner.param_groups
         if owner.defaults.get("differentiable"):
             self._run_differentiable(owner)
@@ -100,7 +100,7 @@ class Sweeping(Planner):
                 self.nonfinite.warn(owner.param_groups)
 
     def run_alone(self, owner: Owner, param: Tensor, group: int) -> None:
-        """Take the step of one parameter, of that group, by its gradient."""
+        """Step one parameter of the group at position `group`, with its gradient."""
         plan, now = self.planned_alone(owner, param, group)
         if plan.bundles and plan.clocks.count({}):
             self._update(owner, plan, now, False, UNSCALED)
@@ -115,7 +115,7 @@ class Sweeping(Planner):
         return scaling_of(grads, clip_grad_norm, grad_scale, found_inf)
 
     def _update(self, owner: Owner, plan: Plan, now: Present, advanced: bool | Tensor, scaling: Scaling) -> bool:
-        """Update the parameters, their clocks counted, and their importance unless it has `advanced` already.
+        """Update the parameters, whose clocks are counted, and their importance unless a refresh has `advanced` it.
 
         Returns:
             Whether gradients that are not finite may have been counted.
@@ -125,7 +125,7 @@ class Sweeping(Planner):
             scalars, rows = plan.clocks.scalars(number, bundle.groups, owner.param_groups, self.rule)
             tensors = bundle.tensors(self.rule, now)
             device = tensors.params[0].device
-            # a refresh advances those alone that can be locked
+            # a refresh advances the importance only of parameters that require a gradient
             so_far = advanced if now.params[bundle.where[0]].requires_grad else False
             if isinstance(so_far, Tensor):
                 so_far = so_far.to(device)
@@ -158,7 +158,7 @@ class Sweeping(Planner):
         return pairs.pairs
 
     def _run_differentiable(self, owner: Owner) -> None:
-        """Take a step that autograd can go back through: torch's own arithmetic, and the locks put over it."""
+        """Take a step that autograd can go back through: torch's own arithmetic, then locked entries are put back."""
         members = {param: group for group in owner.param_groups for param in group["params"] if param.grad is not None}
         lock_in = {param: self.method.lock_in(owner, param, group) for param, group in members.items()}
         for param, group in members.items():
@@ -183,15 +183,15 @@ class Sweeping(Planner):
     # Planning --------------------------------------------------------------------------------------------------------
 
     def _kind(self, owner: Owner, param: Tensor) -> tuple[object, ...]:
-        # what a refresh advances and what it does not cannot be in one launch
+        # parameters whose importance a refresh advances cannot share a launch with the others
         return (param.requires_grad,)
 
     def clock_device(self, owner: Owner, param: Tensor, group: dict[str, Any]) -> torch.device | None:
         """Return the device on which the clock of a parameter runs, or None: on the host.
 
-        torch has the clock on the device with ``fused`` too; here the clock is there only where a scaler alone knows,
-        on the device, whether there is a step to count. When only the device knows whether a refresh is due, the
-        kernels of a refresh are launched at every step and usually do nothing.
+        torch has the clock on the device with ``fused`` too; here the clock is there only with ``capturable``, or with
+        a scaler that knows only on the device whether the step is skipped. When only the device knows whether a refresh
+        is due, the kernels of a refresh are launched at every step and usually do nothing.
         """
         found_inf = getattr(owner, "found_inf", None)
         skips_there = found_inf is not None and found_inf.device.type != "cpu"
@@ -202,11 +202,11 @@ class Sweeping(Planner):
         """Check what a step cannot do with a parameter.
 
         Raises:
-            RuntimeError: entries of the parameter share memory, or are in none; `fused` is on and torch's kernels
-                cannot take it.
+            RuntimeError: entries of the parameter share memory, or it is a lazy view; `fused` is on and torch's kernels
+                cannot take the parameter.
             ValueError: a tensor of its state has another shape.
-            NotImplementedError: `capturable` is on and it is complex, or an option is not there for what ranks share.
-            AssertionError: `capturable` is on and it is on a device that has no graphs.
+            NotImplementedError: `capturable` is on and it is complex, or an option is refused for sharded parameters.
+            AssertionError: `capturable` is on and the device of the parameter has no graphs.
         """
         name = name_of(param, owner.param_groups)
         self.method.before_check(owner, param, group)
@@ -247,7 +247,7 @@ class Sweeping(Planner):
         if pairs and tensors.locks:
             tensors.locks, lock_in = PairLocks(tensors.locks, advances=False).pairs, "static"
         made.sweep = ops.prepared_sweep(self.rule, tensors, lock_in, lockable, owner._backend)
-        self.nonfinite.warn(owner.param_groups)  # counters that are in use no more are added up
+        self.nonfinite.warn(owner.param_groups)  # counters no longer in use are added up
         return made
 
     # Graphs ----------------------------------------------------------------------------------------------------------
