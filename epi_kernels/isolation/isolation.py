@@ -365,7 +365,6 @@ class Isolation:
             owner._backend,
             grouping.layers,
             list(grouping.of(groups).values()) if callable(grouping.layers) else None,
-            ["param_names" in group for group in groups],
             [list(map(str, group.get("param_names", ()))) for group in groups],
             [[group.get(key) for key in _DECIDING] for group in groups],
             [float(group["betas"][1]) if group.get("importance") == "exp_avg_sq" else None for group in groups],
