@@ -107,3 +107,9 @@ def ratio(of: list[float], to: list[float]) -> tuple[float, float, float]:
     """Return (median, least, greatest) of the ratios within rounds."""
     ratios = [a / b for a, b in zip(of, to, strict=True)]
     return statistics.median(ratios), min(ratios), max(ratios)
+
+
+def quartiles(of: list[float], to: list[float]) -> tuple[float, float, float]:
+    """Return (median, lower quartile, upper quartile) of the ratios within rounds, of which there are two or more."""
+    lower, median, upper = statistics.quantiles([a / b for a, b in zip(of, to, strict=True)], method="inclusive")
+    return median, lower, upper
