@@ -1,6 +1,6 @@
 """Host time: what Python takes for a step of many small tensors, against torch's fused AdamW, and how it grows.
 
-    python bench/host.py                     # two minutes
+    python bench/host.py                     # half a minute
     python bench/host.py --rounds 5 --tensors 1000 2000 --json host.json
 
 A step is that of 291 tensors of 8 float32 entries, as many as a model of 32 blocks has. EPIAdamW has masks and does not
@@ -150,7 +150,7 @@ def line(what: str, figures: dict[str, Any]) -> str:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15, help="of the steps; at least 2 [15]")
+    parser.add_argument("--rounds", type=int, default=31, help="of the steps; at least 2 [31]")
     parser.add_argument("--growth-rounds", type=int, default=5, help="of the operations; at least 2 [5]")
     parser.add_argument("--tensors", type=int, nargs=2, default=[4000, 8000], help="for the growth [4000 8000]")
     parser.add_argument("--json", type=Path, help="write the figures here")
