@@ -20,6 +20,7 @@ ROOT = Path(epi_kernels.__file__).parent
 TIERS = [
     ("epi_kernels.library", -1),
     ("epi_kernels.notices", -1),
+    ("epi_kernels.private", -1),
     ("epi_kernels._version", 0),
     ("epi_kernels.lock", 0),
     ("epi_kernels.contract", 0),
