@@ -73,12 +73,13 @@ def traced(run: Callable[[], object]) -> dict[str, Any]:
         deepest = max(deepest, depth)
         called.append(str(Path(file).relative_to(PACKAGE)))
 
+    before = sys.getprofile()
     gc.disable()  # a collection may call weak references of the package
     sys.setprofile(watch)
     try:
         run()
     finally:
-        sys.setprofile(None)
+        sys.setprofile(before)
         gc.enable()
     changes = sum(before != after for before, after in itertools.pairwise(called))
     return {"calls": len(called), "files": len(set(called)), "changes": changes, "deepest": deepest}
