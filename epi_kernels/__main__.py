@@ -13,7 +13,7 @@ _SIMD = {1: "the compiler's baseline", 3: "AVX2 and FMA (x86-64-v3)", 4: "AVX-51
 
 
 def loaded() -> str:
-    """Return what the native library is built with and uses."""
+    """Return which compiler has built the native library, and which instruction set it uses."""
     return f"loaded, built by {native.compiler()}, uses {_SIMD[native.simd_level()]}"
 
 

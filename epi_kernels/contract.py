@@ -11,7 +11,7 @@ from torch import Tensor
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-# of tensors in an operation: a static lock is one byte
+# the dtypes of tensors in an operation; int8 is that of a static lock
 _DTYPES = frozenset({*FLOATING, torch.int8})
 
 # A score is a non-negative float32, so its bits, read as an integer, order as its value does. The 31 bits below the
@@ -26,8 +26,8 @@ DIGITS = tuple((sum(KEY_DIGITS[i + 1 :]), 1 << bits) for i, bits in enumerate(KE
 # 0 everywhere, and so does a difference of importances.
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
-# A product or quotient that decides a mask counts as 0 below this. Not below SMALLEST_NORMAL: a result that rounds up
-# to that number on one hardware is flushed on the other, which rounds it to all bits of a normal number first.
+# A product or quotient that decides a mask counts as 0 below this. SMALLEST_NORMAL is too low: a result that rounds up
+# to it on one hardware is flushed on the other, which rounds to all bits of a normal number before it looks.
 NEGLIGIBLE = 2 * SMALLEST_NORMAL
 
 
@@ -60,7 +60,7 @@ def shares_memory(tensor: Tensor) -> bool:
     if tensor.is_contiguous() or not tensor.numel():
         return False
     dims = sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1)
-    reach = 0  # of the dimensions with smaller strides
+    reach = 0  # the largest offset within the dimensions with smaller strides
     for stride, size in dims:
         if stride <= reach or stride == 0:
             break
@@ -109,8 +109,8 @@ def check_lists(**lists: Sequence[Tensor | None]) -> None:
 def check_indices(params: Sequence[Tensor], indices: Sequence[Tensor], **states: Sequence[Tensor | None]) -> None:
     """Check the indices of a sparse operation and the compact tensors that have one value for each.
 
-    The order of the indices makes the first and the last decide their range. They are read on the CPU alone: on an
-    accelerator that would wait for it.
+    Indices increase, so the first and the last decide their range. They are read only on the CPU: reading them on an
+    accelerator would wait for it.
 
     Raises:
         ValueError: lengths or shapes differ, or an index is out of range.
@@ -154,7 +154,7 @@ def check_one_dtype(**lists: Sequence[Tensor]) -> None:
 def check_tensor(
     name: str, tensor: Tensor | None, dtype: torch.dtype, shape: Sequence[int], device: torch.device
 ) -> None:
-    """Check an argument whose memory compiled code reads or writes by this dtype and shape; None is absent.
+    """Check an argument whose memory compiled code reads or writes with this dtype and shape; None is absent.
 
     Raises:
         TypeError: the dtype is another.
@@ -173,16 +173,16 @@ def check_tensor(
 
 
 def check_value(name: str, tensor: Tensor | None, device: torch.device) -> None:
-    """Check an argument that is float32 of one value, of any shape, or None; errors as of `check_tensor`."""
+    """Check an argument that is float32 of one value, of any shape, or None; raises as `check_tensor` does."""
     if tensor is not None:
         check_tensor(name, tensor, torch.float32, tensor.shape if tensor.numel() == 1 else (1,), device)
 
 
 def check_positions(name: str, positions: Sequence[int], count: int, of: str, length: int) -> None:
-    """Check that each of `count` tensors has a position in something of this length, which `of` names.
+    """Check that each of `count` tensors has a position below `length`; `of` names what the positions are in.
 
     Raises:
-        ValueError: their number is another, or one is out of range.
+        ValueError: there are more or fewer positions than tensors, or one is out of range.
     """
     if len(positions) != count:
         raise ValueError(f"{name} has {len(positions)} values for {count} tensors; pass one for each")

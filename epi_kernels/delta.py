@@ -1,4 +1,4 @@
-"""What a task has changed, apart from the model: a small file for each task, put onto the base model when it is wanted.
+"""A task as a small file: the values that it has changed, written into the base model when the task is wanted.
 
 `SparseAdamW.delta` makes it. Positions and values are exact, so the model comes back bit for bit.
 """
@@ -25,12 +25,12 @@ def apply_delta(model: nn.Module, delta: Delta) -> None:
     Deltas of tasks that were trained one after the other are applied in that order.
 
     Args:
-        model: as it was when the delta's task began; written. Of a sharded model every rank writes its part. A delta
-            knows the names and sizes of its model and no more: another model of the same is not told apart.
+        model: as it was when the delta's task began; written. In a sharded model every rank writes its shards. A delta
+            knows only the names and sizes of its model: another model with the same ones is accepted.
         delta: {name: (positions, values)}; names are those of ``model.named_parameters()``.
 
     Raises:
-        ValueError: a name is unknown, positions or values do not fit the parameter, a position is there twice, or the
+        ValueError: a name is unknown, positions or values do not fit the parameter, a position occurs twice, or the
             dtype differs; the model is then as it was.
 
     Example:
@@ -70,7 +70,7 @@ def _write(param: Tensor, positions: Tensor, values: Tensor) -> None:
     if not is_dtensor(param):
         put_(param, positions.to(param.device), values.to(param.device))
         return
-    # one tensor at a time as a whole, and the part of it that belongs here
+    # one whole tensor at a time, of which this rank's shard is taken
     here = [
         local(shard_of(put_(torch.zeros(param.shape, dtype=part.dtype, device="cpu"), positions, part), param))
         for part in (values, torch.ones(len(positions), dtype=torch.bool, device="cpu"))
@@ -93,10 +93,10 @@ def save_delta(delta: Delta, path: str | PathLike[str]) -> None:
 
 
 def load_delta(path: str | PathLike[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the delta in a file of `save_delta`.
+    """Return the delta in a file that `save_delta` wrote.
 
     Raises:
-        ValueError: the file holds something else.
+        ValueError: the file has something else in it.
         ModuleNotFoundError: safetensors is not installed; ``pip install epi-kernels[delta]``.
     """
     from safetensors.torch import load_file

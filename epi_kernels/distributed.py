@@ -1,7 +1,7 @@
-"""Several ranks that hold one model: what each holds of a tensor, and the few numbers on which they agree.
+"""Several ranks that share one model: the shard that each has of a tensor, and the few numbers on which they agree.
 
 A sharded parameter is a DTensor (FSDP2, HSDP, tensor parallelism and their combinations), a slice that FSDP1 made, or a
-whole parameter that one rank alone has. Everything here goes by what a rank holds; nothing is gathered.
+whole parameter that only one rank has. Everything here works on shards; nothing is gathered.
 """
 
 import zlib
@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# at once, for the step that asks it of every tensor
+# the answer is quick for these types: a step asks about every tensor
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Return whether a tensor is torch.distributed's, of which this rank holds a shard or a replica."""
+    """Return whether a tensor is a DTensor of torch.distributed, of which this rank has a shard or a replica."""
     if type(tensor) in _PLAIN or not dist.is_available():
         return False
     from torch.distributed.tensor import DTensor
@@ -28,7 +28,7 @@ def is_dtensor(tensor: Tensor) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return what this rank holds of a tensor: the tensor itself, or the shard of a DTensor, not a copy of it."""
+    """Return this rank's shard of a DTensor, not copied; a plain tensor as it is."""
     if not is_dtensor(tensor):
         return tensor
     # without gradients it needs no detach(), which inference mode refuses
@@ -46,7 +46,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def local_gradient(param: Tensor) -> Tensor:
-    """Return what this rank holds of a parameter's gradient, laid out as the parameter."""
+    """Return this rank's shard of a parameter's gradient, placed as the parameter is."""
     grad = param.grad
     assert grad is not None
     if not is_dtensor(grad):
@@ -68,7 +68,7 @@ def wrapped(shard: Tensor, like: Tensor) -> Tensor:
 
 
 def shard_of(whole: Tensor, like: Tensor) -> Tensor:
-    """Return what belongs to `like` of a tensor of its global shape: a DTensor of its placements. No communication.
+    """Return a tensor of the global shape of `like` as a DTensor with the placements of `like`; no communication.
 
     Raises:
         ValueError: `whole` is a DTensor with other placements.
@@ -87,7 +87,7 @@ def shard_of(whole: Tensor, like: Tensor) -> Tensor:
 
 
 def reshard(model: torch.nn.Module) -> None:
-    """Let an FSDP2 model hold its shards again: after a forward pass alone its root holds whole parameters."""
+    """Let an FSDP2 model have its shards again: after a forward pass without backward its root has whole parameters."""
     if dist.is_available():
         from torch.distributed.fsdp import FSDPModule
 
@@ -98,39 +98,39 @@ def reshard(model: torch.nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Held:
-    """What a rank holds of one eligible parameter."""
+    """The shard that a rank has of one eligible parameter."""
 
     name: str
-    key: tuple[object, ...]  # equal on the ranks that hold the same piece
+    key: tuple[object, ...]  # equal on the ranks that have the same shard
     layer: str
     budget: tuple[str, float]  # scope and isolation_ratio
     entries: int
-    of: int | None  # entries of the whole parameter; None: not known, and every rank has the name
+    of: int | None  # entries of the whole parameter; None: not known, and every rank must have the name
 
 
 @dataclass
 class Agreement:
-    """What all ranks know of each other; the same on each, but for `owned`."""
+    """What all ranks know of each other; equal on all ranks, except `owned`."""
 
     layers: list[str] = field(default_factory=list)
     budgets: list[tuple[str, float]] = field(default_factory=list)
     layer_eligible: list[int] = field(default_factory=list)
     budget_eligible: list[int] = field(default_factory=list)
     pairs: list[tuple[int, int]] = field(default_factory=list)  # (layer, budget) that have entries
-    owned: set[str] = field(default_factory=set)  # names of the parameters whose piece this rank counts
+    owned: set[str] = field(default_factory=set)  # names of the parameters whose shard this rank counts
 
 
 def agreement(everyone: Sequence[Sequence[Held]], rank: int) -> Agreement:
-    """Return what follows from what every rank holds, for one of them.
+    """Return the agreement of one rank, from the shards that every rank has.
 
-    Of equal pieces on several ranks the lowest rank counts, so that an entry counts once however it is replicated.
+    If several ranks have the same shard, the lowest of them counts it, so that a replicated entry counts once.
 
     Raises:
-        ValueError: the ranks together do not hold exactly one whole parameter of each name.
+        ValueError: the shards of all ranks do not make exactly one whole parameter of each name.
 
     Example:
-        >>> piece = Held("w", ("whole",), "layer", ("global", 0.1), entries=4, of=4)
-        >>> agreement([[piece], [piece]], rank=1)  # the same on both: 4 entries, that rank 0 counts
+        >>> shard = Held("w", ("whole",), "layer", ("global", 0.1), entries=4, of=4)
+        >>> agreement([[shard], [shard]], rank=1)  # the same on both ranks: rank 0 counts the 4 entries
         Agreement(layers=['layer'], budgets=[('global', 0.1)], layer_eligible=[4], budget_eligible=[4], pairs=[(0, 0)],
             owned=set())
     """
@@ -141,45 +141,45 @@ def agreement(everyone: Sequence[Sequence[Held]], rank: int) -> Agreement:
     pairs: dict[tuple[int, int], None] = {}
     seen: set[tuple[object, ...]] = set()
     for holder, theirs in enumerate(everyone):
-        for piece in theirs:
-            layer = layers.setdefault(piece.layer, len(layers))
-            budget = budgets.setdefault(piece.budget, len(budgets))
+        for shard in theirs:
+            layer = layers.setdefault(shard.layer, len(layers))
+            budget = budgets.setdefault(shard.budget, len(budgets))
             found.layer_eligible += [0] * (len(layers) - len(found.layer_eligible))
             found.budget_eligible += [0] * (len(budgets) - len(found.budget_eligible))
-            if (piece.name, *piece.key) in seen:
+            if (shard.name, *shard.key) in seen:
                 continue
-            seen.add((piece.name, *piece.key))
-            found.layer_eligible[layer] += piece.entries
-            found.budget_eligible[budget] += piece.entries
+            seen.add((shard.name, *shard.key))
+            found.layer_eligible[layer] += shard.entries
+            found.budget_eligible[budget] += shard.entries
             pairs[layer, budget] = None
             if holder == rank:
-                found.owned.add(piece.name)
+                found.owned.add(shard.name)
     found.layers, found.budgets, found.pairs = list(layers), list(budgets), list(pairs)
     return found
 
 
 def _check_pieces(everyone: Sequence[Sequence[Held]]) -> None:
-    """Check that the pieces of each name make one whole parameter.
+    """Check that the shards of each name make one whole parameter.
 
     Raises:
         ValueError: they do not; the message names it.
     """
     holders: dict[str, dict[int, Held]] = {}
     for rank, theirs in enumerate(everyone):
-        for piece in theirs:
-            if rank in holders.setdefault(piece.name, {}):
-                raise ValueError(f"rank {rank} has two parameters of the name {piece.name}; name them apart")
-            holders[piece.name][rank] = piece
-    for name, pieces in holders.items():
-        without = [rank for rank in range(len(everyone)) if rank not in pieces]
-        (first, one), *others = pieces.items()
+        for shard in theirs:
+            if rank in holders.setdefault(shard.name, {}):
+                raise ValueError(f"rank {rank} has two parameters of the name {shard.name}; name them apart")
+            holders[shard.name][rank] = shard
+    for name, shards in holders.items():
+        without = [rank for rank in range(len(everyone)) if rank not in shards]
+        (first, one), *others = shards.items()
         for rank, other in others:
             if other.of != one.of or (other.key == one.key and other.entries != one.entries):
                 raise ValueError(
                     f"{name} is of {other.of} entries on rank {rank} and of {one.of} on rank {first}: a name must be "
                     "one parameter on all ranks. Name the parameters as the whole model has them"
                 )
-        count = sum({piece.key: piece.entries for piece in pieces.values()}.values())
+        count = sum({shard.key: shard.entries for shard in shards.values()}.values())
         if without if one.of is None else count != one.of:
             whole = "" if one.of is None else f", which has {one.of}"
             raise ValueError(
@@ -189,10 +189,10 @@ def _check_pieces(everyone: Sequence[Sequence[Held]]) -> None:
 
 
 def _check_settings(everyone: Sequence[Sequence[dict[str, Any]]]) -> None:
-    """Check that what several ranks say of a parameter group is equal on all that say it.
+    """Check that each setting of a parameter group is equal on all ranks that have it.
 
     Raises:
-        ValueError: naming the first that is not, and both values.
+        ValueError: one differs; the message names the first, and both values.
     """
     said: list[dict[str, tuple[int, Any]]] = [{} for _ in everyone[0]]
     for rank, theirs in enumerate(everyone):
@@ -208,12 +208,12 @@ def _check_settings(everyone: Sequence[Sequence[dict[str, Any]]]) -> None:
                     )
 
 
-class AgreeAgain(Exception):  # noqa: N818  no error: a rank says so to the others, and all do
-    """A rank holds something else than when all agreed."""
+class AgreeAgain(Exception):  # noqa: N818  not an error: all ranks raise it, and then agree again
+    """A rank's shards or settings are no longer those on which all ranks agreed."""
 
 
 class Ranks:
-    """The ranks of a process group, as a refresh sees them."""
+    """The ranks of a process group, with the exchanges that a refresh needs."""
 
     def __init__(self, group: Any) -> None:
         self.group = group
@@ -223,7 +223,7 @@ class Ranks:
 
     @contextmanager
     def _together(self, what: str) -> Iterator[None]:
-        """Name what this rank waited for, where the others did not come."""
+        """Raise an error that names what this rank waited for, if the other ranks did not come."""
         try:
             yield
         except RuntimeError as error:
@@ -235,14 +235,14 @@ class Ranks:
             ) from error
 
     def agree(self, held: Sequence[Held], settings: Sequence[dict[str, Any]]) -> Agreement:
-        """Tell all ranks what this one holds, and return what follows; one exchange of a few names for each parameter.
+        """Tell all ranks which shards this one has, and return the agreement; one exchange of a few names a parameter.
 
         Args:
-            held: of each eligible parameter.
-            settings: of each group, what must be equal on all ranks that say it.
+            held: this rank's shard of each eligible parameter.
+            settings: for each group, settings that must be equal on all ranks that have them.
 
         Raises:
-            ValueError: on every rank: settings differ, or some ranks lack a piece of a parameter.
+            ValueError: on every rank: settings differ, or the shards of a parameter do not make a whole one.
             RuntimeError: the other ranks did not come within the group's time-out.
         """
         everyone: list[Any] = [None] * self.size
@@ -256,13 +256,13 @@ class Ranks:
 
         Args:
             ranges: float32 [layers, 2] of this rank.
-            clock: of this refresh; must be the same on all ranks.
-            settings: what must be as it was when all agreed, or else change on all ranks alike.
-            again: this rank wants all to agree again.
+            clock: the step of this refresh; must be the same on all ranks.
+            settings: settings that are as they were when all agreed, or have changed alike on all ranks.
+            again: whether this rank wants all ranks to agree again.
 
         Raises:
-            RuntimeError: on every rank: one refreshes at another step than the others; or they did not come within the
-                group's time-out.
+            RuntimeError: on every rank: one refreshes at another step than the others; or the others did not come
+                within the group's time-out.
             AgreeAgain: on every rank: one wants that, or their settings differ by now.
         """
         digest = zlib.crc32(repr(settings).encode())
@@ -298,17 +298,17 @@ class Ranks:
 
 
 def shard_key(param: Tensor, rank: int, *, partitioned: bool) -> tuple[object, ...]:
-    """Return what tells the piece that this rank holds of a parameter from the pieces of other ranks.
+    """Return a key that is equal on the ranks that have the same shard of a parameter, and differs on the others.
 
     Args:
-        param: of an optimizer.
-        rank: this one.
-        partitioned: plain parameters are this rank's alone; else they are the same on all ranks that have the name.
+        param: a parameter of an optimizer.
+        rank: this rank.
+        partitioned: whether only this rank has its plain parameters; else all ranks that have the name share them.
     """
     if is_dtensor(param):
         coordinate = param.device_mesh.get_coordinate()  # type: ignore[attr-defined]
         if coordinate is None:
-            return ("nothing",)  # outside of the mesh
+            return ("nothing",)  # this rank is outside of the mesh
         placed = enumerate(param.placements)  # type: ignore[attr-defined]
         return tuple(
             (repr(placement), coordinate[i], param.device_mesh.size(i))  # type: ignore[attr-defined]
@@ -320,19 +320,19 @@ def shard_key(param: Tensor, rank: int, *, partitioned: bool) -> tuple[object, .
 
 @dataclass(frozen=True)
 class Lost:
-    """A process group that a copy of an optimizer has not got."""
+    """Stands for the process group that a copy of an optimizer has lost."""
 
     way_out: str
 
 
 class Given:
-    """A process group in what an optimizer gives to pickle and deepcopy: a copy in this process has the group too."""
+    """A process group as an optimizer gives it to pickle and deepcopy: only a copy in this process has the group."""
 
     def __init__(self, group: Any) -> None:
         self.group = group
 
     def __deepcopy__(self, memo: Any) -> "Given":
-        """Return itself: the group is one for all copies."""
+        """Return itself: all copies share the group."""
         return self
 
     def __reduce__(self) -> Any:
@@ -341,7 +341,7 @@ class Given:
 
 
 def given(group: Any) -> Any:
-    """Return a process group that a user gave, or None, as an optimizer may give it to pickle and deepcopy."""
+    """Return a process group that a user gave, or None, wrapped for pickle and deepcopy."""
     return group if group is None or isinstance(group, (Given, Lost)) else Given(group)
 
 
@@ -349,8 +349,8 @@ def group_of(params: Sequence[Tensor], asked: Any) -> Any | None:
     """Return the process group over which the ranks must agree, or None where each rank has all it needs.
 
     Args:
-        params: of an optimizer.
-        asked: a process group that the user named, or None: the default one, if a parameter is sharded.
+        params: the parameters of an optimizer.
+        asked: a process group that the user named, or None: the default group, if a parameter is sharded.
 
     Raises:
         RuntimeError: the optimizer is a copy, and its process group is lost.

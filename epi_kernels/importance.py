@@ -33,27 +33,26 @@ def fisher(
         F = 1/N sum_i g_i^2,        g_i the gradient of the loss of example i          PIECE (arXiv 2511.15375) Eq. 4
 
     Parameters, gradients, buffers and the mode of the model (train or eval) are left as they are (a module that writes
-    its parameters when it is run, such as an Embedding with max_norm, writes them here too). No example is skipped. Of
-    a model that is sharded (FSDP2, tensor parallel), each rank scores what it holds: give every rank the same batches,
-    since what a rank gets is the gradient averaged over the ranks.
+    its parameters when it is run, such as an Embedding with max_norm, writes them here too). No example is skipped. In
+    a sharded model (FSDP2, tensor parallel), each rank scores its shards: give every rank the same batches, since
+    gradients are averaged over the ranks.
 
     Args:
         model: whose parameters that require a gradient are scored; they must have none now.
-        batches: of the new task: each any nesting of lists, tuples and dicts of tensors whose first dimension counts
-            the examples; what else is in it is handed on.
+        batches: of the new task: each is any nesting of lists, tuples and dicts of tensors whose first dimension counts
+            the examples; anything else in it is handed on.
         loss_fn: (model, batch) -> the mean loss over the examples of a batch, 0-d.
-        method: of getting a gradient for each example. "loop" goes one by one and holds no gradient longer than it
-            takes to add it, and else the two accumulators alone. "vmap" has many at a time, in 64 MB and what they are
-            made of, and needs a model that torch.func can take. "auto" is vmap for models of up to a million
-            parameters, where 16 gradients fit into that, and loop from the first examples on for which torch.func gives
-            up.
+        method: how to get a gradient for each example. "loop" takes one example at a time; its memory is the two
+            accumulators, and each gradient until it is added. "vmap" takes many at a time, 64 MB of gradients and their
+            intermediate results, and needs a model that torch.func can take. "auto" is vmap for models of up to a
+            million parameters (16 gradients in 64 MB), else loop; if torch.func fails on a batch, loop scores the rest.
         microbatch: B examples to a gradient, for speed: an approximation. The mean of squares of such gradients is too
-            small by the noise that cancels within one; for independent examples of equal weight
-            ``F = B E[g^2] - (B - 1) E[g]^2`` corrects that, and is what is returned. 1: exact.
-        dtype: of the two accumulators: float32, or bfloat16, rounded stochastically, for half the memory until the
-            scores, in float32, take their place.
+            small, since noise cancels within each; for independent examples of equal weight
+            ``F = B E[g^2] - (B - 1) E[g]^2`` corrects that, and is returned. 1: exact.
+        dtype: the dtype of the two accumulators: float32, or bfloat16, rounded stochastically, for half the memory
+            until the scores, in float32, take their place.
         progress: show a progress bar, if tqdm is installed.
-        backend: of the accumulation: "auto", or the name of one, which then runs or raises.
+        backend: what accumulates: "auto", or the name of a backend, which then runs or raises.
 
     Returns:
         {name: float32 tensor of the parameter's shape, >= 0}, in squared gradient units; DTensors where parameters are.
@@ -66,7 +65,7 @@ def fisher(
         RuntimeError: a parameter got two gradients in one backward pass, as reentrant checkpointing makes them.
 
     Warns:
-        UserWarning: gradients are NaN or infinite, and the names of the parameters.
+        UserWarning: gradients are NaN or infinite; it names the parameters.
 
     Example:
         >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -101,19 +100,19 @@ def second_order(
         S = |1/N sum_i g_i| / sqrt(1/N sum_i g_i^2 + xi)                        PIECE (arXiv 2511.15375) Eq. 10
 
     Args:
-        model: as in `fisher`, and so are all others but `xi`.
-        batches: see there.
-        loss_fn: see there.
-        xi: > 0. It decides the ranking, and the paper gives none. None is 1/N, with which the ranking is that of the
-            authors' released code, ``|sum g| / sqrt(sum g^2 + 1)``.
-        method: see there.
-        microbatch: see there.
-        dtype: see there.
-        progress: see there.
-        backend: see there.
+        model: as in `fisher`, like all arguments except `xi`.
+        batches: as in `fisher`.
+        loss_fn: as in `fisher`.
+        xi: > 0. It decides the ranking, and the paper gives no value. None is 1/N, which ranks like the authors'
+            released code, ``|sum g| / sqrt(sum g^2 + 1)``.
+        method: as in `fisher`.
+        microbatch: as in `fisher`.
+        dtype: as in `fisher`.
+        progress: as in `fisher`.
+        backend: as in `fisher`.
 
     Returns:
-        {name: float32 tensor of the parameter's shape}, in [0, 1] but for what the accumulators round.
+        {name: float32 tensor of the parameter's shape}, in [0, 1] up to the rounding of the accumulators.
 
     Raises:
         ValueError: `xi` is not above 0; and as `fisher`.
@@ -136,7 +135,7 @@ def update_magnitude(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) 
     Args:
         before: {name: parameter}, copies taken before a probing run:
             ``{name: param.detach().clone() for name, param in model.named_parameters()}``.
-        after: the same after it, ``dict(model.named_parameters())``; what is not floating point is left out.
+        after: the same after that run, ``dict(model.named_parameters())``; other than floating point is left out.
 
     Returns:
         {name: float32 tensor of the parameter's shape}.
@@ -165,21 +164,21 @@ def output_magnitude(
     """Return, for the weight of every linear layer, the L1 norm of the layer's output in the row's channel.
 
     The criterion of MIGU (arXiv 2406.17245), which trains the rows with the largest outputs in each layer:
-    ``top_k(scores, ratio, scope="layer")``. Of a model under FSDP2 the scores are of whole tensors: give every rank the
-    same batches, so that all choose the same rows.
+    ``top_k(scores, ratio, scope="layer")``. Under FSDP2 the scores are of whole tensors: give every rank the same
+    batches, so that all choose the same rows.
 
     Args:
-        model: its torch.nn.Linear layers are looked at; buffers are left as they are.
+        model: its torch.nn.Linear layers are scored; buffers are left as they are.
         batches: of the new task.
         forward: (model, batch) -> anything; runs the model. None: ``model(batch)``.
 
     Returns:
-        {name of a weight: float32 tensor of its shape}, a row the same number throughout (an expanded view). The names
-        are those of ``model.named_parameters()``, where a tied weight has one.
+        {name of a weight: float32 tensor of its shape}, one number for each row (an expanded view). The names are those
+        of ``model.named_parameters()``, where a tied weight has only one.
 
     Raises:
         ValueError: no linear layer was run.
-        NotImplementedError: a layer's output is not all of its channels, as under tensor parallelism.
+        NotImplementedError: a layer's output lacks some of its channels, as under tensor parallelism.
     """
     norms: dict[str, Tensor] = {}
     names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
@@ -209,7 +208,7 @@ def output_magnitude(
     finally:
         for handle in handles:
             handle.remove()
-        reshard(model)  # else an optimizer would be given the whole parameters, which never get a gradient
+        reshard(model)  # else an optimizer would get the whole parameters, which never have a gradient
     if not norms:
         raise ValueError("no torch.nn.Linear of the model was run: there is nothing to score")
     return {name: norm[:, None].expand(shapes[name]) for name, norm in norms.items()}

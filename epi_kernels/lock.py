@@ -4,8 +4,8 @@ An importance is never negative (S >= 0), so its sign bit is free. A protected e
 a free entry stores ``+S``. The mask therefore needs no tensor of its own, has the parameter's shape, and is sharded,
 saved and resharded together with the importance. A static mask has no importance and keeps the same rule in one byte.
 
-Python reads and writes the bit here alone; csrc/importance.h and ops/equations_triton.py do so in kernels. It is the
-*bit* that counts, not ``S < 0``: -0.0 and NaN carry it too.
+Python code reads and writes the bit only here, kernels in csrc/importance.h and ops/equations_triton.py. The *bit*
+counts, not ``S < 0``: -0.0 and NaN carry it too.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Measures of forgetting, and of how masks differ. Definitions: arXiv 2604.14010 unless PIECE's paper is named.
+"""Measures of forgetting, and of how masks differ. Definitions are from arXiv 2604.14010 unless PIECE is named.
 
 A mask is a bool tensor of any shape, True = protected, or a mapping name -> bool tensor for a whole model; the
 entries of a mapping count together, as one long mask.
@@ -54,11 +54,11 @@ def overall_performance(results: Results) -> float:
         OP = 1/T sum_i R[T, i]                               PIECE (arXiv 2511.15375) Eq. 26
 
     Args:
-        results: R: row t holds the performance on every task after learning task t, in any unit where more is better;
+        results: R: row t has the performance on every task after learning task t, in any unit where more is better;
             as many rows as tasks.
 
     Raises:
-        ValueError: the rows and columns are not as many each, or there are none.
+        ValueError: there are not as many columns as rows, or there are none.
 
     >>> overall_performance([[0.5, 0.25], [0.25, 0.75]])
     0.5
@@ -75,7 +75,7 @@ def backward_transfer(results: Results) -> float:
         BWT = 1/T sum_{i<T} (R[T, i] - R[i, i])              PIECE Eq. 27, which divides by T, and not by T - 1
 
     Args:
-        results: as of `overall_performance`.
+        results: as in `overall_performance`.
 
     Raises:
         ValueError: as `overall_performance`.
@@ -95,7 +95,7 @@ def average_performance(results: Results) -> float:
         AP = 1/T sum_i R[i, i]                               PIECE Fig. 7
 
     Args:
-        results: as of `overall_performance`.
+        results: as in `overall_performance`.
 
     Raises:
         ValueError: as `overall_performance`.
@@ -157,7 +157,7 @@ def flip_rate(before: Mask, after: Mask) -> float:
         r = |before xor after| / (|before| + |after|)        Table 12; two empty sets: 0
 
     The paper gives no denominator; this one makes 0 = the same set and 1 = none in common, whatever the sizes. For
-    the rate of one layer, pass the masks of its parameters alone.
+    the rate of one layer, pass only the masks of its parameters.
 
     Args:
         before: mask of the earlier refresh, True = protected.

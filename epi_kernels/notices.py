@@ -1,4 +1,4 @@
-"""Warnings that point at the line of the program that called, however deep in the package or in torch they arise."""
+"""Warnings that point at the line of the user's program, however deep in the package or in torch they arise."""
 
 import os
 import sys
@@ -6,10 +6,10 @@ import warnings
 
 import torch
 
-# whose lines a program cannot change
+# files in these folders are not the program's: a warning must not point into them
 _INSIDE = (os.path.dirname(__file__) + os.sep, os.path.dirname(torch.__file__) + os.sep)
 
-# the code that torch.compile makes, which is in no file
+# the name of code that torch.compile makes, which is in no file
 _COMPILED = "<eval_with_key>"
 
 

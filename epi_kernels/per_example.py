@@ -1,4 +1,4 @@
-"""Sums of the gradients of single examples and of their squares, over data that is read once.
+"""Sums of per-example gradients and of their squares, over data that is read once.
 
 `epi_kernels.importance` scores entries by them. ``loop`` takes one example after the other, ``vmap`` many at once.
 """
@@ -19,9 +19,9 @@ from epi_kernels.notices import warn
 # fewer gradients than this cannot rank entries: with one, Eq. 10 gives the same score to all
 FEWEST = 8
 
-# entries of per-example gradients that `vmap` holds at a time, and the fewest examples for which "auto" takes it: what
-# it saves is the overhead of backward passes. On 2 cores it took a third to a half of the loop's time for models of 0.1
-# to 0.8 million parameters, as long for 3 million, and longer for 13
+# entries of per-example gradients that `vmap` has in memory at a time, and the fewest examples in them for which "auto"
+# takes vmap, which saves the overhead of backward passes. On 2 cores vmap took a third to a half of the loop's time for
+# models of 0.1 to 0.8 million parameters, as long for 3 million, and longer for 13
 _AT_ONCE = 1 << 24
 _WORTH_VMAP = 16
 
@@ -30,10 +30,10 @@ Method = Literal["auto", "vmap", "loop"]
 
 
 class Sums:
-    """Sums of gradients and of their squares by name, and what follows from them."""
+    """Sums of gradients and of their squares by name, and the moments that follow from them."""
 
     def __init__(self, params: Mapping[str, Tensor], microbatch: int, dtype: torch.dtype, backend: str) -> None:
-        # of what this rank holds
+        # of this rank's shards
         self.sums = {name: torch.zeros_like(local(param), dtype=dtype) for name, param in params.items()}
         self.squares = {name: torch.zeros_like(local(param), dtype=dtype) for name, param in params.items()}
         self._params = params
@@ -56,18 +56,18 @@ class Sums:
         for total, square, grad in zip(sums, squares, grads.values(), strict=True):
             wide = grad.float()
             self._round_into(total, wide)
-            # not square_(): a gradient may be that of another parameter too
+            # not square_(): two parameters may share one gradient tensor
             self._round_into(square, wide.square())
 
     def add_many(self, grads: Mapping[str, Tensor]) -> None:
-        """Add gradients of all parameters, those of several examples stacked in a first dimension."""
-        # row by row: sums over them all, and their squares in between, would take ten times as long and a copy
+        """Add gradients of all parameters; the first dimension counts the examples."""
+        # row by row: to square and sum whole stacks would take ten times as long, and a copy
         for row in zip(*grads.values(), strict=True):
             self.add(dict(zip(grads, row, strict=True)))
 
     def _round_into(self, total: Tensor, more: Tensor) -> None:
         """Add in float32 and round to bfloat16, up or down with the probability that keeps the mean."""
-        # to the nearest, a sum stands still once what is added is below 1/512 of it
+        # rounded to the nearest, a sum would stop growing once each addend is below 1/512 of it
         device = total.device
         if device not in self._generators:
             self._generators[device] = torch.Generator(device).manual_seed(0)
@@ -78,15 +78,15 @@ class Sums:
         total.copy_((bits + noise & -(1 << 16)).view(torch.float32))
 
     def as_parameter(self, name: str, score: Tensor) -> Tensor:
-        """Return a score of what this rank holds as a DTensor, where the parameter is one."""
+        """Return a score of this rank's shard, as a DTensor if the parameter is one."""
         return wrapped(score, self._params[name])
 
     def mean(self, name: str) -> Tensor:
-        """Return E[g], and let the sum go."""
+        """Return E[g], and free the sum."""
         return self.sums.pop(name).float().div_(self.gradients)
 
     def second_moment(self, name: str) -> Tensor:
-        """Return E[g_i^2] of single examples, and let the sum go."""
+        """Return E[g_i^2] of single examples, and free the sum."""
         found = self.squares.pop(name).float().div_(self.gradients)
         if self.microbatch > 1:
             mean = self.sums[name].float().div(self.gradients)
@@ -179,7 +179,7 @@ def _check(params: Mapping[str, Tensor], method: Method, sharded: bool) -> None:
 
 @contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Put buffers back as they are now: in training mode a forward pass moves those of BatchNorm."""
+    """Restore the buffers on leaving: in training mode a forward pass changes those of BatchNorm."""
     before = {buffer: buffer.detach().clone() for buffer in model.buffers()}
     try:
         yield
@@ -190,7 +190,7 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _plain(batch: Any) -> Any:
-    """Return a batch as torch's pytrees know it: transformers' BatchEncoding is a mapping and no dict."""
+    """Return a batch in a form that torch's pytrees know: transformers' BatchEncoding is a mapping but not a dict."""
     return dict(batch) if isinstance(batch, Mapping) else batch
 
 
@@ -231,7 +231,7 @@ def _add_by_vmap(
         rows = slice(first * microbatch, (first + some) * microbatch)
         examples = [leaves[i][rows].unflatten(0, (some, microbatch)) for i in where]
         with warnings.catch_warnings():
-            # of an operation without a batching rule: slower than with one, and still faster than one by one
+            # vmap warns of operations without a batching rule: they are slower, but still faster than one by one
             warnings.filterwarnings("ignore", message="There is a performance drop")
             try:
                 grads = torch.func.vmap(gradient, in_dims=(None, 0), randomness="different")(values, examples)
@@ -261,7 +261,7 @@ def _add_by_loop(
 
 @contextmanager
 def _accumulating(sums: Sums, params: Mapping[str, Tensor]) -> Iterator[set[str]]:
-    """Let every gradient be added to the sums and freed as it is ready; yield the names added so far."""
+    """Add every gradient to the sums and free it as soon as it is ready; yield the names added so far."""
     added: set[str] = set()
 
     def adder(name: str) -> Callable[[Tensor], None]:
@@ -303,7 +303,7 @@ class _Loss(nn.Module):
 
 
 def _checked(loss: Tensor) -> Tensor:
-    """Return a loss, if gradients can come of it: under torch.func they would be 0."""
+    """Return a loss after checking that it has gradients: under torch.func they would silently be 0."""
     if not (isinstance(loss, Tensor) and loss.requires_grad):
         raise ValueError(
             "loss_fn returned what depends on no parameter that requires a gradient; let it return a 0-d tensor, "
@@ -323,7 +323,7 @@ def _examples_in(batch: Any) -> int:
 
 
 def _shown(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
-    """Return the batches behind a progress bar, where that is wanted and can be had."""
+    """Return the batches behind a progress bar, if one is wanted and tqdm is installed."""
     if progress:
         try:
             from tqdm.auto import tqdm

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# grey and Okabe-Ito colours: told apart by colour-blind readers, and in print by their lightness
+# grey and Okabe-Ito colours: colour-blind readers can tell them apart, and in print their lightness differs
 _BASELINE = "#9a9a9a"
 _COLOURS = ("#56b4e9", "#00517d", "#e69f00", "#009e73", "#cc79a7")
 _TEXT = "#333333"

@@ -1,8 +1,8 @@
 """What a table of tensors looks like in memory: one description, from which every layout follows.
 
-A row describes one tensor of a call. On the host it is a C struct (`Row.struct` as numpy has it); on a device it is
-64-bit words, of which a kernel knows the positions (`Row.word`). Both have the fields in the order in which they stand
-here. ``make schema`` writes ``csrc/schema.h``.
+A row describes one tensor of a call. On the host it is a C struct (`Row.struct` is numpy's view of it); on a device it
+is 64-bit words, whose positions a kernel knows (`Row.word`). Both have the fields in the order of this file.
+``make schema`` writes ``csrc/schema.h``.
 """
 
 import zlib
@@ -30,14 +30,14 @@ def width_of(rule: Rule) -> int:
 # raised when a function of csrc/epi_native.h or csrc/epi_cuda.h changes
 _INTERFACE = 5
 
-# where the lock bit of a tensor is; a position is its number in compiled code
+# where the lock bit of a tensor is; the position in this tuple is the number in compiled code
 LOCK_IN = ("none", "importance", "slot", "static")
 
-# the most that any rule has
+# the largest numbers of slots and of scalars that a rule has
 SLOTS = max(len(rule.slots) for rule in RULES)
 SCALARS = max(width_of(rule) for rule in RULES)
 
-# in a word of a device's table of chunks: tensor << CHUNK_BITS | number of the chunk in that tensor
+# a word of a device's table of chunks is: tensor << CHUNK_BITS | number of the chunk in that tensor
 CHUNK_BITS = 40
 
 _NUMPY = {"int64_t": np.int64, "int32_t": np.int32, "float": np.float32}
@@ -50,10 +50,10 @@ class Field(NamedTuple):
 
     Attributes:
         name: of the field.
-        ctype: its type in the C struct. On a device everything is a 64-bit word.
+        ctype: its type in the C struct. On a device every field is a 64-bit word.
         where: which of the two layouts has it.
-        meaning: what it says.
-        length: of an array, and its name in C.
+        meaning: the comment on it in C.
+        length: if it is an array, the name of its length in C and the length.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Row:
     """A row of a table.
 
     Args:
-        name: of what the table is for.
+        name: what the table is for.
         fields: in order. The first is the number of entries.
     """
 
@@ -88,7 +88,7 @@ class Row:
 
     @property
     def words(self) -> tuple[str, ...]:
-        """Return the names of the words of a device; those of an array are name[0], name[1] and so on."""
+        """Return the names of the words on a device; the words of an array are name[0], name[1] and so on."""
         names: list[str] = []
         for field in self.fields:
             if field.where != _HOST:
@@ -96,7 +96,7 @@ class Row:
         return tuple(names)
 
     def word(self, name: str) -> int:
-        """Return the position of a word, or of the first of an array."""
+        """Return the position of a word, or of the first word of an array."""
         return self.words.index(name if name in self.words else f"{name}[0]")
 
 
@@ -118,7 +118,7 @@ SWEEP = Row(
     Field("param", "void*", _BOTH, "written"),
     Field("grad", "const void*", _BOTH),
     _SLOTS,
-    # on a device any number but 0 says that the tensor can be locked, wherever its lock is
+    # on a device any number but 0 says that the tensor has a lock, wherever its lock bits are
     Field("lock", "void*", _BOTH, "signed float importance, written; with EPI_LOCK_STATIC int8, read; else NULL"),
     _NONFINITE,
     Field("param_dtype", "int32_t", _HOST, "enum epi_dtype"),
@@ -184,7 +184,7 @@ ROWS = (SWEEP, GATHER, IMPORTANCE, SUMS, SCORE)
 
 
 def _enum(name: str, members: list[str]) -> str:
-    # the comma at the end keeps them one to a line, whatever their length
+    # with a comma at the end clang-format keeps one member to a line, whatever their length
     return f"enum {name} {{\n" + "".join(f"    {member},\n" for member in members) + "};\n"
 
 
@@ -204,7 +204,7 @@ def _tensor(row: Row) -> str:
 
 
 def _rule(rule: Rule) -> str:
-    """Return what C has to know of a rule: the positions of its slots, what they are, and its scalars."""
+    """Return what C has to know of a rule: the positions of its slots, how many are required, and its scalars."""
     prefix = f"EPI_{rule.name.upper()}"
     names = [slot.name for slot in rule.slots]
     facts = [
@@ -232,7 +232,7 @@ def _parts() -> list[str]:
     ]
 
 
-# what csrc/schema.h defines as the version of both libraries: one that was built from another description is not used
+# the version of both libraries in csrc/schema.h: a library that was built from another description is not used
 VERSION = zlib.crc32("\n".join([*_parts(), str(_INTERFACE)]).encode()) & 0x7FFFFFFF
 
 

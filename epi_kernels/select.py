@@ -13,8 +13,8 @@ from epi_kernels.engine.groups import without_wrappers
 from epi_kernels.isolation.layers import block
 from epi_kernels.ops.equations import score
 
-# entries looked at together
-_PIECE = 1 << 20
+# entries that are looked at together
+_CHUNK = 1 << 20
 
 
 @torch.no_grad()
@@ -31,38 +31,39 @@ def top_k(
     """Return a mask of the k highest scores: k = floor(ratio * d), over all d entries together, and exactly k.
 
     PIECE (arXiv 2511.15375), Alg. 1. Of equal scores at the threshold the first by position are taken: by the order of
-    `scores`, then row-major. That the count is exact lets compact states have a fixed size. The k-th largest score is
-    found by its bits (`epi_kernels.ops.find_threshold`), in three passes over the scores, without sorting or copying
-    them: memory goes to the masks, copies in float32 of what has another dtype, and one of a tensor at a time that is
-    not contiguous.
+    `scores`, then row-major. An exact count lets compact states have a fixed size. The k-th largest score is found by
+    its bits (`epi_kernels.ops.find_threshold`), in three passes over the scores, without sorting or copying them.
+    Memory is needed for the masks, for float32 copies of scores of another dtype, and for a copy of one tensor at a
+    time that is not contiguous.
 
     Scores of a sharded model are DTensors, and so are the masks: the selection is that of one process. Every rank must
-    call. (A threshold that cuts through equal scores gathers one bool for each entry of the tensor where it does.)
+    call. (Where the threshold cuts through equal scores of a tensor, one bool for each of its entries is gathered.)
 
     Args:
-        scores: {name: tensor, >= 0, of any floating dtype and on any device}. Compared as float32; NaN and infinity
-            count as 0, and so does what is subnormal.
+        scores: {name: tensor, >= 0, of any floating dtype and on any device}. Compared as float32; NaN, infinity and
+            subnormal scores count as 0.
         ratio: the share to select, 0 <= ratio <= 1.
         scope: "global", or "layer": floor(ratio * d) of every layer by itself.
-        normalize: None ranks the scores as they are; "layer" by (s - min) / (max - min) of their layer, EPI Eq. 8.
+        normalize: None compares the scores as they are; "layer" compares (s - min) / (max - min) of their layer, EPI
+            Eq. 8.
         layers: what is a layer: "tensor", "block" (see `epi_kernels.isolation.layers.block`) or a callable: name ->
             layer.
-        process_group: the ranks that share the scores out; None is the default group where a score is a DTensor, and no
-            communication otherwise.
-        backend: "auto", or the name of one, which then runs or raises.
+        process_group: the ranks over which the scores are sharded; None is the default group if a score is a DTensor,
+            and no communication otherwise.
+        backend: "auto", or the name of a backend, which then runs or raises.
 
     Returns:
         {name: bool tensor of the score's shape, on its device}, True = selected.
 
     Raises:
-        ValueError: an argument is out of its range, there are no scores, or one is below 0.
+        ValueError: an argument is out of its range, there are no scores, or a score is below 0.
 
     Example:
         >>> top_k({"a": torch.tensor([1.0, 3.0]), "b": torch.tensor([3.0, 2.0])}, 0.5)
         {'a': tensor([False,  True]), 'b': tensor([ True, False])}
     """
     _check(scores, ratio, scope, normalize)
-    # float32 as the operations take it: what is float32 already is not copied
+    # the operations take float32; scores that are float32 already are not copied
     single = {name: local(values.detach()).float() for name, values in scores.items()}
     group = group_of(list(scores.values()), process_group)
     ranks = None if group is None else Ranks(group)
@@ -79,8 +80,8 @@ def top_k(
     if below:
         raise ValueError(f"{below[0]} has scores below 0; pass magnitudes, such as scores.abs()")
     agreed = agreement([held], 0) if ranks is None else ranks.agree(held, asked)
-    layer_of = {piece.name: agreed.layers.index(piece.layer) for piece in held}
-    budget_of = {piece.name: agreed.budgets.index(piece.budget) for piece in held}
+    layer_of = {shard.name: agreed.layers.index(shard.layer) for shard in held}
+    budget_of = {shard.name: agreed.budgets.index(shard.budget) for shard in held}
     counts = [contract.budget(ratio, eligible) for eligible in agreed.budget_eligible]
 
     def total(numbers: list[int]) -> list[int]:
@@ -88,7 +89,7 @@ def top_k(
 
     own = {name: values for name, values in single.items() if name in agreed.owned}
     ranges = _ranges(single, layer_of, len(agreed.layers), ranks, backend) if normalize else None
-    # a backend that was named may run nowhere else than where the scores are
+    # a backend that was named may run only on the device of the scores
     home = torch.device("cpu") if backend == "auto" else next(iter(single.values())).device
     thresholds = _thresholds(own, layer_of, budget_of, ranges, counts, ranks, backend, home)
     scored = {
@@ -96,7 +97,7 @@ def top_k(
         for name, values in single.items()
     }
 
-    # above the threshold all are taken; of those at it, as many as are missing, by position
+    # all scores above the threshold are taken; of those equal to it, as many as are missing, by position
     above = [0] * len(counts)
     for name in own:
         above[budget_of[name]] += scored[name].above()
@@ -111,7 +112,7 @@ def top_k(
 
 
 class _Scored:
-    """What this rank holds of some scores, against the threshold of their budget."""
+    """This rank's shard of some scores, compared with the threshold of their budget."""
 
     def __init__(self, values: Tensor, threshold: Tensor, layer_range: Tensor | None) -> None:
         self._values = values
@@ -119,17 +120,17 @@ class _Scored:
         self._range = None if layer_range is None else layer_range.to(values.device)
 
     def above(self) -> int:
-        """Return how many are above."""
-        return sum(int((found > self._threshold).sum()) for found in self._pieces())
+        """Return how many scores are above the threshold."""
+        return sum(int((found > self._threshold).sum()) for found in self._chunks())
 
     def at(self) -> int:
-        """Return how many are equal."""
-        return sum(int((found == self._threshold).sum()) for found in self._pieces())
+        """Return how many scores equal the threshold."""
+        return sum(int((found == self._threshold).sum()) for found in self._chunks())
 
     def mask(self, take: int, *, cut: bool, like: Tensor) -> Tensor:
-        """Return where they are above, and where they are equal: nowhere, or `take` times.
+        """Return the mask of the scores above the threshold and, unless `take` is 0, of those that equal it.
 
-        With `cut`, `take` are fewer than are equal: the first, row-major, of the whole tensor that `like` is.
+        If `cut`, only the first `take` of the equal ones are selected, in row-major order of the whole tensor `like`.
         """
         at = self._flat(lambda found: found == self._threshold).view(self._values.shape)
         if cut:
@@ -141,22 +142,22 @@ class _Scored:
         return wrapped(above | at if take else above, like)
 
     def _flat(self, where: Callable[[Tensor], Tensor]) -> Tensor:
-        parts = [where(found) for found in self._pieces()]
+        parts = [where(found) for found in self._chunks()]
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.bool, device=self._values.device)
 
-    def _pieces(self) -> Iterator[Tensor]:
-        """Yield the scores of Eq. 8, or as they are, in row-major order."""
-        for piece in self._values.reshape(-1).split(_PIECE) if self._values.numel() else ():
-            yield score(piece, self._range)
+    def _chunks(self) -> Iterator[Tensor]:
+        """Yield the scores in row-major order: by Eq. 8 if there is a range, else as they are."""
+        for chunk in self._values.reshape(-1).split(_CHUNK) if self._values.numel() else ():
+            yield score(chunk, self._range)
 
 
 def _keep_first(flags: Tensor, count: int) -> None:
-    """Clear all flags of a 1-D tensor but the first `count` that are set; in place."""
-    for piece in flags.split(_PIECE):
-        found = int(piece.sum())
+    """Clear all flags of a 1-D tensor except the first `count` that are set; in place."""
+    for chunk in flags.split(_CHUNK):
+        found = int(chunk.sum())
         if found > count:
-            # positions of a piece alone: of the whole they would be eight times the flags
-            piece &= piece.cumsum(0) <= count
+            # a chunk at a time: int64 sums over all flags would take eight times their memory
+            chunk &= chunk.cumsum(0) <= count
         count -= min(found, count)
 
 
@@ -216,7 +217,7 @@ def _thresholds(
     backend: str,
     home: torch.device,
 ) -> Tensor:
-    """Return the k-th largest score of each budget, float32 [budgets] on the CPU; `home` is where it is looked for."""
+    """Return the k-th largest score of each budget, float32 [budgets] on the CPU; `home` is where digits are chosen."""
 
     def histogram(selection: Tensor, shift: int, bins: int) -> Tensor:
         found = [torch.zeros(len(counts), bins, dtype=torch.int64, device="cpu")]

@@ -90,7 +90,7 @@ class _Largest(TorchDispatchMode):
 
 
 def test_ties_at_the_threshold_take_no_memory_but_the_masks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(select, "_PIECE", 1 << 10)
+    monkeypatch.setattr(select, "_CHUNK", 1 << 10)
     scores = {"a": (torch.rand(1 << 16) * 4).floor()}
     with _Largest() as largest:
         mask = top_k(scores, 0.4)

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO: which piece of which parameter lies where in the flat partitions that an optimizer is given.
+"""DeepSpeed ZeRO: which segment of which parameter lies where in the flat partitions that an optimizer is given.
 
 ZeRO-1 and 2 put one flat float32 tensor into each parameter group, ZeRO-3 one for each of its sub-groups. The tensors
 know nothing of names or layers; the engine does.
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Segment(NamedTuple):
-    """A piece of a parameter in a flat partition of this rank."""
+    """A run of a parameter's entries in a flat partition of this rank."""
 
     flat: Tensor
     group: int  # of `flat`, in param_groups
@@ -23,12 +23,12 @@ class Segment(NamedTuple):
 
 
 def group_of(engine: Any) -> Any:
-    """Return the ranks among which an engine has shared the parameters out."""
+    """Return the ranks over which an engine has sharded the parameters."""
     return getattr(engine, "data_parallel_group", None) or dist.group.WORLD
 
 
 def segments_of(engine: Any, optimizer: Any) -> list[Segment]:
-    """Return the pieces that this rank has; none where the engine leaves the parameters as they are (stage 0).
+    """Return the segments that this rank has; none if the engine leaves the parameters as they are (stage 0).
 
     Args:
         engine: as deepspeed.initialize returns it.
@@ -36,7 +36,7 @@ def segments_of(engine: Any, optimizer: Any) -> list[Segment]:
 
     Raises:
         TypeError: `engine` is not an engine.
-        ValueError: it steps another optimizer, or its pieces do not lie in the partitions that `optimizer` has.
+        ValueError: it steps another optimizer, or its segments do not lie in the partitions that `optimizer` has.
     """
     missing = [name for name in ("module", "optimizer") if not hasattr(engine, name)]
     if missing:
@@ -56,13 +56,13 @@ def segments_of(engine: Any, optimizer: Any) -> list[Segment]:
         )
     found = list(_segments(engine, optimizer))
     ends: dict[Tensor, list[tuple[int, int, str]]] = {}
-    for piece in found:
-        if not 0 <= piece.group < len(optimizer.param_groups):
+    for segment in found:
+        if not 0 <= segment.group < len(optimizer.param_groups):
             raise ValueError(
-                f"{piece.name} is in group {piece.group} of the engine, and the optimizer has "
+                f"{segment.name} is in group {segment.group} of the engine, and the optimizer has "
                 f"{len(optimizer.param_groups)}; bind an engine that was initialized with this optimizer"
             )
-        ends.setdefault(piece.flat, []).append((piece.start, piece.start + piece.entries, piece.name))
+        ends.setdefault(segment.flat, []).append((segment.start, segment.start + segment.entries, segment.name))
     for flat, places in ends.items():
         before = (0, 0, "")
         for start, end, name in sorted(place for place in places if place[0] < place[1]):

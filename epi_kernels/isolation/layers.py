@@ -102,7 +102,7 @@ class Grouping:
         grouping.
         """
         if not all(has_names(group) or "param_names" not in group for group in groups):
-            return  # of the parameters that were named, whose places others have taken
+            return  # DeepSpeed has replaced the named parameters by flat partitions: the old stamp stays
         layers = self.of(groups)
         index = {layer: str(i) for i, layer in enumerate(dict.fromkeys(layers.values()))}
         for group in groups:
@@ -113,9 +113,9 @@ class Grouping:
     def adopt(self, groups: Sequence[dict[str, Any]]) -> None:
         """Stamp groups that a state was loaded into, one that `check_saved` has passed.
 
-        Where "auto" has chosen two groupings, one for the state and one here, parameters have names on one side alone.
-        Those of the state are here now, and "auto" then chooses as it did there; if the names are ours, the grouping
-        stays as it is. A warning says which.
+        If "auto" has chosen one grouping for the state and another here, parameters have names on only one side. Names
+        that came with the state are in the groups now, and "auto" chooses as it did for the state; if the names are
+        ours, the grouping stays as it is. A warning says which.
         """
         saved_name, before = groups[0].get("layers"), self.layers
         saved = [group.get("layer_digest") for group in groups]

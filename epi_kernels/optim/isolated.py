@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-# not by way of torch.optim, where a program may have put other classes in the place of torch's
+# imported from their modules: in torch.optim a program may have replaced torch's classes
 from torch.optim.lbfgs import LBFGS
 from torch.optim.optimizer import Optimizer
 
@@ -42,32 +42,31 @@ class IsolatedOptimizer(Isolating, Optimizer):
         base.step()
         the protected entries of theta <- kept
 
-    For 8-bit optimizers, Muon, CPU offload and whatever else moves parameters by its own rule. Protected entries keep
-    their bits, whatever `base` does to them. A step reads and writes S and reads the gradients (12 bytes for each
-    entry with float32 gradients), and reads and writes the k protected values twice. Memory is 4 bytes for each entry
-    and, for each protected one, 8 bytes and its value. Where the base is AdamW, `EPIAdamW` does all of it in one pass.
-    On an accelerator no step waits for it, but for those that refresh and the first one after the masks were changed by
-    other means.
+    For 8-bit optimizers, Muon, CPU offload and any other optimizer with a rule of its own. Protected entries keep their
+    bits, whatever `base` does to them. A step reads and writes S and reads the gradients (12 bytes for each entry with
+    float32 gradients), and reads and writes the k protected values twice. Memory is 4 bytes for each entry and, for
+    each protected one, 8 bytes and its value. If the base is AdamW, `EPIAdamW` does all of this in one pass. A step
+    waits for an accelerator only if it refreshes, or is the first after something else has changed the masks.
 
     It is a torch.optim.Optimizer with the base's groups, state and defaults: schedulers, scalers and training loops
-    take it in the base's place. What else `base` has, such as ``train`` and ``eval``, is passed on; protected entries
-    keep their bits around such calls too. `base` itself must no longer be stepped.
+    take it in the base's place. Other attributes of `base`, such as ``train`` and ``eval``, are passed on; protected
+    entries keep their bits in such calls too. `base` itself must no longer be stepped.
 
     Args:
         base: an optimizer, constructed over its parameters; with ``model.named_parameters()`` layers can be
             transformer blocks. It takes its step without a closure.
         isolation_ratio, importance_beta, mask_interval, layers, normalize, scope, threshold, process_group: as in
             `EPIAdamW`. A group of `base` may carry ``isolation_ratio`` and ``importance_beta`` of its own.
-        backend: of the importance and the refresh: "auto", or the name of one, which then runs or raises.
+        backend: what runs importance and refresh: "auto", or the name of a backend, which then runs or raises.
 
-    From its first step on, or from the start where `base` has a state, ``state[p]["importance"]`` is S in float32 with
-    the lock in its sign bit (see `epi_kernels.lock`), for each parameter that requires a gradient. While `base` runs it
-    is not there: `base` sees the state that it made. A parameter whose ``importance`` was deleted starts over at 0,
-    with nothing locked.
+    From its first step on, or from the start if `base` has a state, ``state[p]["importance"]`` is S in float32 with the
+    lock in its sign bit (see `epi_kernels.lock`), for each parameter that requires a gradient. While `base` runs, the
+    importance is taken out: `base` sees only the state that it made. A parameter whose ``importance`` was deleted
+    starts over at 0, with nothing protected.
 
-    A checkpoint is the base's, with ``importance`` in each parameter's state and the settings in the groups: it loads
-    into `base` alone too, where that ignores what it does not know. Where the checkpoints of `base` have a form of
-    their own, they are in ours, whole, under ``base``.
+    A checkpoint is the base's, with ``importance`` in each parameter's state and the settings in the groups: it also
+    loads into a bare `base`, if that ignores unknown keys. If the checkpoints of `base` have a form of their own, ours
+    has the whole of it under ``base``.
 
     Raises:
         TypeError: `base` is not a torch.optim.Optimizer.
@@ -115,13 +114,13 @@ class IsolatedOptimizer(Isolating, Optimizer):
         self._method = Isolation(layers)
         self._guest, self._entries = Guest(), Protected()
         self._own_state: defaultdict[Tensor, Any] = defaultdict(dict)
-        # it makes the hooks of an optimizer; what it assigns else is lost, since there is no base yet that it could
-        # belong to
+        # torch's constructor makes the hooks; the groups, state and defaults that it assigns are dropped, since they
+        # are the base's, and there is no base yet
         super().__init__([{"params": []}], {})
         self.base = base
         for group in base.param_groups:
             self._take_group(group)
-        # a scaler then unscales the gradients before the step, which importance needs
+        # so a scaler unscales the gradients before the step: the importance needs that
         self._step_supports_amp_scaling = False
 
     @property
@@ -132,17 +131,17 @@ class IsolatedOptimizer(Isolating, Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The base's groups; those that were added to the base itself are taken over at the next step or save."""
+        """The base's groups; groups that were added to the base itself are taken over at the next step or save."""
         return self.base.param_groups
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        if "base" in vars(self):  # else torch's constructor assigns
+        if "base" in vars(self):  # without a base, it is torch's constructor that assigns
             self.base.param_groups = groups
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:
-        """The base's state, with the importance of each parameter; of a base without one, the importance alone."""
+        """The base's state, with the importance of each parameter; only the importances if the base has no state."""
         state = getattr(self.base, "state", None)
         return state if isinstance(state, MutableMapping) else self._own_state  # type: ignore[return-value]
 
@@ -162,7 +161,7 @@ class IsolatedOptimizer(Isolating, Optimizer):
             self.base.defaults = defaults
 
     def __getattr__(self, name: str) -> Any:
-        """Return what the base has and this class has not; protected entries keep their bits around its methods."""
+        """Return an attribute of the base; protected entries keep their bits while a method of the base runs."""
         base = vars(self).get("base")
         if base is None or name.startswith("_") or not hasattr(base, name):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -187,13 +186,13 @@ class IsolatedOptimizer(Isolating, Optimizer):
         """Add a group to the base; it may bring ``isolation_ratio`` and ``importance_beta``.
 
         Raises:
-            ValueError: a setting is out of its range, or differs where it is one for all groups; of the groups that are
-                there too.
+            ValueError: a setting, of this group or one that a program wrote into an earlier one, is out of its range,
+                or differs between groups where it must be equal in all.
         """
-        if "base" not in vars(self):  # torch's constructor adds an empty one
+        if "base" not in vars(self):  # torch's constructor adds an empty group
             return
         self._take_groups()
-        self._take_written()  # what was written into every group holds for this one too
+        self._take_written()  # a setting written into every group holds for this one too
         with self._guest.aside(self):
             self.base.add_param_group(param_group)
         try:
@@ -203,7 +202,7 @@ class IsolatedOptimizer(Isolating, Optimizer):
             raise
 
     def _take_groups(self) -> None:
-        """Take over the groups that lack our settings, and parameters that others have put into the groups."""
+        """Take over groups that lack our settings, and parameters that other code has put into the groups."""
         groups = self.param_groups
         for group in groups:
             if any(key not in group for key in (*SETTINGS, CLOCK, "layer_digest")):
@@ -216,7 +215,7 @@ class IsolatedOptimizer(Isolating, Optimizer):
 
     def _take_group(self, group: dict[str, Any]) -> None:
         """Check a group of the base and write the settings that it lacks into it."""
-        # a group that was isolated before, or loaded such a state, has the name of its layers
+        # a group of another IsolatedOptimizer, or one that has loaded its state, has the name of a grouping
         own = {**group, "layers": self._settings["layers"]} if "layer_digest" in group else group
         settings = plain_settings({key: own.get(key, value) for key, value in self._settings.items()})
         check_settings(settings, "exp_avg_sq")
@@ -236,22 +235,22 @@ class IsolatedOptimizer(Isolating, Optimizer):
         return [param for param, _ in made]
 
     def _make_places(self) -> None:
-        """Make the importances where there is a state already: a distributed checkpoint loads what has a place in it.
+        """Make the importances if there is a state already: a distributed checkpoint loads only keys that are there.
 
-        Where there is none, torch.distributed.checkpoint takes a step of zeros to have it made.
+        Without a state, torch.distributed.checkpoint takes a step with zero gradients, which makes one.
         """
         if self.state and all("isolation_ratio" in group for group in self.param_groups):
             self._make_importances()
 
     def _take_written(self) -> None:
-        """Take over the settings that a program has written into the groups: those for all must be in all of them.
+        """Take over settings that a program has written into groups; one that holds for all must be in all of them.
 
         Raises:
-            ValueError: one is out of its range, differs between groups or cannot change; nothing has changed then.
+            ValueError: a setting is out of range, differs between groups or cannot change; nothing has changed then.
         """
         groups = self.param_groups
         for group in groups:
-            check_settings(group, "exp_avg_sq")  # that it cannot be, says `check_written`
+            check_settings(group, "exp_avg_sq")  # `check_written` says that it cannot be "exp_avg_sq" here
         layers = (self._isolation.grouping.name, self._settings["layers"])
         check_written(groups, SHARED, {"importance": ("ema",), "layers": layers})
         self._settings.update({key: groups[0][key] for key in SHARED if key != "layers"} if groups else {})
@@ -261,7 +260,7 @@ class IsolatedOptimizer(Isolating, Optimizer):
     _taken: list[int] | None = None  # ids of the parameters that were in the groups when they were last looked at
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Do what the base does."""
+        """Call the base's zero_grad."""
         self.base.zero_grad(set_to_none)
 
     def refresh(self) -> None:
@@ -277,16 +276,16 @@ class IsolatedOptimizer(Isolating, Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take a step of the base and put the protected entries back.
 
-        Where `base` raises, the clock, the masks, the telemetry and the protected entries are as before the step. The
-        importance, an average over many steps, has taken the gradients in: to undo that, every step would have to copy
-        4 bytes for each entry.
+        If `base` raises, the clock, the masks, the telemetry and the protected entries are as before the step. The
+        importance, an average over many steps, has advanced: to undo that, every step would have to copy 4 bytes for
+        each entry.
 
         Args:
             closure: evaluated first, with gradients enabled; its value is returned.
 
         Raises:
-            RuntimeError: a gradient is sparse, a parameter has no values (meta), or the parameters are not those that
-                were named: DeepSpeed ZeRO has put flat partitions in their place.
+            RuntimeError: a gradient is sparse, a parameter has no values (meta), or the parameters are not the named
+                ones: DeepSpeed ZeRO has put flat partitions in their place.
             ValueError: an importance in the state is not that of its parameter.
         """
         loss = None
@@ -329,7 +328,7 @@ class IsolatedOptimizer(Isolating, Optimizer):
         return loss
 
     def _advance(self, stepping: dict[Tensor, dict[str, Any]]) -> None:
-        """Advance the importance by the gradients."""
+        """Advance the importance with the gradients."""
         for device in dict.fromkeys(param.device for param in stepping):
             here = [param for param in stepping if param.device == device]
             if self._backend == "auto" and any(param.dtype in DTYPES for param in here):
@@ -339,7 +338,7 @@ class IsolatedOptimizer(Isolating, Optimizer):
             ops.importance_(
                 [local(one) for one in signed],
                 [squared_by_importance(local_gradient(param)) for param in here],
-                torch.zeros(1, 2, dtype=torch.float32, device=device),  # nobody asks for a range between two refreshes
+                torch.zeros(1, 2, dtype=torch.float32, device=device),  # a range is needed only at a refresh
                 self._isolation.nonfinite.counter(here),
                 torch.tensor([(beta, 1.0 - beta) for beta in betas], dtype=torch.float64, device="cpu"),
                 [0] * len(here),
@@ -361,7 +360,7 @@ class IsolatedOptimizer(Isolating, Optimizer):
         """Return the base's state with ``importance`` in the entry of each parameter that has one.
 
         Raises:
-            ValueError: a setting that is one for all groups, or cannot change, was written into one.
+            ValueError: a program has written a setting into one group that must be equal in all, or cannot change.
         """
         self._take_groups()
         self._take_written()
@@ -390,7 +389,7 @@ class IsolatedOptimizer(Isolating, Optimizer):
             ValueError: the state is of another optimizer than the base, of other shapes or another grouping of the
                 parameters into layers, or a setting is out of its range; the message names the entry.
 
-        Whatever is raised, by the base too, nothing has changed then.
+        Nothing has changed after any error, the base's own included.
         """
         self._take_groups()
         state_dict = dict(state_dict)
@@ -402,10 +401,10 @@ class IsolatedOptimizer(Isolating, Optimizer):
             packed = self.base.state_dict()
             plain, of_base = in_torchs_form(packed, self.param_groups), state_dict
             if not plain and "base" not in state_dict and not {"state", "param_groups"} & state_dict.keys():
-                state_dict = {"base": state_dict, **own_form(self.param_groups)}  # of the base alone
+                state_dict = {"base": state_dict, **own_form(self.param_groups)}  # saved by a bare base
                 for group in state_dict["param_groups"]:
                     del group[CLOCK]
-            if check_form(state_dict, self.param_groups):  # else the base says
+            if check_form(state_dict, self.param_groups):  # else the base raises
                 state_dict = in_our_order(state_dict, self.param_groups, self._isolation.grouping)
                 entries = checked_entries(self.base, self.param_groups, state_dict, importances)
                 of_base = {**state_dict, "state": entries}
@@ -426,7 +425,7 @@ class IsolatedOptimizer(Isolating, Optimizer):
                         f"parameter group {i} of the state has no {', '.join(missing)}: it is not of "
                         f"{type(self.base).__name__}, the base"
                     )
-            aside.clear()  # before the new ones are on a device
+            aside.clear()  # frees the old importances before the new ones go to a device
             for param, signed in importances.items():
                 aside[param] = signed.to(param.device, torch.float32)
         if not plain:
@@ -462,7 +461,7 @@ class IsolatedOptimizer(Isolating, Optimizer):
         state = dict(state)
         copied = state.pop("_copied", {})
         super().__setstate__(state)
-        self._method = copy.copy(self._method)  # a shallow copy has one of its own
+        self._method = copy.copy(self._method)  # a shallow copy would share it with the original
         for param, signed in copied.items():
             self._guest.put(self, param, signed)
         self._isolation.iteration.parameters = len(params_of(self.param_groups))

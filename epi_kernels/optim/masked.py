@@ -19,29 +19,29 @@ class MaskedAdamW(FusedOptimizer, AdamW):
 
         theta <- theta where frozen, else the AdamW update          EPI (arXiv 2604.14010) Eq. 12-13 with a constant m
 
-    The static isolation of CPI-FT, and the static baselines of EPI (Table 2). A frozen entry gets no update and no
-    weight decay: it keeps its bits, under NaN gradients too. Its moments advance.
+    This is the static isolation of CPI-FT and of EPI's static baselines (Table 2). A frozen entry gets no update and
+    no weight decay: it keeps its bits, under NaN gradients too. Its moments advance.
 
     Args:
-        params: as torch.optim.AdamW takes them; ``model.named_parameters()`` for a mask by names.
+        params: as torch.optim.AdamW takes them; ``model.named_parameters()`` if `frozen` has names.
         lr, betas, eps, weight_decay, amsgrad, maximize, foreach, fused, capturable, differentiable: as in
             torch.optim.AdamW; see `EPIAdamW`.
-        frozen: {name or Parameter: bool tensor of the parameter's shape}, True = never moves. Parameters that it does
-            not name are free.
+        frozen: {name or Parameter: bool tensor of the parameter's shape}, True = never moves. Parameters without a
+            mask are free.
         clip_grad_norm: as in `EPIAdamW`.
-        process_group: the ranks that share the parameters out; None is the default group where a parameter is a
-            DTensor, and no communication otherwise. Given with plain parameters that have no names, as inside of
-            ZeroRedundancyOptimizer, each rank's parameters are its own, and masks of others are left to other ranks.
-        backend: "auto", or the name of one, which then runs or raises.
+        process_group: the ranks over which the parameters are sharded; None is the default group if a parameter is a
+            DTensor, and no communication otherwise. Given with plain parameters without names, as inside of
+            ZeroRedundancyOptimizer, each rank's parameters are its own, and it skips masks of other ranks' parameters.
+        backend: "auto", or the name of a backend, which then runs or raises.
 
-    State of a parameter with a mask: torch's, and ``frozen``, int8, -1 where frozen. The mask outlives its state
-    (``state.clear()``, a checkpoint without one), and a mask that a checkpoint has replaces it. Where a wrapper puts
-    other objects into `param_groups`, a mask follows by name, else by position, to the shard where that is a DTensor.
+    State of a parameter with a mask: torch's, and ``frozen``, int8, -1 where frozen. The mask outlives the state
+    (``state.clear()``, a checkpoint without a mask); a mask in a checkpoint replaces it. If a wrapper puts other
+    objects into `param_groups`, a mask follows by name, else by position; a DTensor gets its shard of the mask.
 
     Raises:
         ValueError: a name or Parameter is unknown, or its mask is not bool or has another shape; or, at the first step
-            and on every rank that holds a part of the parameters, settings or masks of the ranks differ; or a wrapper
-            has put other tensors into `param_groups` to which a mask cannot go, as DeepSpeed ZeRO does.
+            and on every rank that has shards, settings or masks of the ranks differ; or a wrapper has put other tensors
+            into `param_groups` to which a mask cannot go, as DeepSpeed ZeRO does.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Gradient release: each parameter is stepped as its gradient is ready, and the gradient freed."""
+"""Gradient release: each parameter is stepped as soon as its gradient is ready, and the gradient is freed."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ from epi_kernels.engine.releases import releases_of
 
 
 class _Hook:
-    """What a parameter calls once its gradient is there; `releases_of` knows it by `release`."""
+    """The hook that torch calls once a parameter has its gradient; `releases_of` finds it by the name `release`."""
 
     def __init__(self, release: "GradientRelease", group: int) -> None:
         self.release, self._group = release, group
@@ -23,7 +23,7 @@ class _Hook:
 
 
 class GradientRelease:
-    """What `release_gradients` has set up; `remove` takes it back."""
+    """The hooks that `release_gradients` has set up; `remove` removes them."""
 
     def __init__(self, model: torch.nn.Module, optimizer: FusedOptimizer) -> None:
         _check(model, optimizer)
@@ -39,7 +39,7 @@ class GradientRelease:
         optimizer._release(self)
 
     def remove(self) -> None:
-        """Let gradients stay until `optimizer.step()` again, which ends the iteration that is under way, if one is."""
+        """Let gradients stay until `optimizer.step()` again; an iteration under way ends with the next such call."""
         for handle in self._handles.values():
             handle.remove()
         self._optimizer._release(None)
@@ -47,11 +47,11 @@ class GradientRelease:
 
     @torch.no_grad()
     def step(self, param: Tensor, group: int) -> None:
-        """Take the step of a parameter, of that group, whose gradient is there, and free the gradient.
+        """Step a parameter, of the group at position `group`, and free its gradient.
 
         Raises:
-            RuntimeError: it has stepped since the last `optimizer.step()`.
-            ValueError: the settings of the group and a release cannot be had together.
+            RuntimeError: the parameter has stepped since the last `optimizer.step()`.
+            ValueError: the group has a setting that a release excludes.
         """
         if param in self._stepped:
             raise RuntimeError(
@@ -62,7 +62,7 @@ class GradientRelease:
             )
         if not self._stepped:
             self._optimizer._take_written()
-        self.check_group(self._optimizer.param_groups[group])  # it may have been written since
+        self.check_group(self._optimizer.param_groups[group])  # a program may have written into it
         self._optimizer._step_alone(param, group)
         self._stepped.add(param)
         param.grad = None
@@ -71,20 +71,20 @@ class GradientRelease:
         return name_of(param, self._optimizer.param_groups)
 
     def start_over(self) -> None:
-        """Let the next backward() step every parameter again; what has stepped since the last step() keeps that."""
+        """Let the next backward() step every parameter again; steps since the last step() are not undone."""
         self._stepped = set()
 
     def _steps(self, param: Tensor) -> bool:
-        """Return whether backward() steps a parameter; by the hook that it has, no parameter being held here."""
+        """Return whether backward() steps a parameter: its hook tells, since nothing here refers to parameters."""
         handle = self._handles.get(id(param))
         return handle is not None and handle.hooks_dict_ref() is param._post_accumulate_grad_hooks
 
     def end_iteration(self) -> None:
-        """Do what `optimizer.step()` still has to do after a backward pass.
+        """Do what is left for `optimizer.step()` after a backward pass.
 
         Raises:
-            RuntimeError: a gradient scaler calls: the gradients that it would unscale and look at are applied and gone;
-                or a parameter has a gradient left, or joined the optimizer later, and would not train.
+            RuntimeError: a gradient scaler calls: the gradients that it would unscale and check are gone already; or a
+                parameter has a gradient left, or joined the optimizer later, and would not train.
         """
         if getattr(self._optimizer, "found_inf", None) is not None:
             raise RuntimeError(
@@ -108,10 +108,10 @@ class GradientRelease:
         self._optimizer._end_iteration()
 
     def check_group(self, group: dict[str, Any]) -> None:
-        """Check that the settings of a group and released gradients can be had together.
+        """Check that a group has no setting that a release excludes.
 
         Raises:
-            ValueError: they cannot; the message names the setting.
+            ValueError: it has; the message names the setting.
         """
         if group.get("clip_grad_norm") is not None:
             raise ValueError(
@@ -126,34 +126,33 @@ class GradientRelease:
 def release_gradients(model: torch.nn.Module, optimizer: FusedOptimizer) -> GradientRelease:
     """Let every parameter take its step during backward(), as soon as its gradient is ready, and free the gradient.
 
-    The memory of the gradients goes from that of the whole model to that of the largest few tensors. The loop stays as
-    it is: ``optimizer.step()`` ends an iteration, and a refresh that is due happens there, from the importance that
-    this iteration's gradients have already advanced. A mask so takes effect one update later than without release;
+    Gradients need the memory of the few largest tensors instead of the whole model. The training loop stays as it is:
+    ``optimizer.step()`` ends an iteration, and a refresh that is due happens in that call, from an importance that this
+    iteration's gradients have already advanced. A mask therefore takes effect one update later than without release;
     everything else is the same, bit for bit. A parameter that requires no gradient now may thaw later.
 
-    Where backward() raises, ``optimizer.zero_grad()`` starts the iteration over: parameters that have stepped keep that
+    If backward() raises, ``optimizer.zero_grad()`` starts the iteration over: parameters that have stepped keep that
     step, the gradients that are left are dropped, and the next backward() steps every parameter again.
 
-    What looks at the gradients between backward() and step() finds none, and nothing can tell: clipping from outside
-    (``torch.nn.utils.clip_grad_norm_``, or a trainer's ``max_grad_norm``) returns a norm of 0.0 and clips nothing, and
-    a log of gradient norms shows 0. Turn them off.
+    Code that looks at gradients between backward() and step() finds none, and no error can say so: clipping from
+    outside (``torch.nn.utils.clip_grad_norm_``, or a trainer's ``max_grad_norm``) returns a norm of 0.0 and clips
+    nothing, and a log of gradient norms shows 0. Turn them off.
 
     Args:
-        model: whose parameters get the gradients.
+        model: its parameters get the gradients.
         optimizer: an `EPIAdamW`, `MaskedAdamW` or `SparseAdamW` of parameters of `model`.
 
     Returns:
-        What takes it back: ``release.remove()``.
+        The release; ``release.remove()`` ends it.
 
     Raises:
-        ValueError: the optimizer clips (the norm is known after the last gradient), is capturable or differentiable,
-            has parameters that are not the model's, slices of FSDP1's, gradients left over, or released to another
-            optimizer, whose release must be removed first; or a part of the model
-            is a DistributedDataParallel, whose gradients are averaged later. Later: a state or a group of such settings
-            is loaded or added.
+        ValueError: the optimizer clips (the norm is known after the last gradient), is capturable or differentiable, or
+            has parameters that are not the model's, are slices of FSDP1's, have gradients, or are released to another
+            optimizer, whose release must be removed first; or a part of the model is a DistributedDataParallel, which
+            averages gradients later. Later: a state or a group with such settings is loaded or added.
         RuntimeError: later, in backward(): a second gradient before step(), as in gradient accumulation; in step(): a
-            gradient scaler calls, a parameter has a gradient all the same (of DistributedDataParallel around `model`,
-            or set by hand), or has joined the optimizer since.
+            gradient scaler calls, a parameter still has a gradient (from DistributedDataParallel around `model`, or set
+            by hand), or has joined the optimizer since.
 
     Example:
         >>> from epi_kernels import EPIAdamW
@@ -169,7 +168,7 @@ def release_gradients(model: torch.nn.Module, optimizer: FusedOptimizer) -> Grad
 
 
 def _hooked(param: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
-    """Register a hook for when a parameter's gradient is there, which one that requires none now may have later."""
+    """Register a hook that runs once a parameter has its gradient; it may require one only later."""
     trains = param.requires_grad
     # torch registers this hook only on tensors that require grad, so switch it on for the call
     handle = param.requires_grad_().register_post_accumulate_grad_hook(hook)

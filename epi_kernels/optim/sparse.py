@@ -1,4 +1,4 @@
-"""SparseAdamW: AdamW of selected entries alone, with state for them alone (PIECE, arXiv 2511.15375)."""
+"""SparseAdamW: AdamW of trainable entries only, with state only for them (PIECE, arXiv 2511.15375)."""
 
 from collections.abc import Mapping
 from typing import Any, cast
@@ -46,11 +46,11 @@ class SparseAdamW(FusedOptimizer, AdamW):
     ``state.clear()``. Where a wrapper puts other objects into `param_groups`, state and selection follow by name, else
     by position, to the shard where that is a DTensor.
 
-    Of a DTensor the state is that of the shard, with the positions under ``trainable``, and a checkpoint has it in the
+    The state of a DTensor is that of its shard, with the positions under ``trainable``. A checkpoint has it in the
     parameter's shape, with the mask as ``trainable``, so that it loads on another number of ranks: 9 bytes for each
-    entry, made when it is saved. What is plain has k values there, and torch.distributed.checkpoint, which loads into
-    what is there, loads it where as many entries are selected; between sharded and plain, save with
-    ``full_state_dict=True``. Ranks that have a replica each, as under DDP, must be given the same masks.
+    entry, made when it is saved. Plain parameters save k values; torch.distributed.checkpoint loads in place, so k must
+    be equal on both sides. To move between sharded and plain, save with ``full_state_dict=True``. Ranks with replicas,
+    as under DDP, must be given the same masks.
 
     Raises:
         ValueError: a name or Parameter is unknown, or its mask is not bool or has another shape; or, at the first step
