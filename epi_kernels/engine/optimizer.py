@@ -35,7 +35,7 @@ from epi_kernels.engine.settings import (
 )
 from epi_kernels.engine.state import OPTIONS
 
-# torch's complaint about a capture that its own flags do not allow; the first name is that of torch >= 2.9
+# torch's complaint about a capture that its own flags do not allow; the first name is that of torch >= 2.11
 _HEALTH_CHECK = next(
     name
     for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
