@@ -117,6 +117,15 @@ def test_scores_are_normalised_by_layer_with_ieee_operations(backend: str) -> No
     assert counts.tolist() == [[2, 2, 0], [0, 0, 1]]
 
 
+def test_an_importance_next_to_the_minimum_scores_zero_whether_subnormals_are_flushed_or_not(backend: str) -> None:
+    # the range is a normal number and the first distance from the minimum is none: as hardware sees it that flushes
+    smallest = torch.finfo(torch.float32).tiny
+    importances = [torch.tensor([4.0, 4.5, 5.0]) * smallest]
+    counts = ops.lock_(importances, [0], importances[0][[0, 2]].view(1, 2), [0], torch.tensor([0.0]), None, backend)
+    assert lock.is_locked(importances[0]).tolist() == [False, False, True]
+    assert counts.tolist() == [[1, 1, 0]]
+
+
 def test_locks_are_set_and_released_on_any_strides(backend: str) -> None:
     storage = torch.zeros(4, 6)
     view = storage[:, ::2].t()

@@ -16,6 +16,7 @@ from epi_kernels.ops.tensors import Tensors
 from epi_kernels.ops.tiles import Budget, Variant, left_of, located, read, scattered, words
 from epi_kernels.rules import RULES, Rule
 from epi_kernels.schema import GATHER
+from epi_kernels.storage import FLOAT32
 
 _WIDTH = tl.constexpr(len(GATHER.words))
 _PARAM, _GRAD, _PARAM_OFFSETS, _GRAD_OFFSETS, _FIRST_SLOT, _SCALARS = words(
@@ -91,7 +92,7 @@ def _variant(rule: Rule, budget: Budget) -> Variant:
         **budget.changes,
     }
     offset = arguments["OFFSET"].primitive_bitwidth
-    size = (2 * param.primitive_bitwidth + grad.primitive_bitwidth + offset) / 8 + 8 * slots
+    size = (2 * param.primitive_bitwidth + grad.primitive_bitwidth + offset) / 8 + 2 * FLOAT32.bytes * slots
     # a scatter: each entry of p and g is a sector of 32 bytes, which no width helps
     return Variant(budget.name, gather_kernel, arguments, size, budget.instructions, {}, {})
 

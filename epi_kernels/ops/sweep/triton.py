@@ -28,6 +28,7 @@ from epi_kernels.ops.tiles import Budget, Variant, left_of, located, pointer, re
 from epi_kernels.rules import RULES, Rule
 from epi_kernels.schema import LOCK_IN as LOCKS
 from epi_kernels.schema import SWEEP
+from epi_kernels.storage import FLOAT32
 
 _WIDTH = tl.constexpr(len(SWEEP.words))
 _PARAM, _GRAD, _FIRST_SLOT, _LOCK, _SCALARS, _ALIGNED = words(
@@ -189,7 +190,7 @@ def _variant(rule: Rule, budget: Budget) -> Variant:
     param_bits, grad_bits = (min(128, 4 * dtype.primitive_bitwidth) for dtype in (param, grad))
     slots = len(rule.slots) if budget.optional else rule.required
     reads, writes = Counter([param_bits, grad_bits, *[128] * slots]), Counter([param_bits, *[128] * slots])
-    size = param_bits / 16 + grad_bits / 32 + 8 * slots
+    size = param_bits / 16 + grad_bits / 32 + 2 * FLOAT32.bytes * slots
     if budget.lock_in == "importance":
         reads[128] += 1
         writes[128] += not advanced
