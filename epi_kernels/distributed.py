@@ -97,7 +97,7 @@ def reshard(model: torch.nn.Module) -> None:
 
 
 @dataclass(frozen=True)
-class Held:
+class Shard:
     """The shard that a rank has of one eligible parameter."""
 
     name: str
@@ -120,7 +120,7 @@ class Agreement:
     owned: set[str] = field(default_factory=set)  # names of the parameters whose shard this rank counts
 
 
-def agreement(everyone: Sequence[Sequence[Held]], rank: int) -> Agreement:
+def agreement(everyone: Sequence[Sequence[Shard]], rank: int) -> Agreement:
     """Return the agreement of one rank, from the shards that every rank has.
 
     If several ranks have the same shard, the lowest of them counts it, so that a replicated entry counts once.
@@ -129,7 +129,7 @@ def agreement(everyone: Sequence[Sequence[Held]], rank: int) -> Agreement:
         ValueError: the shards of all ranks do not make exactly one whole parameter of each name.
 
     Example:
-        >>> shard = Held("w", ("whole",), "layer", ("global", 0.1), entries=4, of=4)
+        >>> shard = Shard("w", ("whole",), "layer", ("global", 0.1), entries=4, of=4)
         >>> agreement([[shard], [shard]], rank=1)  # the same on both ranks: rank 0 counts the 4 entries
         Agreement(layers=['layer'], budgets=[('global', 0.1)], layer_eligible=[4], budget_eligible=[4], pairs=[(0, 0)],
             owned=set())
@@ -158,13 +158,13 @@ def agreement(everyone: Sequence[Sequence[Held]], rank: int) -> Agreement:
     return found
 
 
-def _check_pieces(everyone: Sequence[Sequence[Held]]) -> None:
+def _check_pieces(everyone: Sequence[Sequence[Shard]]) -> None:
     """Check that the shards of each name make one whole parameter.
 
     Raises:
         ValueError: they do not; the message names it.
     """
-    holders: dict[str, dict[int, Held]] = {}
+    holders: dict[str, dict[int, Shard]] = {}
     for rank, theirs in enumerate(everyone):
         for shard in theirs:
             if rank in holders.setdefault(shard.name, {}):
@@ -234,7 +234,7 @@ class Ranks:
                 f"({error})"
             ) from error
 
-    def agree(self, held: Sequence[Held], settings: Sequence[dict[str, Any]]) -> Agreement:
+    def agree(self, held: Sequence[Shard], settings: Sequence[dict[str, Any]]) -> Agreement:
         """Tell all ranks which shards this one has, and return the agreement; one exchange of a few names a parameter.
 
         Args:

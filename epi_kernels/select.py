@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from epi_kernels import contract, ops
-from epi_kernels.distributed import Held, Ranks, agreement, group_of, is_dtensor, local, shard_key, shard_of, wrapped
+from epi_kernels.distributed import Ranks, Shard, agreement, group_of, is_dtensor, local, shard_key, shard_of, wrapped
 from epi_kernels.engine.groups import without_wrappers
 from epi_kernels.isolation.layers import block
 from epi_kernels.ops.equations import score
@@ -72,7 +72,7 @@ def top_k(
         layer = _layer(name, layers)
         key = shard_key(values, 0, partitioned=False)
         budget = (layer if scope == "layer" else "global", ratio)
-        held.append(Held(name, key, layer, budget, single[name].numel(), values.numel()))
+        held.append(Shard(name, key, layer, budget, single[name].numel(), values.numel()))
     below = [name for name, values in single.items() if (values <= -contract.SMALLEST_NORMAL).any()]
     asked = [{"ratio": ratio, "scope": scope, "normalize": normalize, "names": list(scores)}]
     if ranks is not None:

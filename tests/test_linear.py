@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 import epi_kernels
 from epi_kernels import EPIAdamW, IsolatedOptimizer, MaskedAdamW, SparseAdamW, distributed
-from epi_kernels.distributed import Held
+from epi_kernels.distributed import Shard
 from epi_kernels.engine.groups import names_of, position_of
 from epi_kernels.engine.sweeping import Sweeping
 from epi_kernels.isolation.refresh import Candidate, Refresh
@@ -111,7 +111,7 @@ class Searched(list[Any]):
 def test_layers_and_budgets_of_ranks_are_not_searched_in_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Searched, "times", 0)
     monkeypatch.setattr(distributed, "Agreement", functools.partial(distributed.Agreement, pairs=Searched()))
-    held = [Held(f"w{i}", ("whole",), f"layer {i}", (f"layer {i}", 0.1), 4, 4) for i in range(20)]
+    held = [Shard(f"w{i}", ("whole",), f"layer {i}", (f"layer {i}", 0.1), 4, 4) for i in range(20)]
     pairs = distributed.agreement([held, held], 0).pairs
     assert pairs == [(i, i) for i in range(20)]
 

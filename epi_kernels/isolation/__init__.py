@@ -1,4 +1,4 @@
-"""Evolving isolation (EPI): who competes for protection, when it is chosen again, and what is known of it afterwards.
+"""Evolving isolation (EPI): who competes for protection, when the masks are chosen again, and what the refreshes report.
 
-It knows no rule, no dtype and no backend.
+Nothing here depends on an optimizer's rule, on a dtype or on a backend.
 """

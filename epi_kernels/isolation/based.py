@@ -1,4 +1,4 @@
-"""The states of a base optimizer, checked before the base takes them, and taken as a whole or not at all."""
+"""Saved states of a base optimizer: checked before the base loads them, and loaded completely or not at all."""
 
 import inspect
 from collections.abc import Iterator, MutableMapping
@@ -17,7 +17,7 @@ from epi_kernels.engine.settings import Groups, check_shared
 from epi_kernels.isolation.layers import check_saved
 from epi_kernels.isolation.settings import CLOCK, SETTINGS, SHARED, check_settings
 
-# what torch's optimizers are constructed with, and not all of them: it tells the states of one from those of another
+# arguments that some of torch's optimizers have and others lack: they tell which optimizer a state comes from
 _HYPERPARAMETERS = {
     name
     for each in vars(torch.optim).values()
@@ -27,7 +27,7 @@ _HYPERPARAMETERS = {
 
 
 def in_torchs_form(packed: Any, groups: Groups) -> bool:
-    """Return whether a state of a base has torch's form: an entry for each parameter, which is a dict."""
+    """Return whether the state of a base has torch's form: one entry for each parameter, and each entry a dict."""
     try:
         fits = isinstance(packed, dict) and check_form(packed, groups)
     except ValueError:
@@ -36,7 +36,7 @@ def in_torchs_form(packed: Any, groups: Groups) -> bool:
 
 
 def own_form(groups: Groups) -> dict[str, Any]:
-    """Return a state of torch's form that has our settings alone."""
+    """Return a state in torch's form that has only our settings."""
     found, number = [], 0
     for group in groups:
         keys = ("param_names", *SETTINGS, CLOCK, "layers_auto", "layer_digest")
@@ -47,7 +47,7 @@ def own_form(groups: Groups) -> dict[str, Any]:
 
 
 def clock_of(state_dict: dict[str, Any]) -> int:
-    """Return the clock of a saved state; of one that has none, such as the base's, its largest ``step``."""
+    """Return the clock of a saved state; if the state has none, as a base's own state, return its largest ``step``."""
     groups = state_dict["param_groups"]
     if groups and CLOCK in groups[0]:
         return int(groups[0][CLOCK])
@@ -58,17 +58,17 @@ def clock_of(state_dict: dict[str, Any]) -> int:
 def checked_entries(
     base: Optimizer, groups: Groups, state_dict: dict[str, Any], importances: dict[Tensor, Tensor]
 ) -> dict[Any, Any]:
-    """Check a saved state, put its importances aside, and return the entries that are left for the base.
+    """Check a saved state, move its importances into `importances`, and return the other entries, for the base.
 
     Args:
-        base: that shall load them.
-        groups: the base's, with our settings.
-        state_dict: in torch's form.
-        importances: filled.
+        base: the optimizer that will load the entries.
+        groups: the base's groups, with our settings.
+        state_dict: the saved state, in torch's form.
+        importances: filled with this rank's shard of each importance in the state.
 
     Raises:
-        ValueError: the state is of another optimizer than the base, of other shapes or another grouping, or a setting
-            is out of its range; the message names the entry.
+        ValueError: the state comes from another optimizer than the base, or has other shapes or another grouping, or
+            a setting is out of its range; the message names the entry.
     """
     saved_groups = state_dict["param_groups"]
     check_saved(saved_groups, groups)
@@ -94,7 +94,7 @@ def checked_entries(
         if "importance" in entry:
             check_tensor("importance", entry["importance"], param, name, tuple(param.shape))
             importances[param] = shard_of(entry["importance"], param)
-        if rest:  # some bases take an entry that is there for one of their own
+        if rest:  # some bases take any entry, even an empty one, for a state that they made
             entries[number] = rest
     if is_torchs(base):
         for i, (ours, saved) in enumerate(zip(groups, saved_groups, strict=True)):
@@ -111,30 +111,30 @@ def _check_goes_on(
     saved: dict[str, Any],
     entries: dict[Tensor, dict[str, Any]],
 ) -> None:
-    """Check that the base, one of torch's, can take a step from a saved group and saved entries.
+    """Check that the base, one of torch's optimizers, can take a step from a saved group and saved entries.
 
-    An optimizer of its kind tries it with tensors of one value.
+    A second optimizer of the same class tries such a step, with tensors of one value.
 
     Raises:
-        ValueError: it cannot; the message names the setting or the parameter.
+        ValueError: the base cannot; the message names the settings or the parameter.
     """
     for key, value in base.defaults.items():
         if (isinstance(value, bool) or key in ("foreach", "fused")) and not isinstance(saved.get(key), bool | None):
             raise ValueError(f"Invalid {key}: {saved[key]!r}; it is a flag")
     if not ours["params"] or not _goes_on(base, ours, ours["params"][0], {}):
-        return  # its kind cannot be tried that way
+        return  # this class cannot be tried with one value
     _goes_on(base, {**ours, **saved}, ours["params"][0], {}, "the settings")
     for param, entry in entries.items():
         _goes_on(base, {**ours, **saved}, param, entry, f"the state of {name_of(param, groups)}")
 
 
 def _of_base(base: Optimizer, key: str, value: Any, param: Tensor, name: str) -> Any:
-    """Check an item of the base's state, and return it: of a whole tensor this rank's shard."""
+    """Check an item of the base's state, and return the item, or this rank's shard if the item is a whole tensor."""
     if not isinstance(value, Tensor):
         return value
     whole = tuple(param.shape)
     if is_torchs(base):
-        # a number, an entry each, or of Adafactor's one for each row or column
+        # one number, or a value for each entry, or (Adafactor) a value for each row or column
         fits = value.dim() == len(whole) and all(a in (1, b) for a, b in zip(value.shape, whole, strict=True))
         check_place(key, value, param, name, tuple(value.shape) if fits or value.numel() == 1 else whole)
     return shard_of(value, param) if key != "step" and tuple(value.shape) == whole else value
@@ -142,7 +142,7 @@ def _of_base(base: Optimizer, key: str, value: Any, param: Tensor, name: str) ->
 
 @contextmanager
 def as_before(base: Optimizer) -> Iterator[None]:
-    """Let a base that raises be as it was, with its groups, its state, and the optimizers that it holds."""
+    """If the base raises, restore the base, its groups, its state, and the optimizers among its attributes."""
     held = [base, *(value for value in vars(base).values() if isinstance(value, Optimizer))]
     mappings: list[MutableMapping[Any, Any]] = [vars(one) for one in held]
     lists: list[list[Any]] = []
@@ -172,10 +172,10 @@ def is_torchs(base: Optimizer) -> bool:
 def _goes_on(
     base: Optimizer, group: dict[str, Any], param: Tensor, entry: dict[str, Any], what: str | None = None
 ) -> bool:
-    """Return whether an optimizer of the kind of `base` takes a step of one value by these settings and this state.
+    """Return whether an optimizer of the class of `base` can step one value with these settings and this state.
 
     Raises:
-        ValueError: it does not, and there is a name of `what` it takes.
+        ValueError: the optimizer cannot, and `what` is given, which names the settings or the state in the message.
     """
 
     def small(value: Any) -> Any:
@@ -192,7 +192,7 @@ def _goes_on(
     one = torch.zeros(shape, dtype=param.dtype, device="cpu", requires_grad=True)
     one.grad = torch.zeros(shape, dtype=param.dtype, device="cpu")
     settings = {key: on_cpu(group[key]) for key in base.defaults if key in group}
-    # of the places where a step runs, the one that every kind has
+    # the plain implementation of a step, which every class has
     flags = {
         key: value for key, value in (("foreach", False), ("fused", False), ("capturable", False)) if key in settings
     }
@@ -203,7 +203,7 @@ def _goes_on(
             stand_in.param_groups[0].update({**settings, **flags, **differentiable})
             if entry:
                 stand_in.state[one] = {key: small(value) for key, value in entry.items()}
-            inspect.unwrap(type(base).step)(stand_in)  # without the hooks that a program has for every optimizer
+            inspect.unwrap(type(base).step)(stand_in)  # without the hooks that a program registered for all optimizers
     except Exception as error:
         if what is None:
             return False

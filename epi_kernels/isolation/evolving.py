@@ -1,4 +1,4 @@
-"""Evolving isolation as the method of a fused optimizer: EPI's masks in state and checkpoints, and under DeepSpeed."""
+"""Evolving isolation as the method of a fused optimizer: EPI's masks in its state, in checkpoints and under DeepSpeed."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,11 +19,11 @@ from epi_kernels.rules import Rule
 
 
 class Evolving(Isolation, Method):
-    """The protected entries are those that `Isolation` chooses; the lock of a parameter rides in its importance.
+    """`Isolation` chooses the protected entries; the sign bits of a parameter's importance are its locks.
 
     Args:
         layers: see `Isolation`.
-        rule: of the optimizer, one of whose slots may serve as the importance.
+        rule: the optimizer's rule; one of its slots may serve as the importance.
     """
 
     settings = (*SETTINGS, CLOCK)
@@ -46,14 +46,14 @@ class Evolving(Isolation, Method):
         check_settings(group, self._slot)
 
     def fixed(self, owner: Owner) -> dict[str, tuple[Any, ...]]:
-        """Return the settings of which the masks are: where the lock is, and the layers."""
+        """Return the settings that cannot change because the masks depend on them: where the locks are, and the layers."""
         return {
             "importance": (owner.defaults["importance"],),
-            "layers": (self.grouping.name, owner.defaults["layers"]),  # the second where there are no names to go by
+            "layers": (self.grouping.name, owner.defaults["layers"]),  # the second is allowed where parameters have no names
         }
 
     def admit(self, owner: Owner, group: dict[str, Any]) -> None:
-        """Take in a group that was just added: its locks have a place, its parameters fall into layers."""
+        """Take in a group that was just added: check that its locks have a place, and assign its parameters to layers."""
         self._check_locks(owner, group, group["params"])
         self.join(owner.param_groups, group)
         self.grouping.resolve(named="param_names" in group)
@@ -61,7 +61,7 @@ class Evolving(Isolation, Method):
         self.competition.part()
 
     def _check_locks(self, owner: Owner, group: dict[str, Any], params: Sequence[Tensor]) -> None:
-        """Check that there is a place for the locks of parameters under the settings of a group."""
+        """Check that the settings of a group leave a place for the locks of these parameters."""
         for param in params:
             if param.is_complex() and self.lock_in(owner, param, group) == "exp_avg_sq":
                 raise NotImplementedError(
@@ -70,7 +70,7 @@ class Evolving(Isolation, Method):
                 )
 
     def lock_in(self, owner: Owner, param: Tensor, group: dict[str, Any]) -> str:
-        """Return where the lock of a parameter is: in its importance, in its second moment, or nowhere."""
+        """Return where the locks of a parameter are: in its importance, in its second moment, or nowhere."""
         if group["isolation_ratio"] == 0:
             return "none"
         return "importance" if group["importance"] == "ema" else "exp_avg_sq"
@@ -82,37 +82,37 @@ class Evolving(Isolation, Method):
     # The step --------------------------------------------------------------------------------------------------------
 
     def idle_step(self, owner: Owner) -> None:
-        """Count a step without any gradient here, and take part in a refresh that is due."""
+        """Count a step in which this rank has no gradient, and take part in a refresh that is due."""
         found_inf = getattr(owner, "found_inf", None)
         if self.competition.segments is not None or (found_inf is not None and found_inf.item()):
             return
         self.step_without_gradients(owner)
 
     def between_iterations(self, owner: Owner) -> None:
-        """Count the step that the parameters have taken one by one, and refresh if it is due."""
+        """Count the step that the parameters have taken one by one, and refresh the masks if a refresh is due."""
         self.nonfinite.warn(owner.param_groups)
         self.idle_step(owner)
 
     def clock_on_host(self, owner: Owner) -> bool:
-        """Return whether ranks decide together whether to refresh: the host must then know."""
+        """Return whether several ranks decide together when to refresh: the host must then know the clock."""
         return self.competition.ranks(owner) is not None
 
     def before_check(self, owner: Owner, param: Tensor, group: dict[str, Any]) -> None:
-        """Let the importance be the second moment again where the two are one and only one has got a new shape."""
+        """Make the importance the second moment again, where both are one tensor and only the second moment was reshaped."""
         state = owner.state.get(param, {})
         shared = group["importance"] == "exp_avg_sq" and {"importance", "exp_avg_sq"} <= state.keys()
-        # who gives a parameter another shape, and its moments too, need not know that one moment has two names
+        # code that reshapes a parameter and its moments need not know that one of the moments has two names
         if shared and local(state["importance"]).shape != local(state["exp_avg_sq"]).shape == local(param).shape:
             state["importance"] = state["exp_avg_sq"]
 
     def state_made(self, owner: Owner, param: Tensor, group: dict[str, Any]) -> None:
-        """Let importance and second moment be one tensor, where the lock rides in the second moment."""
+        """Make importance and second moment one tensor, where the second moment carries the locks."""
         state = owner.state[param]
         exempt = group["isolation_ratio"] == 0 and "importance" not in state
         if group["importance"] != "exp_avg_sq" or exempt:
             return
-        # Whoever writes into `state` past load_state_dict may have made two tensors of the one: a loader of a
-        # checkpoint, or an offloader that has moved each to the host and back. The importance has the locks.
+        # Code that writes into `state` without load_state_dict may have made two tensors of the one: a checkpoint
+        # loader, or an offloader that moved each to the host and back. The importance is the one with the locks.
         own, other = state["exp_avg_sq"], state.get("importance", state["exp_avg_sq"])
         if other is not own and local(other).data_ptr() != local(own).data_ptr():
             other = other.to(own.device)
@@ -120,16 +120,16 @@ class Evolving(Isolation, Method):
         self._take_signed(owner, param, own)
 
     def _take_signed(self, owner: Owner, param: Tensor, signed: Tensor) -> None:
-        """Let a signed second moment be the parameter's, as ``exp_avg_sq`` and as ``importance``: one tensor."""
+        """Make one signed second moment the parameter's ``exp_avg_sq`` and its ``importance``."""
         state = owner.state[param]
         if state["exp_avg_sq"] is not signed and group_of(param, owner.param_groups)["capturable"]:
-            signed = state["exp_avg_sq"].copy_(signed)  # a captured step has its address
+            signed = state["exp_avg_sq"].copy_(signed)  # a captured step has the old tensor's address
         state["exp_avg_sq"] = state["importance"] = signed
 
     # DeepSpeed -------------------------------------------------------------------------------------------------------
 
     def bind_deepspeed(self, owner: Owner, engine: Any) -> None:
-        """Say which layer every segment of DeepSpeed's flat partitions belongs to; see `EPIAdamW.bind_deepspeed`."""
+        """Assign every segment of DeepSpeed's flat partitions to its layer; see `EPIAdamW.bind_deepspeed`."""
         segments = deepspeed.segments_of(engine, owner)
         self.competition.segments = segments or None  # stage 0 leaves the parameters as they are
         self.competition.every_group = owner.param_groups
@@ -157,25 +157,25 @@ class Evolving(Isolation, Method):
         }
 
     def captured(self, owner: Owner, state: dict[str, Any]) -> dict[str, Any]:
-        """Return the state without an importance that is the second moment: the loaded locks come in with `loaded`."""
+        """Return the state without an importance that is the second moment: `loaded` puts the loaded locks in."""
         if owner.param_groups[0]["importance"] != "exp_avg_sq":
             return state
         return {key: value for key, value in state.items() if key != "importance"}
 
     def lacking(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Return the clock of a state of torch.optim.AdamW, which has none: its largest ``step``."""
+        """Return the clock for a state of torch.optim.AdamW, which has no clock: the largest ``step``."""
         steps = [float(local(entry["step"])) for entry in state_dict["state"].values() if entry]
         return {CLOCK: int(max(steps, default=0))}
 
     def check_loaded(self, owner: Owner, groups: list[dict[str, Any]]) -> None:
-        """Check that a state was made under the layers here, and that its locks have a place."""
+        """Check that a state was made with this optimizer's layers, and that its locks have a place."""
         check_saved(groups, owner.param_groups)
         for i, (group, own) in enumerate(zip(groups, owner.param_groups, strict=True)):
             with named(f"parameter group {i} of the state"):
                 self._check_locks(owner, group, own["params"])
 
     def loaded(self, owner: Owner) -> None:
-        """Take over the layers and the clock of a state, and let importance and second moment be one tensor again."""
+        """Take over the layers and the clock of a state, and make importance and second moment one tensor again."""
         groups = owner.param_groups
         self.grouping.adopt(groups)
         self.competition.part()
@@ -186,26 +186,26 @@ class Evolving(Isolation, Method):
         if groups[0]["importance"] == "exp_avg_sq":
             for param, state in owner.state.items():
                 own, loaded = state["exp_avg_sq"], state.pop("importance", None)
-                # the locks of the one, the values of the other: an importance is loaded as float32
+                # locks from the importance, values from the second moment: the importance was loaded as float32
                 self._take_signed(owner, param, own if loaded is None else _signed_like(own, loaded))
 
     def catch_up(self, owner: Owner) -> None:
-        """Bring the clock of a device into the groups, before they are saved or copied."""
+        """Copy the clock from a device into the groups, before the groups are saved or copied."""
         self.keep_clock(owner.param_groups, self.latest_clock(owner.param_groups))
 
     def constructed(self, owner: Owner) -> None:
-        """Count the parameters by which the calls of an iteration are told."""
+        """Count the parameters, so that calls of `step` with only some of them can be told apart from whole iterations."""
         self.iteration.parameters = max(self.iteration.parameters, len(params_of(owner.param_groups)))
 
     def process_group_of_copy(self, owner: Owner) -> Any:
-        """Return the process group for a copy in this process, and what another process has instead."""
+        """Return the process group for a copy in this process, or what stands for the group in another process."""
         if self.competition.segments is not None:
             return Lost("call bind_deepspeed(engine) of the copy")
         return given(owner._process_group)
 
 
 def _signed_like(exp_avg_sq: Tensor, signed: Tensor) -> Tensor:
-    """Return the values of a second moment with the locks of a signed importance of the same placement."""
+    """Return the values of a second moment with the locks of a signed importance that is placed alike."""
     return wrapped(lock.with_lock(local(exp_avg_sq), lock.is_locked(local(signed))), exp_avg_sq)
 
 

@@ -22,7 +22,7 @@ _WAY_OUT = (
 
 @dataclass(frozen=True, slots=True)
 class _Mask:
-    """What is frozen of a parameter: the lock, and of a DTensor a number that is equal on ranks of equal masks."""
+    """The mask of a parameter; for a DTensor also a digest, which is equal on ranks whose masks are equal."""
 
     lock: Tensor
     digest: int | None
@@ -31,17 +31,17 @@ class _Mask:
 class FixedMask(Following):
     """Frozen entries keep their bits; the others move.
 
-    The lock of a parameter is ``state["frozen"]``. A program may clear the state, or load one without masks: the mask
-    that was there last outlives it in `places`, which gives it to the next state.
+    The locks of a parameter are ``state["frozen"]``. A program may clear the state, or load a state without masks:
+    `places` keeps the last mask of each parameter and gives that mask to the next state.
     """
 
     state_keys = ("frozen",)
 
     def freeze(self, owner: Owner, frozen: Mapping[str | Tensor, Tensor]) -> None:
-        """Take the masks that the user gives; see `epi_kernels.MaskedAdamW`.
+        """Store the masks that the user gives; see `epi_kernels.MaskedAdamW`.
 
         Raises:
-            ValueError, TypeError, NotImplementedError: as `engine.groups.masks_of`.
+            ValueError, TypeError, NotImplementedError: as `engine.groups.masks_of` raises them.
         """
         masks = masks_of(frozen, owner.param_groups, "frozen", partitioned=owner._process_group is not None)
         for param, mask in masks.items():
@@ -51,14 +51,14 @@ class FixedMask(Following):
     def mask(self, owner: Owner, param: Tensor) -> Tensor:
         """Return which entries of a parameter, or of the shard of a DTensor, are frozen."""
         self.follow_to(owner, param)
-        position_of(param, owner.param_groups)  # raises where it has none
+        position_of(param, owner.param_groups)  # raises if the optimizer does not have the parameter
         signed = self._signed(owner, param)
         if signed is None:
             return torch.zeros_like(local(param), dtype=torch.bool)
         return lock.is_locked(local(signed))
 
     def _signed(self, owner: Owner, param: Tensor) -> Tensor | None:
-        """Return the lock of a parameter: that of its state where it has one, which a program may have written."""
+        """Return the locks of a parameter: from its state if they are there (a program may have written them), else kept."""
         mask: _Mask | None = self.places.get(param)
         signed: Tensor | None = owner.state.get(param, {}).get("frozen", mask and mask.lock)
         return signed
@@ -68,7 +68,7 @@ class FixedMask(Following):
         return "none" if self._signed(owner, param) is None else "static"
 
     def new_lock(self, owner: Owner, param: Tensor) -> Tensor:
-        """Return the mask that is kept for a parameter."""
+        """Return the mask that `places` keeps for a parameter."""
         mask: _Mask = self.places.get(param)
         return mask.lock
 
@@ -79,29 +79,29 @@ class FixedMask(Following):
             check_shape(param, name_of(param, owner.param_groups), "frozen", signed.shape, _WAY_OUT)
 
     def state_made(self, owner: Owner, param: Tensor, group: dict[str, Any]) -> None:
-        """Keep the mask of the state."""
+        """Keep the mask that is in the state."""
         self._keep(owner, param)
 
     def _keep(self, owner: Owner, param: Tensor) -> None:
-        """Keep the mask that the state of a parameter has, so that it is there when the state is cleared."""
+        """Keep the mask from the state of a parameter, so that the mask outlives the state."""
         mask, signed = self.places.get(param), owner.state.get(param, {}).get("frozen")
         if signed is not None and (mask is None or mask.lock is not signed):
             self.places.put(param, _Mask(signed, None))
 
     def loaded(self, owner: Owner) -> None:
-        """Keep the masks that a checkpoint has brought."""
+        """Keep the masks that were loaded from a checkpoint."""
         for param in owner.state:
             self._keep(owner, param)
 
     def digest(self, belongs: Any) -> int | None:
-        """Return the number of a mask."""
+        """Return the digest of a mask."""
         mask: _Mask = belongs
         return mask.digest
 
     def moved_to(self, owner: Owner, place: Place, param: Tensor) -> tuple[_Mask, None]:
         """Return the mask for a parameter that has taken the place of another."""
         signed: Tensor | None = owner.state.get(param, {}).get("frozen")
-        if signed is not None:  # whoever has replaced the parameter has seen to its mask
+        if signed is not None:  # the code that replaced the parameter has given it a mask
             return _Mask(signed, None), None
         mask: _Mask = place.belongs
         check_shape(param, str(place), "frozen", mask.lock.shape, _WAY_OUT)
