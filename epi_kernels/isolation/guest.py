@@ -1,4 +1,4 @@
-"""The importance as a guest in the state of an optimizer that is not ours: put in, taken out, checked."""
+"""The importance in the state of a base optimizer, which is not ours: put in, taken out, checked."""
 
 import copy
 from collections.abc import Iterator, MutableMapping
@@ -18,10 +18,10 @@ from epi_kernels.isolation.isolation import signed_importance
 
 
 class Guest:
-    """``state[p]["importance"]`` in the state of a base optimizer, which shall not see it."""
+    """``state[p]["importance"]`` in the state of a base optimizer, which must not see the importance."""
 
     def __init__(self) -> None:
-        self.emptied: set[Tensor] = set()  # parameters whose entry the base has made, and left empty
+        self.emptied: set[Tensor] = set()  # parameters for which the base itself made an empty entry
 
     def put(self, owner: Owner, param: Tensor, signed: Tensor) -> None:
         """Put an importance into the state of a parameter.
@@ -44,11 +44,11 @@ class Guest:
     def aside(self, owner: Owner) -> Iterator[dict[Tensor, Tensor]]:
         """Take the importances out of the base's state while the base may look at it.
 
-        Bases make their state where a parameter has none, or an empty one: an entry that has the importance alone is no
-        entry meanwhile, unless the base itself has made an empty one.
+        Bases make the state of a parameter if its entry is missing, or empty. An entry that has only the importance is
+        therefore removed meanwhile, or left empty if the base itself made an empty one.
 
         Yields:
-            The importances; those that are in it at the end are put into the state that the base has then.
+            A dict of the importances; those that are in this dict at the end are put into the state that the base has then.
         """
         aside: dict[Tensor, Tensor] = {}
         state = owner.state
@@ -66,7 +66,7 @@ class Guest:
                 self.put(owner, param, signed)
 
     def make(self, owner: Owner) -> list[tuple[Tensor, Tensor]]:
-        """Make the importance of the parameters that can be protected and have none, and return both."""
+        """Make an importance for each parameter that can be protected and has none, and return (parameter, importance)."""
         made = []
         for group in owner.param_groups:
             for param in group["params"] if group["isolation_ratio"] > 0 else ():
@@ -78,17 +78,17 @@ class Guest:
         return made
 
     def drop(self, owner: Owner, param: Tensor) -> None:
-        """Take an importance out of the state of a parameter, and the entry too, where it has nothing else."""
+        """Remove the importance from the state of a parameter, and the entry too if nothing else is in it."""
         entry = owner.state.get(param, {})
         entry.pop("importance", None)
         if not entry and param not in self.emptied:
             owner.state.pop(param, None)
 
     def check(self, owner: Owner) -> None:
-        """Check that every importance is still that of its parameter, whoever has written into the state.
+        """Check that every importance still fits its parameter: other code may have written into the state.
 
         Raises:
-            ValueError: it is of another shape, dtype or device; the message names the parameter.
+            ValueError: an importance has another shape, dtype or device; the message names the parameter.
         """
         for group in owner.param_groups:
             for param in group["params"]:
@@ -118,11 +118,12 @@ class Guest:
     def base_alone(self, base: Optimizer) -> tuple[Optimizer, dict[Tensor, Tensor]]:
         """Return the base as it would be without this class, and the importances.
 
-        Bases of torch read the clock of the first entry of their state when they are copied.
+        torch's optimizers read ``step`` from the first entry of their state when they are copied, so an entry with only
+        an importance would make them fail.
         """
         state = vars(base).get("state")
         if not isinstance(state, MutableMapping):
-            return base, {}  # which keeps its state in a way of its own
+            return base, {}  # this base keeps its state in a form of its own
         importances, bare = {}, copy.copy(state)
         for param, entry in state.items():
             if isinstance(entry, MutableMapping) and "importance" in entry:
@@ -141,8 +142,8 @@ def stepping_of(owner: Owner) -> dict[Tensor, dict[str, Any]]:
     """Return the parameters whose importance this step advances, and their groups.
 
     Raises:
-        RuntimeError: a gradient is sparse, a parameter has no values (meta), or the parameters are not those that were
-            named: DeepSpeed ZeRO has put flat partitions in their place.
+        RuntimeError: a gradient is sparse, a parameter has no values (meta), or the parameters are not the named
+            ones: DeepSpeed ZeRO has put flat partitions in their place.
     """
     stepping = {}
     for group in owner.param_groups:

@@ -1,7 +1,7 @@
 """Which entries are normalised together: the layer of each parameter.
 
-The paper (EPI, arXiv 2604.14010, Eq. 7) says "the l-th layer" and means the transformer block. It matters: masks by
-block and by tensor agree to a Jaccard overlap of about 0.25.
+The paper (EPI, arXiv 2604.14010, Eq. 7) says "the l-th layer" and means the transformer block. The choice matters: masks
+by block and masks by tensor have a Jaccard overlap of about 0.25.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ GROUPINGS = ("auto", "block", "tensor")
 
 
 def block(name: str) -> str:
-    """Return the layer of a parameter: its transformer block, or its module where it is in none.
+    """Return the layer of a parameter: its transformer block, or its module if it is in no block.
 
     The block is everything up to the first component of the dotted name that is a number.
 
@@ -56,10 +56,10 @@ class Grouping:
         return self.layers if isinstance(self.layers, str) else "callable"
 
     def resolve(self, named: bool) -> None:
-        """Decide what "auto" is, once it is known whether parameters have names.
+        """Replace "auto" by a grouping, once it is known whether parameters have names.
 
         Raises:
-            ValueError: the grouping goes by names and there are none.
+            ValueError: the grouping needs names, and parameters have none.
         """
         if named:
             self.layers = "block" if self.layers == "auto" else self.layers
@@ -97,9 +97,9 @@ class Grouping:
     def stamp(self, groups: Sequence[dict[str, Any]]) -> None:
         """Write the grouping into the groups, where a checkpoint carries it.
 
-        That is ``layers``, its name; ``layers_auto``, whether "auto" has chosen it; and ``layer_digest``, which stands
-        for which parameters share a layer. The digest goes by position, so that a renamed module is still the same
-        grouping.
+        The keys are ``layers``, the name of the grouping; ``layers_auto``, whether "auto" chose the grouping; and
+        ``layer_digest``, which encodes which parameters share a layer. The digest is made of positions, so renaming a
+        module does not change it.
         """
         if not all(has_names(group) or "param_names" not in group for group in groups):
             return  # DeepSpeed has replaced the named parameters by flat partitions: the old stamp stays
@@ -111,11 +111,11 @@ class Grouping:
             group["layer_digest"] = hashlib.sha256(members.encode()).hexdigest()[:16]
 
     def adopt(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Stamp groups that a state was loaded into, one that `check_saved` has passed.
+        """Stamp groups into which a state was loaded; `check_saved` has passed that state.
 
-        If "auto" has chosen one grouping for the state and another here, parameters have names on only one side. Names
-        that came with the state are in the groups now, and "auto" chooses as it did for the state; if the names are
-        ours, the grouping stays as it is. A warning says which.
+        If "auto" has chosen one grouping for the state and another here, parameters have names on only one side. If the
+        names came with the state, they are in the groups now, and "auto" chooses as it did for the state; if this
+        optimizer had the names, its grouping stays. A warning says which.
         """
         saved_name, before = groups[0].get("layers"), self.layers
         saved = [group.get("layer_digest") for group in groups]
@@ -143,11 +143,11 @@ class Grouping:
 def check_saved(saved_groups: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]]) -> None:
     """Check that a saved state was made under the grouping of `groups`; a state without a stamp passes.
 
-    So does one for which "auto" has chosen another grouping than here, by names that one of the two had not: a state
-    of a model with names loads without them and the other way round, as with torch (see `Grouping.adopt`).
+    A state also passes if "auto" chose another grouping for it than here, because only one of the two had names: as
+    with torch, a state with names loads into an optimizer without them, and the reverse (see `Grouping.adopt`).
 
     Raises:
-        ValueError: parameters fall into other layers, so that the masks would not compare.
+        ValueError: the parameters fall into other layers than in the state, so the masks would not be comparable.
     """
     for i, (saved, ours) in enumerate(zip(saved_groups, groups, strict=False)):
         for key in ("layers", "layer_digest"):

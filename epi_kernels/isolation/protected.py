@@ -1,4 +1,4 @@
-"""The protected entries of parameters that something else moves: where they are, and what they were."""
+"""The protected entries of parameters that another optimizer moves: their positions and their values before."""
 
 import weakref
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from epi_kernels.ops.flat import put_
 
 
 class Kept(NamedTuple):
-    """Protected entries of a parameter, as they were."""
+    """The protected entries of a parameter: positions, and values before the step."""
 
     param: Tensor
     positions: Tensor  # int64, in row-major order of this rank's shard
@@ -23,21 +23,21 @@ class Kept(NamedTuple):
 
 
 class _Positions(NamedTuple):
-    """Where the protected entries of a parameter are, and what tells that they still are there."""
+    """The positions of a parameter's protected entries, and what shows that they are still up to date."""
 
-    signed: weakref.ref[Tensor]  # weak: the program may move a state away, and wants its memory then
-    seen: tuple[int, int]  # address and version of its memory
+    signed: weakref.ref[Tensor]  # weak: if the program drops the tensor, its memory must be freed
+    seen: tuple[int, int]  # address and version of the memory of `signed`
     positions: Tensor
 
 
 class Protected:
-    """Where the protected entries of an optimizer's parameters are, looked up again only where a mask has changed."""
+    """The positions of the protected entries of all parameters, looked up again only where a mask has changed."""
 
     def __init__(self) -> None:
         self._positions: dict[int, _Positions] = {}  # by id of the parameter
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what pickle and deepcopy keep: nothing, a copy looks."""
+        """Return what pickle and deepcopy keep: nothing; a copy looks the positions up."""
         return {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -45,11 +45,11 @@ class Protected:
         self.__init__()  # type: ignore[misc]
 
     def forget(self) -> None:
-        """Look everything up again, for masks or parameters are others now."""
+        """Forget all positions, since masks or parameters have changed: they are looked up again."""
         self._positions.clear()
 
     def nothing(self, param: Tensor, signed: Tensor) -> None:
-        """Say that no entry of a new importance is protected: no need to ask the device."""
+        """Record that a new importance protects no entry, so that no device is asked."""
         seen = _seen(signed)
         if seen is not None:
             nothing = torch.empty(0, dtype=torch.int64, device=param.device)
@@ -57,7 +57,7 @@ class Protected:
 
     @torch.no_grad()
     def keep(self, owner: Owner) -> list[Kept]:
-        """Return the protected entries of all parameters; it waits for no device where no mask has changed."""
+        """Return the protected entries of all parameters; this waits for no device if no mask has changed."""
         kept = []
         for group in owner.param_groups:
             for param in group["params"]:
@@ -69,7 +69,7 @@ class Protected:
         return kept
 
     def _positions_of(self, param: Tensor, signed: Tensor) -> Tensor:
-        """Return where the protected entries of a parameter are."""
+        """Return the positions of the protected entries of a parameter."""
         known, seen = self._positions.get(id(param)), _seen(signed)
         if known is None or seen is None or known.signed() is not signed or known.seen != seen:
             found = lock.is_locked(local(signed)).flatten().nonzero().squeeze(1)
@@ -79,35 +79,35 @@ class Protected:
         return known.positions
 
     def same_masks(self, param: Tensor, signed: Tensor) -> None:
-        """Say that we have written the importance of a parameter, and no sign of it."""
+        """Record that we have written the importance of a parameter without changing any sign bit."""
         known, seen = self._positions.get(id(param)), _seen(signed)
         if known is not None and seen is not None and known.signed() is signed:
             self._positions[id(param)] = known._replace(seen=seen)
 
 
 def _seen(signed: Tensor) -> tuple[int, int] | None:
-    """Return the address and version of the memory of an importance; None: nobody counts its versions."""
-    held = local(signed)
-    return None if held.is_inference() else (held.data_ptr(), held._version)
+    """Return the address and version of the memory of an importance; None: torch does not count its versions."""
+    shard = local(signed)
+    return None if shard.is_inference() else (shard.data_ptr(), shard._version)
 
 
 @torch.no_grad()
 def put_back(kept: Sequence[Kept]) -> None:
-    """Write entries back, into whatever memory their parameters have now."""
+    """Write the values back, into the memory that their parameters have now."""
     for param, positions, values in kept:
         put_(local(param), positions, values)
 
 
 def lock_again(owner: Owner, before: Sequence[Kept]) -> None:
-    """Let these entries be protected again, and no others."""
+    """Protect these entries again, and no others."""
     positions = {param: where for param, where, _ in before}
     for group in owner.param_groups:
         for param in group["params"]:
             signed = signed_importance(owner, param, group)
             if signed is not None:
-                held = local(signed)
-                locked = torch.zeros_like(held, dtype=torch.bool)
+                shard = local(signed)
+                locked = torch.zeros_like(shard, dtype=torch.bool)
                 if param in positions:
-                    ones = torch.ones(len(positions[param]), dtype=torch.bool, device=held.device)
+                    ones = torch.ones(len(positions[param]), dtype=torch.bool, device=shard.device)
                     put_(locked, positions[param], ones)
-                held.copy_(lock.with_lock(held, locked))
+                shard.copy_(lock.with_lock(shard, locked))
