@@ -1,4 +1,4 @@
-"""Evolving isolation as the method of a fused optimizer: EPI's masks in its state, in checkpoints and under DeepSpeed."""
+"""Evolving isolation as the method of a fused optimizer: EPI's masks in state, in checkpoints and under DeepSpeed."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -46,14 +46,14 @@ class Evolving(Isolation, Method):
         check_settings(group, self._slot)
 
     def fixed(self, owner: Owner) -> dict[str, tuple[Any, ...]]:
-        """Return the settings that cannot change because the masks depend on them: where the locks are, and the layers."""
+        """Return the settings that must not change since masks depend on them: the place of the locks, and the layers."""
         return {
             "importance": (owner.defaults["importance"],),
             "layers": (self.grouping.name, owner.defaults["layers"]),  # the second is allowed where parameters have no names
         }
 
     def admit(self, owner: Owner, group: dict[str, Any]) -> None:
-        """Take in a group that was just added: check that its locks have a place, and assign its parameters to layers."""
+        """Take in a group that was just added: check that its locks have a place, and find its layers."""
         self._check_locks(owner, group, group["params"])
         self.join(owner.param_groups, group)
         self.grouping.resolve(named="param_names" in group)
@@ -61,7 +61,7 @@ class Evolving(Isolation, Method):
         self.competition.part()
 
     def _check_locks(self, owner: Owner, group: dict[str, Any], params: Sequence[Tensor]) -> None:
-        """Check that the settings of a group leave a place for the locks of these parameters."""
+        """Check that a group's settings leave a place for the locks of these parameters."""
         for param in params:
             if param.is_complex() and self.lock_in(owner, param, group) == "exp_avg_sq":
                 raise NotImplementedError(
@@ -70,7 +70,7 @@ class Evolving(Isolation, Method):
                 )
 
     def lock_in(self, owner: Owner, param: Tensor, group: dict[str, Any]) -> str:
-        """Return where the locks of a parameter are: in its importance, in its second moment, or nowhere."""
+        """Return where the locks of a parameter are: its importance, its second moment, or nowhere."""
         if group["isolation_ratio"] == 0:
             return "none"
         return "importance" if group["importance"] == "ema" else "exp_avg_sq"
@@ -98,7 +98,7 @@ class Evolving(Isolation, Method):
         return self.competition.ranks(owner) is not None
 
     def before_check(self, owner: Owner, param: Tensor, group: dict[str, Any]) -> None:
-        """Make the importance the second moment again, where both are one tensor and only the second moment was reshaped."""
+        """Make the importance the second moment again, if only one name of that tensor was given another shape."""
         state = owner.state.get(param, {})
         shared = group["importance"] == "exp_avg_sq" and {"importance", "exp_avg_sq"} <= state.keys()
         # code that reshapes a parameter and its moments need not know that one of the moments has two names
@@ -194,7 +194,7 @@ class Evolving(Isolation, Method):
         self.keep_clock(owner.param_groups, self.latest_clock(owner.param_groups))
 
     def constructed(self, owner: Owner) -> None:
-        """Count the parameters, so that calls of `step` with only some of them can be told apart from whole iterations."""
+        """Count the parameters, so that a `step` with only some of them can be told from a whole iteration."""
         self.iteration.parameters = max(self.iteration.parameters, len(params_of(owner.param_groups)))
 
     def process_group_of_copy(self, owner: Owner) -> Any:

@@ -58,7 +58,7 @@ class FixedMask(Following):
         return lock.is_locked(local(signed))
 
     def _signed(self, owner: Owner, param: Tensor) -> Tensor | None:
-        """Return the locks of a parameter: from its state if they are there (a program may have written them), else kept."""
+        """Return the locks of a parameter: from its state, where a program may have written, else from `places`."""
         mask: _Mask | None = self.places.get(param)
         signed: Tensor | None = owner.state.get(param, {}).get("frozen", mask and mask.lock)
         return signed

@@ -48,7 +48,7 @@ class Guest:
         therefore removed meanwhile, or left empty if the base itself made an empty one.
 
         Yields:
-            A dict of the importances; those that are in this dict at the end are put into the state that the base has then.
+            A dict of the importances; what is in this dict at the end is put into the state that the base has then.
         """
         aside: dict[Tensor, Tensor] = {}
         state = owner.state
@@ -66,7 +66,7 @@ class Guest:
                 self.put(owner, param, signed)
 
     def make(self, owner: Owner) -> list[tuple[Tensor, Tensor]]:
-        """Make an importance for each parameter that can be protected and has none, and return (parameter, importance)."""
+        """Make an importance for each parameter that can be protected and has none, and return these pairs."""
         made = []
         for group in owner.param_groups:
             for param in group["params"] if group["isolation_ratio"] > 0 else ():

@@ -1,7 +1,7 @@
-"""Evolving isolation of an optimizer's parameters: its clock, its masks, its refreshes, and what they did.
+"""Evolving isolation of an optimizer's parameters: its clock, its masks, its refreshes, and their records.
 
-EPIAdamW and IsolatedOptimizer have one each. It knows torch's parameter groups, and of a parameter's state the one
-tensor whose sign bits are the mask.
+Each EPIAdamW, EPILion and IsolatedOptimizer has an `Isolation`. It uses torch's parameter groups and, from a
+parameter's state, only the tensor whose sign bits are the mask.
 """
 
 import copy
@@ -36,36 +36,36 @@ from epi_kernels.ops.table import Uploads, on_device
 
 _requires_grad = attrgetter("requires_grad")
 
-# the settings of a group that decide what is protected, and not when
+# the settings of a group that decide which entries are protected; the others decide when
 _DECIDING = ("isolation_ratio", "importance_beta", "normalize", "scope", "threshold", "importance")
 
 
 @dataclass
 class Iteration:
-    """The calls of `step` since the clock was last counted; parameters by their identities."""
+    """The calls of `step` since the clock was last counted."""
 
-    stepped: list[int] = field(default_factory=list)
-    parameters: int = 0  # as many as have joined with groups
+    stepped: list[int] = field(default_factory=list)  # ids of the parameters in those calls
+    parameters: int = 0  # how many the groups have had in all
     clock: int = 0
 
 
 @dataclass
 class _Plan:
-    """A refresh, prepared from what the parameters, states and settings were; it holds no tensor of theirs."""
+    """A refresh, prepared for certain parameters, states and settings; it keeps none of their tensors."""
 
-    seen: list[object] | None  # see `Isolation._look`; None: it is for one refresh alone
-    where: list[int]  # of the candidates, their places among the parameters of all groups
+    seen: list[object] | None  # see `Isolation._look`; None: the plan serves only one refresh
+    where: list[int]  # the position of each candidate among the parameters of all groups
     ranks: Ranks | None
     refresh: Refresh | None  # None: nothing can be protected
     layout: Layout
-    layer_of: "np.ndarray[Any, Any]"  # of each row of the counts
-    budget_of: "np.ndarray[Any, Any]"
+    layer_of: "np.ndarray[Any, Any]"  # the layer of each row of the counts
+    budget_of: "np.ndarray[Any, Any]"  # the budget of each row
 
 
 class Isolation:
     """Chooses the protected entries of an optimizer, and remembers what it chose.
 
-    The optimizer, `owner`, is an argument of every function: nothing of it is kept.
+    The optimizer, `owner`, is an argument of every method: an `Isolation` keeps no reference to it.
 
     Args:
         layers: see `epi_kernels.EPIAdamW`.
@@ -75,11 +75,11 @@ class Isolation:
         self.competition = Competition(Grouping(layers))
         self.records = Records()
         self.nonfinite = NonfiniteCounts()
-        self._clock_there: Tensor | None = None  # the clock, int64 of no dimension, where a device alone knows it
+        self._clock_there: Tensor | None = None  # the clock (int64, no dimensions) if only a device knows it
         self.iteration = Iteration()
-        self._warned = False  # of flat partitions
+        self._warned = False  # whether the warning of flat partitions was given
         self._shown: list[int] = []  # ids of the parameters of the last step
-        self._plan: _Plan | None = None  # of the last refresh
+        self._plan: _Plan | None = None  # the plan of the last refresh
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep."""
@@ -87,7 +87,7 @@ class Isolation:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what `__getstate__` gave; a copy begins a new iteration."""
-        competition = copy.copy(state["competition"])  # a shallow copy has one of its own
+        competition = copy.copy(state["competition"])  # so that a shallow copy has a competition of its own
         vars(self).update(
             state,
             competition=competition,
@@ -147,14 +147,14 @@ class Isolation:
     # The clock -------------------------------------------------------------------------------------------------------
 
     def _clocked(self, groups: Groups) -> Groups:
-        """Return the groups that keep the clock: all of them, where DeepSpeed shows one at a time."""
+        """Return the groups that keep the clock: all groups, also if DeepSpeed shows the optimizer one at a time."""
         return groups if self.competition.segments is None else self.competition.every_group
 
     def latest_clock(self, groups: Groups) -> int:
-        """Return how many steps the optimizer has taken; it waits for the device where the clock runs there."""
+        """Return how many steps the optimizer has taken; this waits for the device if the clock runs on one."""
         if self._clock_there is not None:
             return int(self._clock_there)
-        # groups that a program has put in the place of others may not have it
+        # groups with which a program replaced others may lack the clock
         return int(self._clocked(groups)[0].get(CLOCK, self.iteration.clock))
 
     def keep_clock(self, groups: Groups, clock: int) -> None:
@@ -163,23 +163,23 @@ class Isolation:
         for group in self._clocked(groups):
             group[CLOCK] = clock
         if self._clock_there is not None:
-            self._clock_there.fill_(clock)  # in place: a captured step has its address
+            self._clock_there.fill_(clock)  # in place: a captured step has the address of the tensor
 
     def join(self, groups: Groups, group: dict[str, Any]) -> None:
-        """Give a group that joins the clock, which is one for all, and count the parameters that there are now."""
+        """Give a new group the clock, which all groups share, and count the parameters of all groups."""
         group[CLOCK] = self.latest_clock(groups)
         self.iteration.parameters = len(params_of(groups))
 
     def start_iteration(self) -> None:
-        """Let the next call of `step` begin an iteration: a state was loaded."""
+        """Let the next call of `step` begin an iteration, after a state was loaded."""
         self.iteration.stepped.clear()
 
     def count_step(self, groups: Groups) -> int:
         """Count a call of `step`, and return the clock.
 
-        DeepSpeed calls `step` once for each group or sub-group and shows the optimizer those parameters alone. Calls
-        with some parameters, none of which has stepped since the last count, are one iteration, and count once. (All
-        parameters that have not stepped are others, which a wrapper has put in the place of those that have.)
+        DeepSpeed calls `step` once for each group or sub-group and shows the optimizer only the parameters of that
+        call. Consecutive calls with some of the parameters, none of them twice, are one iteration and count once. (A
+        call with as many parameters as all groups have had is an iteration: a wrapper has replaced the parameters.)
         """
         now = self.iteration
         here = [id(param) for group in groups for param in group["params"]]
@@ -195,15 +195,15 @@ class Isolation:
         return clock
 
     def count_step_on(self, groups: Groups, device: torch.device, found_inf: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Count a step on a device that alone knows whether it is skipped, and wait for nothing.
+        """Count a step if only the device knows whether the step is skipped, and wait for nothing.
 
         Args:
-            groups: torch's.
-            device: where the clock runs from now on.
-            found_inf: float32 of one value on that device, not 0 where the step is skipped; None: it is not.
+            groups: torch's parameter groups.
+            device: the clock runs on this device from now on.
+            found_inf: one float32 value on that device, not 0 if the step is skipped; None: the step is not skipped.
 
         Returns:
-            (the clock after this step, whether this step counts), int64 and bool of no dimension on the device.
+            (the clock after this step, whether this step counts), int64 and bool tensors without dimensions, on the device.
         """
         if self._clock_there is None:
             start = torch.tensor(self.latest_clock(groups), dtype=torch.int64, device="cpu")
@@ -218,15 +218,15 @@ class Isolation:
     def before_step(self, owner: Owner) -> None:
         """Find the ranks, and count an iteration of DeepSpeed."""
         if self.competition.parted:
-            self.competition.ranks(owner)  # a copy may have lost them, and says so before anything has changed
+            self.competition.ranks(owner)  # a copy may have lost its process group, and raises before anything has changed
         if self.competition.segments is not None:
             self._begin_iteration(owner)
 
     def _begin_iteration(self, owner: Owner) -> None:
-        """Count an iteration of DeepSpeed at its first call of `step`, and refresh there if the last one made it due.
+        """Count an iteration of DeepSpeed at its first `step`, and refresh then if the last iteration made that due.
 
-        DeepSpeed calls `step` for one group after the other, or for one sub-group, and shows no other: only when the
-        next iteration begins is it known that all of them have advanced their importance.
+        DeepSpeed calls `step` for one group or sub-group after the other, and shows only that one: not before the next
+        iteration begins is it known that all groups have advanced their importance.
         """
         groups = owner.param_groups
         interval, before = self.competition.every_group[0]["mask_interval"], self.latest_clock(groups)
@@ -239,7 +239,7 @@ class Isolation:
     ) -> bool | Tensor:
         """Count the step, and refresh the masks where mask_interval says so; see `Method.before_update`."""
         if self.competition.segments is not None:
-            return False  # `before_step` has done both
+            return False  # `before_step` has counted and refreshed already
         if self.competition.unmet:
             self.competition.meet(owner)
         groups = owner.param_groups
@@ -252,14 +252,14 @@ class Isolation:
             self.refresh(owner, params, scaling, clock_there, due_there)
             return due_there
         clock = self.count_step(groups)
-        self._clock_there = None  # the host knows the clock, and goes on with it
+        self._clock_there = None  # the host knows the clock again, and keeps counting
         due = interval is not None and clock % interval == 0
         if due:
             self.refresh(owner, params, scaling, clock)
         return due
 
     def step_without_gradients(self, owner: Owner) -> None:
-        """Count a step without any gradient here, and take part in a refresh that is due."""
+        """Count a step in which this rank has no gradient, and take part in a refresh that is due."""
         self.competition.meet(owner)
         clock, interval = self.count_step(owner.param_groups), owner.param_groups[0]["mask_interval"]
         if interval is not None and clock % interval == 0:
@@ -286,14 +286,14 @@ class Isolation:
     ) -> None:
         """Advance the importance of the parameters that are `stepping`, and choose the protected entries.
 
-        Where the device alone knows whether it is time, `due` is not 0 where it is, and `clock` is there as well.
+        If only the device knows whether a refresh is due, `due` is a tensor there, not 0 if one is, and `clock` is too.
         """
         step = self.latest_clock(owner.param_groups) if clock is None else clock
         with torch.no_grad():
             try:
                 self._refresh_once(owner, stepping, scaling, step, due)
             except AgreeAgain:
-                # of the importance, which has taken the gradients in
+                # without gradients: the importance has taken them in already
                 self.competition.disagree()
                 self._refresh_once(owner, (), scaling, step, due)
 
@@ -303,17 +303,17 @@ class Isolation:
         """Advance the importance by these gradients, and choose the protected entries.
 
         Raises:
-            AgreeAgain: after the importance has advanced, before anything else has: another rank holds something else
-                now than when all agreed.
+            AgreeAgain: another rank has other shards now than when all agreed. The importance has advanced, and nothing
+                else has changed.
         """
         seen, signed, grads = self._look(owner, stepping)
         plan = self._plan
-        # what a capture sends up is there in replays alone
+        # what a capture uploads is on the device only in replays, so a plan must not be shared with a capture
         capturing = due is not None and due.is_cuda and torch.cuda.is_current_stream_capturing()
         if plan is not None and seen is not None and plan.seen == seen and not capturing:
             signed, grads = [signed[i] for i in plan.where], [grads[i] for i in plan.where]
         else:
-            self._plan = None  # whose counters are in use no more
+            self._plan = None  # frees the counters of the old plan
             plan, signed, grads = self._planned(owner, stepping, seen, step)
             if seen is not None and not capturing:
                 self._plan = plan
@@ -322,7 +322,7 @@ class Isolation:
             if plan.ranks is not None:
                 assert isinstance(step, int)
                 nothing = torch.zeros(0, 2, dtype=torch.float32, device="cpu")
-                plan.ranks.ranges(nothing, step, settings)  # until a rank says otherwise
+                plan.ranks.ranges(nothing, step, settings)  # takes part in the exchange, in which a rank may ask to agree again
             return
         chosen = plan.refresh.run_(signed, grads, grad_factor=scaling.factor, due=due, clock=step, settings=settings)
         counters = self.nonfinite.counters() if due is not None else self.nonfinite.snapshot(owner.param_groups)
@@ -341,14 +341,14 @@ class Isolation:
         else:
             written = self.records.add_where(due, record)
             uploads = Uploads.current()
-            if uploads is not None:  # a graph writes into it, for as long as there is the graph
+            if uploads is not None:  # the graph writes into the record for as long as the graph exists
                 uploads.keep((written, plan))
 
     def _look(self, owner: Owner, stepping: Sequence[Tensor]) -> tuple[list[object] | None, list[Any], list[Any]]:
-        """Return all that a plan depends on, and of every parameter the signed importance and the gradient.
+        """Return all that a plan depends on, and the signed importance and the gradient of every parameter.
 
-        What was seen has no tensor, and is None where a plan cannot be kept: ranks agree anew at each refresh, and what
-        DTensors, segments of flat partitions and complex parameters compete with is made for one refresh alone.
+        The first result holds no tensor. It is None if a plan cannot be kept: ranks exchange settings at each refresh,
+        and DTensors, segments and complex parameters compete with tensors that are made for only one refresh.
         """
         groups, competition, grouping = owner.param_groups, self.competition, self.grouping
         params = [*chain.from_iterable(group["params"] for group in groups)]
@@ -424,11 +424,11 @@ class Isolation:
 
 
 def signed_importance(owner: Owner, param: Tensor, group: dict[str, Any]) -> Tensor | None:
-    """Return the tensor whose sign bits are the mask of a parameter; None: nothing of it is or can be protected yet."""
-    if not group.get("isolation_ratio", 1):  # a group that was added to a base may have no settings yet
+    """Return the tensor whose sign bits are the mask of a parameter; None: the parameter has no mask yet."""
+    if not group.get("isolation_ratio", 1):  # a group that was added to a base optimizer may lack our settings at first
         return None
     state = owner.state.get(param)
-    if not isinstance(state, MutableMapping):  # a base may keep something else
+    if not isinstance(state, MutableMapping):  # a base may keep a state that is no dict
         return None
     second_moment = state.get("exp_avg_sq") if group.get("importance") == "exp_avg_sq" else None
     signed: Tensor | None = state.get("importance", second_moment)

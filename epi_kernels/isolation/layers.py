@@ -1,6 +1,6 @@
 """Which entries are normalised together: the layer of each parameter.
 
-The paper (EPI, arXiv 2604.14010, Eq. 7) says "the l-th layer" and means the transformer block. The choice matters: masks
+The paper (EPI, arXiv 2604.14010, Eq. 7) says "the l-th layer" and means the transformer block. It matters which: masks
 by block and masks by tensor have a Jaccard overlap of about 0.25.
 """
 

@@ -1,7 +1,7 @@
 """One refresh of the masks: importance, layer ranges, thresholds, locks.
 
-It is made of tensors and numbers alone, for any optimizer and any number of devices in one process, and keeps no tensor
-of the optimizer's: it is prepared once and runs for as long as the candidates are the same.
+A `Refresh` works on tensors and numbers, for any optimizer and any number of devices in one process. It keeps no tensor
+of the optimizer: it is prepared once, and serves for as long as the candidates are the same.
 """
 
 import math
@@ -24,19 +24,19 @@ _T = TypeVar("_T")
 class Candidate(NamedTuple):
     """A tensor whose entries compete for protection."""
 
-    importance: Tensor  # signed S
+    importance: Tensor  # S, with the locks in its sign bits
     grad: Tensor | None  # advances S first; None: S stays as it is
     beta: float
     one_minus_beta: float
     layer: int
     budget: int
-    counted: bool = True  # False: another rank holds the same entries, and counts them
+    counted: bool = True  # False: another rank has the same entries and counts them
 
 
 class Refreshed(NamedTuple):
     """What a refresh found; tensors on the device of the first candidate."""
 
-    ranges: Tensor  # float32 [layers, 2]: (mu, nu); (inf, -inf) for a layer without entries
+    ranges: Tensor  # float32 [layers, 2]: (mu, nu) = (minimum, maximum); (inf, -inf) for a layer without entries
     thresholds: Tensor  # float32 [budgets]: tau
     counts: Tensor  # int64 [candidates, 3], or [pairs, 3] over all ranks: locked now, newly locked, released
 
@@ -45,21 +45,21 @@ class Refresh:
     """Advance every importance, then lock the entries with the largest scores (EPI Alg. 1, lines 8-11).
 
     Args:
-        candidates: at least one, or `ranks`. Their tensors are looked at and not kept.
-        untouched: the layers that hold entries without a state, whose importance is therefore 0.
+        candidates: at least one, or `ranks`. Their tensors are read but not kept.
+        untouched: layers with entries that have no state yet, whose importance is therefore 0.
         layer_count: layers are 0 .. layer_count - 1.
-        ks: of each budget, its number of places k.
+        ks: the number of places k of each budget.
         counters: positions of candidates -> int64 counters on their device, to which every run adds the numbers of
             squared gradients that are NaN or infinite.
-        normalize: rank (S - mu) / (nu - mu) of each layer; False ranks the raw S.
-        exact: the exact k-th largest score; False: see `epi_kernels.ops.find_threshold`.
+        normalize: True: the scores are (S - mu) / (nu - mu) of each layer; False: they are the raw S.
+        exact: True: the threshold is the exact k-th largest score; False: see `epi_kernels.ops.find_threshold`.
         keep_finite: see `epi_kernels.ops.importance_`.
-        backend: "auto" or the name of one.
-        ranks: that hold the other pieces; all of them must run. None: there are none.
-        pairs: (layer, budget) of the rows of the counts over all ranks.
+        backend: "auto" or the name of a backend.
+        ranks: the ranks that have the other shards; all of them must run the refresh. None: one process has all.
+        pairs: (layer, budget) of each row of the counts, if there are ranks.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as the operations; nothing has changed.
+        ValueError, TypeError, RuntimeError: as the operations raise them; nothing has changed.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Refresh:
         self._selection = torch.tensor([[0, k] for k in ks], dtype=torch.int64, device="cpu").view(-1, 2)
         self._select_digit_ = ops.prepared_digit(self._home, backend)
         places = [i for where in by_device.values() for i in where]
-        self._order = sorted(range(len(places)), key=places.__getitem__)  # of the candidates among those of all parts
+        self._order = sorted(range(len(places)), key=places.__getitem__)  # position of each candidate in the concatenated counts
 
     def run_(
         self,
@@ -111,16 +111,16 @@ class Refresh:
         """Refresh once.
 
         Args:
-            importances: of the candidates, as those that this was made with but for their values; written.
-            grads: of the candidates, of the dtypes and strides of those that this was made with, and None where they
-                were None.
-            grad_factor: device -> what multiplies every gradient first, float32 of one value; none there: 1.
-            due: float32 of one value; where it is 0 nothing changes and what is returned means nothing. None: 1.
-            clock: of the refresh; must be the same on all ranks, and on the host if there are any.
+            importances: one for each candidate, equal to the constructor's in all but the values; written.
+            grads: one for each candidate, with the dtypes and strides of the constructor's, and None where those were
+                None.
+            grad_factor: device -> one float32 value that multiplies every gradient first; a device that is missing: 1.
+            due: one float32 value; if it is 0, nothing changes and the result means nothing. None: 1.
+            clock: the step of the refresh; with ranks it must be an int, the same on all of them.
             settings: see `Ranks.ranges`.
 
         Raises:
-            AgreeAgain: see `Ranks.ranges`; the importance has advanced.
+            AgreeAgain: see `Ranks.ranges`; the importance has advanced by then.
         """
         ranks, home = self._ranks, self._home
         running = [(part, part.of(importances), _on(part.device, due)) for part in self._parts]
@@ -163,7 +163,7 @@ class Refresh:
 class _Part:
     """The candidates on one device, as the operations have prepared them."""
 
-    rows: list[int]  # of those that are counted: the rows of their pairs, where ranks sum up
+    rows: list[int]  # for each counted candidate, the row of its (layer, budget); empty without ranks
 
     def __init__(
         self,
@@ -198,7 +198,7 @@ class _Part:
         self._lock = ops.prepared_lock(importances, layers, rows, budgets, budget_count, device, backend)
 
     def of(self, values: list[_T]) -> list[_T]:
-        """Return those of this part among the values of all candidates."""
+        """Return, from the values of all candidates, those of the candidates on this device."""
         return values if len(values) == len(self._where) else [values[i] for i in self._where]
 
     def _of_counted(self, values: list[_T]) -> list[_T]:
@@ -212,7 +212,7 @@ class _Part:
         grad_factor: dict[torch.device, Tensor],
         due: Tensor | None,
     ) -> Tensor:
-        """Advance the importances, and return the ranges, which are written."""
+        """Advance the importances, write the ranges of the layers, and return them."""
         self._importance.advance_(importances, grads, ranges, self._counter, grad_factor.get(self.device), due)
         return ranges
 
@@ -225,12 +225,12 @@ class _Part:
         bins: int,
         due: Tensor | None,
     ) -> Tensor:
-        """Return the histograms of the scores that are counted here."""
+        """Return the histograms of the scores that this rank counts."""
         there, selection = _on(self.device, ranges), selection.to(self.device)
         return cast(Tensor, self._histogram.count(self._of_counted(importances), there, selection, shift, bins, due))
 
     def lock_(self, importances: list[Tensor], ranges: Tensor | None, thresholds: Tensor, due: Tensor | None) -> Tensor:
-        """Lock what reaches the thresholds, and return the counts of each candidate."""
+        """Lock the entries whose scores reach the thresholds, and return the counts of each candidate."""
         return cast(Tensor, self._lock.lock_(importances, _on(self.device, ranges), thresholds.to(self.device), due))
 
 
@@ -239,5 +239,5 @@ def _on(device: torch.device, tensor: Tensor | None) -> Tensor | None:
 
 
 def _copy_on(device: torch.device, values: Tensor) -> Tensor:
-    """Return a copy on a device of values on the CPU, to be written."""
+    """Copy values from the CPU to a device, and return the copy, which the caller may write."""
     return values.clone() if device.type == "cpu" else on_device(values, device)
