@@ -1,4 +1,4 @@
-"""Counts of gradients whose square is NaN or infinite, kept where the parameters are and read without waiting."""
+"""Counts of gradients whose square is NaN or infinite, kept on the parameters' devices and read without waiting."""
 
 import weakref
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from epi_kernels.engine.settings import Groups
 from epi_kernels.notices import warn
 from epi_kernels.ops.table import Uploads, zeros
 
-# counters kept for lists of parameters that may come again: those of a step, and of the refreshes between
+# how many counters stay for lists of parameters that may come again: those of steps and of refreshes
 _RECENT = 8
 
 
@@ -21,43 +21,43 @@ _RECENT = 8
 class _Counter:
     """The counts of one list of parameters."""
 
-    params: tuple[int, ...]  # their identities: a counter keeps no parameter alive
+    params: tuple[int, ...]  # their ids: a counter keeps no parameter alive
     counts: Tensor
     user: "weakref.ref[Tensor] | None" = (
-        None  # what `counter` returned, a view of `counts`: once it is gone nobody adds any more
+        None  # the view of `counts` that `counter` returned: once it is freed, nothing adds to `counts` any more
     )
-    told: int = 0  # how many of the counts that are not 0 were looked at for a warning
+    told: int = 0  # how many counts were not 0 at the last look for a warning
 
 
 @dataclass(slots=True, eq=False)
 class _Copy:
-    """A copy of counts that is on its way to the CPU, or there."""
+    """A copy of counts to the CPU, which may not have finished yet."""
 
     of: _Counter
     counts: Tensor
     event: torch.Event
-    final: bool  # nobody adds to them any more
+    final: bool  # nothing adds to the counts any more
 
 
 class NonfiniteCounts:
-    """Counters for lists of parameters, and one warning for each parameter that has ever counted.
+    """Counters for lists of parameters, and one warning for each parameter whose count is not 0.
 
-    There are as many counters as are in use, and a few more: those of lists that do not come again are added up. On the
-    CPU a warning comes with the step. On an accelerator the step does not wait: `snapshot` starts a copy, and the next
-    one warns of what the last has brought. pickle and deepcopy keep the sum, and who was warned of.
+    Only the counters in use stay, and a few recent ones; the others are added to one sum. On the CPU a step warns at
+    once. On an accelerator a step does not wait: `snapshot` starts a copy, and the next `snapshot` warns of the counts
+    in that copy. pickle and deepcopy keep the sum, and the names of parameters that a warning named.
     """
 
     def __init__(self) -> None:
         self._counters: dict[tuple[int, ...], _Counter] = {}
-        self._recent: dict[tuple[int, ...], Tensor] = {}  # the last in use
+        self._recent: dict[tuple[int, ...], Tensor] = {}  # the counters last asked for, oldest first
         self._under_way: list[_Copy] = []
-        self._past = 0  # the sum of the counters that are no more
+        self._past = 0  # the sum of the counters that were dropped
         self._warned: set[str] = set()
 
     def counter(self, params: Sequence[Tensor]) -> Tensor:
-        """Return the int64 counters, one for each of `params`, into which operations add.
+        """Return the int64 counters, one for each of `params`, to which operations add.
 
-        The same ones as long as somebody has them, or has asked for them lately.
+        The same list gets the same counters as long as the caller keeps them, or has asked for them recently.
         """
         key = tuple(map(id, params))
         found = self._counters.get(key)
@@ -78,13 +78,13 @@ class NonfiniteCounts:
         return user
 
     def counters(self) -> list[Tensor]:
-        """Return every counter itself, and the sum of those that are no more."""
+        """Return every counter itself, and the sum of the dropped ones."""
         return [*self._settled(), *(counter.counts for counter in self._counters.values())]
 
     def snapshot(self, groups: Groups) -> list[Tensor]:
-        """Return what `counters` does, as copies on the CPU; those of an accelerator are right once it was waited for.
+        """Return copies of `counters` on the CPU; a copy from an accelerator is valid once that was waited for.
 
-        Warns of what is known without waiting.
+        Warns of the counts that are known without waiting.
         """
         self.warn(groups)
         copies = [
@@ -96,7 +96,7 @@ class NonfiniteCounts:
         return [*settled, *(copy for _, copy in copies)]
 
     def warn(self, groups: Groups) -> None:
-        """Warn of each parameter that has counted and was not named yet, as far as is known without waiting."""
+        """Warn of each parameter with a count that no warning has named yet, as far as is known without waiting."""
         for copy in [copy for copy in self._under_way if copy.event.query()]:
             self._warn(copy.of, copy.counts, groups)
             if copy.final:
@@ -124,7 +124,7 @@ class NonfiniteCounts:
                 self._under_way.append(_Copy(counter, copy, event, final))
 
     def _settled(self) -> list[Tensor]:
-        """Return, on the CPU, the counts to which nobody adds any more."""
+        """Return, on the CPU, the counts to which nothing adds any more."""
         past = torch.tensor([self._past], dtype=torch.int64, device="cpu")
         return [past, *(copy.counts for copy in self._under_way if copy.final)]
 
@@ -135,7 +135,7 @@ class NonfiniteCounts:
         counter.told = nonzero
         known = names_of(groups)
         for param, count in zip(counter.params, counts.tolist(), strict=True):
-            name = known.get(param)  # None: it has left the optimizer
+            name = known.get(param)  # None: the parameter has left the optimizer
             if count and name is not None and name not in self._warned:
                 self._warned.add(name)
                 warn(
@@ -145,7 +145,7 @@ class NonfiniteCounts:
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the sum and who was warned of; it waits for an accelerator."""
+        """Return the sum and the names that were warned of; this waits for an accelerator."""
         ended = [copy for copy in self._under_way if copy.final]
         for copy in ended:
             copy.event.synchronize()
@@ -153,6 +153,6 @@ class NonfiniteCounts:
         return {"past": self._past + sum(int(counts.sum()) for counts in held), "warned": set(self._warned)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take them back."""
+        """Take what `__getstate__` gave."""
         self.__init__()  # type: ignore[misc]
         self._past, self._warned = state["past"], state["warned"]

@@ -1,4 +1,4 @@
-"""A selection of trainable entries: the positions that move, and a state for them alone (PIECE, arXiv 2511.15375)."""
+"""A selection of trainable entries: their positions, and a state only for them (PIECE, arXiv 2511.15375)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -27,9 +27,9 @@ _WAY_OUT = "If you replaced or resized the parameter, select() again, with masks
 
 @dataclass(frozen=True, slots=True)
 class _Selected:
-    """What is trainable of a parameter: positions in this rank's shard, and the shape of the whole parameter.
+    """The trainable entries of a parameter: positions in this rank's shard, and the shape of the whole parameter.
 
-    Of a DTensor there is a number that is equal on ranks of equal masks.
+    A DTensor also has a digest, which is equal on ranks whose masks are equal.
     """
 
     positions: Tensor
@@ -38,10 +38,10 @@ class _Selected:
 
 
 class Selection(Following):
-    """Trainable entries move, the others keep their bits; the state of a parameter has a value for each trainable one.
+    """Trainable entries move and the others keep their bits; a parameter's state has values only for trainable entries.
 
     Args:
-        rule: whose slots a state has, one compact tensor each.
+        rule: the optimizer's rule; a state has one compact tensor for each slot of the rule.
     """
 
     state_keys = ("indices", "trainable")
@@ -61,7 +61,7 @@ class Selection(Following):
         shards = {param: local(shard_of(mask.to(param.device), param)) for param, mask in chosen.items()}
         owner.state.clear()
         self.compare_anew()
-        self.places.look(groups)  # with parameters that may be others by now
+        self.places.look(groups)  # the parameters may have been replaced
         for param in params_of(groups):
             self.places.put(param, None)
         for param, mask in shards.items():
@@ -71,16 +71,16 @@ class Selection(Following):
         self.complete_states(owner)
 
     def complete_states(self, owner: Owner) -> None:
-        """Give every parameter a state: that of its selection, of nothing where nothing is selected.
+        """Give every parameter a state for its trainable entries, with tensors of no entries if it has none.
 
-        torch.distributed.checkpoint loads into the states that are there, and would leave out the others of a file.
+        torch.distributed.checkpoint loads only into states that exist, and would skip the others in a file.
         """
         for group in owner.param_groups:
             for param in group["params"]:
                 self.state_made(owner, param, group)
 
     def state_made(self, owner: Owner, param: Tensor, group: dict[str, Any]) -> None:
-        """Start a state that was cleared over; of one that is there the selection is what counts."""
+        """Make a fresh state if it was cleared; if there is a state, its positions become the selection."""
         selected: _Selected | None = self.places.get(param)
         state = owner.state.get(param, {})
         positions = state.get(key_of(param), selected and selected.positions)
@@ -90,19 +90,19 @@ class Selection(Following):
             self.places.put(param, _Selected(positions, selected.shape if selected else param.shape))
 
     def _start(self, owner: Owner, param: Tensor, group: dict[str, Any], positions: Tensor | None) -> None:
-        """Give a parameter a fresh state of entries at these positions of this rank's shard, in row-major order."""
+        """Give a parameter a fresh state for the entries at these positions (row-major) of this rank's shard."""
         if positions is None:
             positions = narrow(torch.zeros(0, dtype=torch.int64, device=param.device), local(param))
         dtype, k = arithmetic_dtype(param.dtype), len(positions)
-        with torch.inference_mode(False):  # the state may be written outside of it
+        with torch.inference_mode(False):  # the state may be written outside of inference mode
             slots = {key: torch.zeros(k, dtype=dtype, device=param.device) for key in self._slots}
         clock = new_clock(0.0, None, bool(group["fused"]))
         owner.state[param] = {"step": clock, **slots, key_of(param): positions.to(param.device)}
 
     def positions(self, owner: Owner, param: Tensor) -> Tensor:
-        """Return the positions of what is selected, in this rank's shard."""
+        """Return the positions of the trainable entries in this rank's shard."""
         positions: Tensor | None = owner.state.get(param, {}).get(key_of(param))
-        if positions is None:  # it was cleared
+        if positions is None:  # the state was cleared
             self.complete_states(owner)
             positions = owner.state[param][key_of(param)]
         return positions
@@ -110,11 +110,11 @@ class Selection(Following):
     def trainable(self, owner: Owner, param: Tensor) -> Tensor:
         """Return which entries of a parameter, or of the shard of a DTensor, move: a new bool tensor of its shape."""
         self.follow_to(owner, param)
-        position_of(param, owner.param_groups)  # raises where it has none
-        held = local(param)
-        mask = torch.zeros(held.numel(), dtype=torch.bool, device=param.device)
+        position_of(param, owner.param_groups)  # raises if the optimizer does not have the parameter
+        shard = local(param)
+        mask = torch.zeros(shard.numel(), dtype=torch.bool, device=param.device)
         mask[self.positions(owner, param).long()] = True
-        return mask.view(held.shape)
+        return mask.view(shard.shape)
 
     # The step --------------------------------------------------------------------------------------------------------
 
@@ -123,9 +123,9 @@ class Selection(Following):
         check_flags(group)
 
     def moves(self, owner: Owner, param: Tensor) -> bool:
-        """Return whether anything of a parameter is selected.
+        """Return whether a parameter has trainable entries.
 
-        A DTensor counts even where this rank has nothing: to come by its gradient may take all ranks.
+        A DTensor counts even if this rank's shard has none: all ranks may be needed to compute its gradient.
         """
         return bool(self.positions(owner, param).numel()) or is_dtensor(param)
 
@@ -134,28 +134,28 @@ class Selection(Following):
         selected: _Selected | None = self.places.get(param)
         if selected is not None:
             check_shape(param, name_of(param, owner.param_groups), "trainable", selected.shape, _WAY_OUT)
-            # a program that has moved the state need not keep the positions that were there before
+            # a program that has moved the state to other tensors need not keep the old positions alive
             self.places.put(param, replace(selected, positions=self.positions(owner, param)))
 
     # Parameters that are replaced ------------------------------------------------------------------------------------
 
     def after_move(self, owner: Owner) -> None:
-        """Drop the state of nothing of a parameter that was replaced, and complete the others."""
+        """Drop the empty states of parameters that were replaced, and complete the others."""
         for param in [p for p in owner.state if isinstance(p, Tensor) and self.places.at(p) is None]:
             del owner.state[param]
         self.complete_states(owner)
 
     def added(self, owner: Owner) -> None:
-        """Give the parameters of a new group a state of nothing, until `select`."""
+        """Give the parameters of a new group empty states, until `select`."""
         self.complete_states(owner)
 
     def catch_up(self, owner: Owner) -> None:
-        """Follow, and give every parameter a state."""
+        """Follow parameters that were replaced, and give every parameter a state."""
         super().catch_up(owner)
         self.complete_states(owner)
 
     def digest(self, belongs: Any) -> int | None:
-        """Return the number of a selection."""
+        """Return the digest of a selection."""
         selected: _Selected = belongs
         return selected.digest
 
@@ -163,10 +163,10 @@ class Selection(Following):
         """Return the selection and the state for a parameter that has taken the place of another."""
         selected: _Selected = place.belongs
         check_shape(param, str(place), "trainable", selected.shape, _WAY_OUT)
-        if key_of(param) in owner.state.get(param, ()):  # whoever has replaced the parameter has seen to its state
+        if key_of(param) in owner.state.get(param, ()):  # the code that replaced the parameter has given it a state
             return _Selected(self.positions(owner, param), param.shape), None
         state = owner.state.get(place.param, {})
-        if not state:  # it was cleared, and the moments are fresh
+        if not state:  # the state was cleared: start with fresh moments
             zeros = torch.zeros(len(selected.positions), dtype=arithmetic_dtype(param.dtype), device=param.device)
             slots = {key: zeros.clone() for key in self._slots}
             state = {"step": 0.0, **slots, key_of(place.param): selected.positions}
@@ -196,12 +196,12 @@ class Selection(Following):
         return {**packed, "state": state}
 
     def unpacked(self, entry: dict[str, Any], param: Tensor) -> dict[str, Any]:
-        """Return a parameter's saved state as `state` has it: compact."""
+        """Return a parameter's saved state in the compact form that `state` has."""
         if "trainable" not in entry:
             if not is_dtensor(param):
                 return {**entry, "indices": narrow(entry["indices"], param)}
-            entry = {"step": entry["step"], **self._dense(entry, "indices", param.shape)}  # of one process
-        # of a DTensor's shard, or of the whole of it where the checkpoint has that
+            entry = {"step": entry["step"], **self._dense(entry, "indices", param.shape)}  # saved by one process, without shards
+        # the saved tensors are shards of a DTensor, or whole tensors
         keys = (*self._slots, "trainable")
         parts = {key: local(shard_of(entry[key].to(param.device), param)).reshape(-1) for key in keys}
         positions = parts["trainable"].nonzero()[:, 0]
@@ -209,7 +209,7 @@ class Selection(Following):
         return {"step": entry["step"], **slots, key_of(param): narrow(positions, local(param))}
 
     def loaded(self, owner: Owner) -> None:
-        """Take the selection of a checkpoint; what it has no entry for keeps its own, with fresh moments."""
+        """Take the selection from a checkpoint; parameters without an entry there keep theirs, with fresh moments."""
         for param in params_of(owner.param_groups):
             kept: _Selected | None = self.places.get(param)
             if owner.state.get(param):  # the selection is the checkpoint's
@@ -222,7 +222,7 @@ class Selection(Following):
         self.complete_states(owner)
 
     def state_shape(self, key: str, param: Tensor, entry: dict[str, Any]) -> tuple[int, ...]:
-        """Return the shape of a compact tensor, or of the parameter where the entry is in its shape."""
+        """Return the shape of a compact tensor, or the parameter's shape if the entry is saved in that shape."""
         if "trainable" in entry:
             return tuple(param.shape)
         indices = entry.get("indices")
@@ -232,7 +232,7 @@ class Selection(Following):
         """Check the positions of a saved state.
 
         Raises:
-            ValueError: they are no positions, out of range, or do not increase.
+            ValueError: the indices are not 1-D integers, are out of range, or do not increase.
         """
         if "trainable" in entry:
             return
@@ -245,12 +245,12 @@ class Selection(Following):
                 f"indices of {name} go from {int(indices[0])} to {int(indices[-1])} in the state, and it has "
                 f"{param.numel()} entries here"
             )
-        # a step would write wherever they point
+        # a step would write wherever the indices point
         if not bool((indices[1:] > indices[:-1]).all()):
             raise ValueError(f"indices of {name} do not increase in the state: it was changed, or is not SparseAdamW's")
 
     def _dense(self, entry: dict[str, Any], key: str, shape: torch.Size) -> dict[str, Tensor]:
-        """Return compact slots in a shape, with zeros between, and which entries are selected; `key` has positions."""
+        """Spread compact slots over a shape, with 0 elsewhere, and add the mask; ``entry[key]`` has the positions."""
         positions = entry[key].long()
 
         def spread(values: Tensor) -> Tensor:
@@ -260,13 +260,13 @@ class Selection(Following):
         return {**{slot: spread(entry[slot]) for slot in self._slots}, "trainable": spread(ones)}
 
     def _spread(self, entry: dict[str, Any], param: Tensor) -> dict[str, Any]:
-        """Return the compact state of a shard in the shape of its parameter."""
+        """Return the compact state of a shard as DTensors in the shape of the parameter."""
         dense = self._dense(entry, "trainable", local(param).shape)
         return {"step": entry["step"], **{key: wrapped(values, param) for key, values in dense.items()}}
 
 
 def key_of(param: Tensor) -> str:
-    """Return the key of the positions in a parameter's state, which is that of the selection in a checkpoint too.
+    """Return the key of the positions in a parameter's state; a checkpoint has the selection under the same key.
 
     Loaders of flat checkpoints ask the state which keys to load.
     """
@@ -274,5 +274,5 @@ def key_of(param: Tensor) -> str:
 
 
 def narrow(positions: Tensor, tensor: Tensor) -> Tensor:
-    """Return positions in a tensor in the dtype in which they are kept."""
+    """Return positions in a tensor as int32 if every position in the tensor fits, else as int64."""
     return positions.int() if tensor.numel() < _NARROW else positions.long()

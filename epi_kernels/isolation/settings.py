@@ -6,11 +6,11 @@ from typing import Any
 from epi_kernels.engine.checkpoint import LATEST
 from epi_kernels.engine.settings import is_count, is_number
 
-# Where a group keeps the number of steps that the optimizer has taken. Refreshes go by this clock and not by
-# state["step"]: parameters that stand still, such as those of a finished task, must not stop the refreshes.
+# The key under which a group keeps the number of steps that the optimizer has taken. Refreshes follow this clock, not
+# state["step"]: parameters that no longer train, such as those of a finished task, must not stop the refreshes.
 CLOCK = "isolation_clock"
 
-# settings of the whole optimizer: they stand in every group, so that a checkpoint holds them, and are equal in all
+# settings of the whole optimizer: equal in all groups, each of which has them so that a checkpoint saves them
 SHARED = ("mask_interval", "layers", "normalize", "scope", "threshold", "importance")
 
 # all settings, without the clock
@@ -24,14 +24,14 @@ _CHOICES = {
 
 
 def check_settings(settings: dict[str, Any], importance_slot: str | None = None) -> None:
-    """Check the settings of a group, all of which it must have; the clock it may have.
+    """Check the settings of a group, which must have all of SETTINGS, and its clock if there is one.
 
     Args:
-        settings: of the group.
-        importance_slot: of the optimizer's rule, which can serve as the importance; None: there is none.
+        settings: the settings of the group.
+        importance_slot: the slot of the optimizer's rule that can serve as the importance; None: no slot can.
 
     Raises:
-        ValueError: naming the argument and its value.
+        ValueError: a setting is out of its range; the message names the setting and its value.
     """
     ratio, beta, interval = settings["isolation_ratio"], settings["importance_beta"], settings["mask_interval"]
     if not (is_number(ratio) and 0.0 <= ratio < 1.0):

@@ -1,4 +1,4 @@
-"""What the last refreshes did: tensors until a device has brought them to the host, then plain numbers."""
+"""Records of the last refreshes: tensors until a device has copied them to the host, then plain numbers."""
 
 from collections import deque
 from collections.abc import Iterable
@@ -17,14 +17,14 @@ RECORDS = 256
 class Budget:
     """Entries that compete for the same k places."""
 
-    scope: str  # "global", or the name of the one layer it covers
+    scope: str  # "global", or the name of the one layer that the budget covers
     isolation_ratio: float
     eligible: int
     k: int
 
 
 class Layout(NamedTuple):
-    """What refreshes of the same parameters have in common."""
+    """The part of a record that is equal in all refreshes of the same parameters."""
 
     layers: tuple[str, ...]
     layer_eligible: tuple[int, ...]
@@ -37,8 +37,8 @@ class Numbers:
 
     step: int
     layout: Layout
-    counts: "np.ndarray[Any, Any]"  # [layers, 3]: protected, newly locked, released; of the narrowest dtype
-    protected: "np.ndarray[Any, Any]"  # [budgets]
+    counts: "np.ndarray[Any, Any]"  # [layers, 3]: protected, newly locked, released; in the narrowest dtype that fits
+    protected: "np.ndarray[Any, Any]"  # [budgets]: protected entries
     ranges: "np.ndarray[Any, Any]"  # float32 [layers, 2]: minimum and maximum importance
     thresholds: "np.ndarray[Any, Any]"  # float32 [budgets]
     nonfinite: int
@@ -86,7 +86,7 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Record:
-    """One refresh as it comes from its device."""
+    """One refresh, with results that may still be on their device."""
 
     step: int | Tensor
     layout: Layout
@@ -95,12 +95,13 @@ class Record:
     ranges: Tensor  # [layers, 2]: minimum and maximum importance
     thresholds: Tensor  # [budgets]
     counts: Tensor  # [tensors, 3]: protected, newly locked, released
-    nonfinite: list[Tensor]  # all counters, or copies of them on the CPU
+    nonfinite: list[Tensor]  # all counters of non-finite gradients, or copies of them on the CPU
 
     def kept_where(self, due: Tensor, before: "Record | None") -> "Record":
-        """Return this record where `due` is not 0, and the one `before` it elsewhere; its tensors are then written.
+        """Return this record if `due` is not 0, and else the record `before`; the device decides.
 
-        Without one before, and `due` 0, the step is 0: there was no refresh.
+        If `before` has the same layout, its tensors are written and it is returned. Otherwise this record is returned,
+        with step 0, which means no refresh, if `due` is 0.
         """
         assert isinstance(self.step, Tensor)
         if before is None or before.layout != self.layout or not np.array_equal(before.layer_of, self.layer_of):
@@ -111,12 +112,12 @@ class Record:
         return before
 
     def on_the_host(self) -> "Record":
-        """Return this record with copies on the CPU, which are right once the device was waited for."""
+        """Return this record with copies on the CPU, which are valid once the device has been waited for."""
         there = {name: getattr(self, name) for name in ("ranges", "thresholds", "counts")}
         return replace(self, **{name: tensor.to("cpu", non_blocking=True) for name, tensor in there.items()})
 
     def numbers(self, before: Layout | None) -> Numbers:
-        """Return the record in plain numbers; the layout is that of the one `before` where they are equal."""
+        """Return the record in plain numbers, with the object `before` as its layout if both are equal."""
         layout, rows = self.layout, self.counts.cpu().numpy()
         counts = np.zeros((len(layout.layers), 3), np.int64)
         np.add.at(counts, self.layer_of, rows)
@@ -139,16 +140,16 @@ class Records:
     def __init__(self) -> None:
         self._done: deque[Numbers] = deque(maxlen=RECORDS)
         self._under_way: deque[tuple[Record, list[torch.Event]]] = deque(maxlen=RECORDS)
-        # the last refresh of which the device alone knows whether it was one, and what it was before a copy
+        # the last record of steps of which only the device knows whether they refreshed, and that record before a copy
         self.on_device: Record | None = None
         self._on_device_before: Numbers | None = None
 
     def __len__(self) -> int:
-        """Return how many refreshes there are, but for the one that a device alone knows of."""
+        """Return how many records there are, without the one that only a device knows."""
         return min(len(self._done) + len(self._under_way), RECORDS)
 
     def add(self, record: Record, devices: Iterable[torch.device]) -> None:
-        """Take the record of a refresh that launched on these devices; an accelerator is not waited for."""
+        """Add the record of a refresh that was launched on these devices; this waits for no accelerator."""
         self._settle(wait=False)
         events = []
         copy = record.on_the_host()
@@ -161,26 +162,26 @@ class Records:
         self._settle(wait=False)
 
     def add_where(self, due: Tensor, record: Record) -> Record:
-        """Take the record of a refresh that happened where `due` is not 0, and return the one that is written."""
+        """Add the record of a refresh that happened if `due` is not 0, and return the record that is written."""
         self.on_device = record.kept_where(due, self.on_device)
         return self.on_device
 
     def kept(self) -> tuple[list[Numbers], list[tuple[Record, list[torch.Event]]]]:
-        """Return what `bring_back` takes."""
+        """Return the present records, for `bring_back`."""
         return list(self._done), list(self._under_way)
 
     def bring_back(self, kept: tuple[list[Numbers], list[tuple[Record, list[torch.Event]]]]) -> None:
-        """Have the records again that there were when `kept` was asked."""
+        """Restore the records that `kept` returned."""
         self._done, self._under_way = deque(kept[0], maxlen=RECORDS), deque(kept[1], maxlen=RECORDS)
 
     def read(self) -> list[dict[str, Any]]:
-        """Return every record as `EPIAdamW.telemetry` documents it, oldest first; it waits for the devices."""
+        """Return every record as `EPIAdamW.telemetry` documents it, oldest first; this waits for the devices."""
         self._settle(wait=True)
         last = self._last()
         return [numbers.as_dict() for numbers in (*self._done, *([last] if last else []))][-RECORDS:]
 
     def _last(self) -> Numbers | None:
-        """Return what a device alone knows, if there was such a refresh."""
+        """Return the record that only a device knows, if there was such a refresh."""
         record = self.on_device
         if record is not None and record.counts.device.type != "cpu":
             torch.accelerator.synchronize(record.counts.device)
@@ -189,7 +190,7 @@ class Records:
         return record.numbers(None)
 
     def _settle(self, wait: bool) -> None:
-        """Turn into numbers what has arrived, or everything."""
+        """Turn the records that have arrived into numbers, or all records if `wait`."""
         while self._under_way:
             record, events = self._under_way[0]
             for event in events:
@@ -201,12 +202,12 @@ class Records:
             self._done.append(record.numbers(self._done[-1].layout if self._done else None))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the numbers; it waits for the devices."""
+        """Return the numbers; this waits for the devices."""
         self._settle(wait=True)
         return {"done": list(self._done), "last": self._last()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take them back."""
+        """Take what `__getstate__` gave."""
         self.__init__()  # type: ignore[misc]
         self._done.extend(state["done"])
         self._on_device_before = state["last"]
