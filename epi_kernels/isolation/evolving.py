@@ -46,10 +46,10 @@ class Evolving(Isolation, Method):
         check_settings(group, self._slot)
 
     def fixed(self, owner: Owner) -> dict[str, tuple[Any, ...]]:
-        """Return the settings that must not change since masks depend on them: the place of the locks, and the layers."""
+        """Return the settings that must not change: masks depend on the place of the locks and on the layers."""
         return {
             "importance": (owner.defaults["importance"],),
-            "layers": (self.grouping.name, owner.defaults["layers"]),  # the second is allowed where parameters have no names
+            "layers": (self.grouping.name, owner.defaults["layers"]),  # the second where parameters have no names
         }
 
     def admit(self, owner: Owner, group: dict[str, Any]) -> None:

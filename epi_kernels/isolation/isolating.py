@@ -59,7 +59,7 @@ class Isolating:
         Reading the records waits for the device, a step does not. pickle and deepcopy of the optimizer keep the records.
 
         With ``capturable``, or ``fused`` and a scaler on a GPU, only the device knows which steps refreshed, and the
-        list has only the last refresh. A record is a dict of numbers and names, over all ranks but for ``nonfinite``:
+        list has only the last record. A record is a dict of numbers and names, over all ranks but for ``nonfinite``:
 
         - ``step``: the clock at the refresh; ``protected_share``: protected / eligible.
         - ``eligible``, ``budget``, ``protected``: entries that compete, k, and protected entries; `protected` is below `budget`

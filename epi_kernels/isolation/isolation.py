@@ -223,7 +223,7 @@ class Isolation:
             self._begin_iteration(owner)
 
     def _begin_iteration(self, owner: Owner) -> None:
-        """Count an iteration of DeepSpeed at its first `step`, and refresh then if the last iteration made that due.
+        """Count an iteration of DeepSpeed at its first `step`, and refresh if the last one made that due.
 
         DeepSpeed calls `step` for one group or sub-group after the other, and shows only that one: not before the next
         iteration begins is it known that all groups have advanced their importance.
@@ -286,7 +286,7 @@ class Isolation:
     ) -> None:
         """Advance the importance of the parameters that are `stepping`, and choose the protected entries.
 
-        If only the device knows whether a refresh is due, `due` is a tensor there, not 0 if one is, and `clock` is too.
+        If only the device knows whether a refresh is due, `due` is not 0 there if one is, and `clock` is there too.
         """
         step = self.latest_clock(owner.param_groups) if clock is None else clock
         with torch.no_grad():

@@ -4,7 +4,7 @@ from typing import Any, Literal, cast
 
 from torch import Tensor
 
-# not by way of torch.optim, where a program may have put one of our classes in the place of torch's
+# imported from its module: in torch.optim a program may have replaced torch's class by one of ours
 from torch.optim.adamw import AdamW
 
 from epi_kernels.engine.optimizer import FusedOptimizer
@@ -28,52 +28,52 @@ class EPIAdamW(Isolating, FusedOptimizer, AdamW):
         AdamW update of every entry that is not protected    Eq. 12-13
 
     Source: "Parameter Importance is Not Static", arXiv 2604.14010, Algorithm 1. A protected entry gets no update and
-    no weight decay: it keeps its bits. Its moments advance, so that a released entry moves on at full speed. An entry
-    whose score is 0 is never protected; ties at the threshold all are.
+    no weight decay: it keeps its bits. Its moments advance, so that a released entry moves at full speed at once. An
+    entry whose score is 0 is never protected; all entries tied at the threshold are protected.
 
     Args:
-        params: as torch.optim.AdamW takes them; ``model.named_parameters()`` lets layers be transformer blocks and
-            messages speak of names.
+        params: as torch.optim.AdamW takes them; with ``model.named_parameters()`` layers can be transformer blocks,
+            and messages give names.
         lr, betas, eps, weight_decay, amsgrad, maximize, foreach: as in torch.optim.AdamW. `foreach` is checked as
             torch does and changes nothing: `backend` decides what runs.
-        fused: as there, too. With True a torch.amp.GradScaler leaves the gradients to the step, which divides by the
-            scale and, where one is infinite, does nothing at all. It does not write the gradients, and on a GPU
-            nothing is read back.
-        capturable: lets a CUDA graph capture `step`; clocks and the decision to refresh are on the device. A number in
-            a tensor (lr, eps, weight_decay, betas) is read at every replay, any other is a constant of the graph.
-        differentiable: autograd goes back through the step, by torch's own arithmetic. For float32, float64 and
-            complex parameters, with ``importance="ema"``.
-        isolation_ratio: p, share of the entries to protect, 0 <= p < 1. A group may carry its own: each ratio is then
-            a budget of its own over its own groups, and 0 exempts a group (no importance, no state for it).
-        importance_beta: smoothing of S, 0 <= beta < 1; 0 takes the last gradient alone. A group may carry its own.
-        mask_interval: H, steps from one choice to the next. Every call of `step` counts, whichever parameters have a
-            gradient in it; a step that a scaler skips does not. None: only `refresh`.
-        layers: what is normalised together. "block": the transformer block, and the module outside of blocks;
+        fused: as in torch.optim.AdamW. With True, a torch.amp.GradScaler leaves unscaling to the step: the step divides
+            the gradients by the scale, and changes nothing if one is infinite. The step does not write the gradients,
+            and on a GPU the host reads nothing back.
+        capturable: lets a CUDA graph capture `step`; clocks and the decision to refresh are on the device. A setting
+            that is a tensor (lr, eps, weight_decay, betas) is read at every replay; a number is fixed in the graph.
+        differentiable: autograd can go back through the step, which then uses torch's own operations. Only for float32,
+            float64 and complex parameters, with ``importance="ema"``.
+        isolation_ratio: p, share of the entries to protect, 0 <= p < 1. A group may have its own ratio: the groups
+            with the same ratio then share one budget, and 0 exempts a group (no importance, no state for it).
+        importance_beta: smoothing of S, 0 <= beta < 1; 0 uses only the last gradient. A group may have its own.
+        mask_interval: H, steps from one refresh to the next. Every call of `step` counts, whichever parameters have a
+            gradient; a step that a scaler skips does not count. None: masks change only when `refresh` is called.
+        layers: which entries are normalised together. "block": a transformer block, or a module outside of blocks;
             "tensor": each parameter; a callable: name -> layer. "auto": "block" where names are known, else "tensor".
-        normalize: "layer" as above; "none" ranks the raw S.
-        scope: "global" has one budget over all layers; "layer" protects the top p of each.
-        threshold: "exact" is the k-th largest score to the bit; "histogram" reads the scores once instead of three
+        normalize: "layer" scores entries as above; "none" takes the raw S as the score.
+        scope: "global" has one budget over all layers; "layer" protects the top p of each layer.
+        threshold: "exact" is exactly the k-th largest score; "histogram" reads the scores once instead of three
             times and may protect up to one histogram bin more (1/16 in the score; see `epi_kernels.ops`).
-        importance: "ema" keeps S; "exp_avg_sq" takes AdamW's second moment for it (beta = betas[1]), without any
-            state or traffic of its own. The lock bit then rides in the sign of ``exp_avg_sq``. `state_dict` has
+        importance: "ema" keeps S; "exp_avg_sq" uses AdamW's second moment as S (beta = betas[1]), without additional
+            state or memory traffic. The lock is then the sign bit of ``exp_avg_sq``. `state_dict` has
             ``exp_avg_sq`` without locks, so that torch.optim.AdamW can load it, and the signed tensor as
             ``importance``.
-        clip_grad_norm: the largest norm of all gradients together, as of torch.nn.utils.clip_grad_norm_: one pass over
-            them, and the factor is applied in the step, importance included, without writing the gradients. None: no
-            clipping.
-        process_group: the ranks that share the parameters out. None is the default group where a parameter is a DTensor
-            (FSDP2, HSDP, tensor parallel) or a slice of FSDP1's, and no communication otherwise, DDP included. Given
-            with plain parameters that have no names, each rank's parameters are its own. Slices of FSDP1 do not say
-            which are replicas: with HYBRID_SHARD give the group that shards; NO_SHARD is refused.
-        backend: "auto", or the name of one, which then runs or raises.
+        clip_grad_norm: the largest allowed norm of all gradients together, as in torch.nn.utils.clip_grad_norm_. The
+            norm takes one pass over the gradients; the step applies the factor, for the importance too, and does not
+            write the gradients. None: no clipping.
+        process_group: the ranks over which the parameters are sharded. None: the default group if a parameter is a
+            DTensor (FSDP2, HSDP, tensor parallel) or a slice that FSDP1 made, and no communication otherwise, also
+            under DDP. With a group and plain parameters without names, each rank's parameters are its own. FSDP1 does
+            not say which slices are replicas: with HYBRID_SHARD give the group that shards; NO_SHARD is refused.
+        backend: "auto", or the name of a backend, which then runs or raises.
 
     State of a parameter: torch's ``step``, ``exp_avg``, ``exp_avg_sq``, ``max_exp_avg_sq`` and ``importance``: S in
     float32 with the lock in its sign bit (see `epi_kernels.lock`). With ``importance="exp_avg_sq"``, ``importance`` and
     ``exp_avg_sq`` are one tensor, which carries the lock; where a loader or an offloader has made two tensors of that
     one, the next step takes ``importance`` for both. A group has the settings above, a digest of its layers, and
-    ``isolation_clock``: how many steps the optimizer has taken, by which it refreshes. (Under ``capturable`` the clock
-    runs on the device, and `state_dict` brings its value into the groups.) A state of torch.optim.AdamW, which has no
-    such clock, starts it at the largest ``step``.
+    ``isolation_clock``: how many steps the optimizer has taken, which decides when masks are refreshed. (Under ``capturable`` the clock
+    runs on the device, and `state_dict` copies its value into the groups.) A state of torch.optim.AdamW, which has no
+    such clock, starts the clock at its largest ``step``.
 
     Raises:
         ValueError: an argument is out of its range; the message names it and its value.
@@ -151,17 +151,17 @@ class EPIAdamW(Isolating, FusedOptimizer, AdamW):
         return cast(Evolving, self._method)
 
     def bind_deepspeed(self, engine: Any) -> None:
-        """Say which layer every segment of DeepSpeed's flat partitions belongs to: ZeRO-1, 2 and 3.
+        """Assign every segment of DeepSpeed's flat partitions to its layer, for ZeRO-1, 2 and 3.
 
-        Call it after ``deepspeed.initialize(..., optimizer=optimizer)``, on every rank. A refresh that is due then
-        happens at the start of the next step, from the importance that all groups have advanced. Unbound, each flat
-        partition is one layer, has a budget of its own, and a warning says so.
+        Call it after ``deepspeed.initialize(..., optimizer=optimizer)``, on every rank. From then on a refresh
+        that is due happens at the start of the next step, once all groups have advanced their importance. Without this
+        call each flat partition is one layer with a budget of its own, and a warning says so.
 
         Args:
-            engine: as deepspeed.initialize returns it.
+            engine: the engine that deepspeed.initialize returned.
 
         Raises:
-            TypeError: `engine` is not an engine.
-            ValueError: it steps another optimizer, or its segments do not lie in the partitions that this one has.
+            TypeError: `engine` is not a DeepSpeed engine.
+            ValueError: the engine steps another optimizer, or its segments do not lie in this optimizer's partitions.
         """
         self._isolation.bind_deepspeed(self, engine)

@@ -66,7 +66,7 @@ class IsolatedOptimizer(Isolating, Optimizer):
 
     A checkpoint is the base's, with ``importance`` in each parameter's state and the settings in the groups: it also
     loads into a bare `base`, if that ignores unknown keys. If the checkpoints of `base` have a form of their own, ours
-    has the whole of it under ``base``.
+    contains it unchanged under ``base``.
 
     Raises:
         TypeError: `base` is not a torch.optim.Optimizer.

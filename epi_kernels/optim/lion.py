@@ -26,11 +26,11 @@ class EPILion(Isolating, FusedOptimizer):
 
     Sources: "Symbolic Discovery of Optimization Algorithms", arXiv 2302.06675, Algorithm 2, and "Parameter Importance
     is Not Static", arXiv 2604.14010, Algorithm 1. For the same gradients the masks are those of `EPIAdamW`. A
-    protected entry gets no update and no weight decay: it keeps its bits. The sign of 0 is 0, and that of NaN is NaN.
+    protected entry gets no update and no weight decay: it keeps its bits. The sign of 0 is 0, and the sign of NaN is NaN.
 
     Args:
-        params: as torch.optim.AdamW takes them; ``model.named_parameters()`` lets layers be transformer blocks and
-            messages speak of names.
+        params: as torch.optim.AdamW takes them; with ``model.named_parameters()`` layers can be transformer blocks,
+            and messages give names.
         lr: step size; a third to a tenth of AdamW's is usual.
         betas: (beta1, beta2) above.
         weight_decay: lambda, decoupled; three to ten times AdamW's is usual.

@@ -26,15 +26,15 @@ class MaskedAdamW(FusedOptimizer, AdamW):
         params: as torch.optim.AdamW takes them; ``model.named_parameters()`` if `frozen` has names.
         lr, betas, eps, weight_decay, amsgrad, maximize, foreach, fused, capturable, differentiable: as in
             torch.optim.AdamW; see `EPIAdamW`.
-        frozen: {name or Parameter: bool tensor of the parameter's shape}, True = never moves. Parameters without a
-            mask are free.
+        frozen: {name or Parameter: bool tensor of the parameter's shape}, True = never moves. All entries of
+            parameters without a mask move.
         clip_grad_norm: as in `EPIAdamW`.
         process_group: the ranks over which the parameters are sharded; None is the default group if a parameter is a
             DTensor, and no communication otherwise. Given with plain parameters without names, as inside of
             ZeroRedundancyOptimizer, each rank's parameters are its own, and it skips masks of other ranks' parameters.
         backend: "auto", or the name of a backend, which then runs or raises.
 
-    State of a parameter with a mask: torch's, and ``frozen``, int8, -1 where frozen. The mask outlives the state
+    State of a parameter with a mask: torch's keys, and ``frozen``, int8, -1 where frozen. The mask outlives the state
     (``state.clear()``, a checkpoint without a mask); a mask in a checkpoint replaces it. If a wrapper puts other
     objects into `param_groups`, a mask follows by name, else by position; a DTensor gets its shard of the mask.
 

@@ -47,7 +47,7 @@ class GradientRelease:
 
     @torch.no_grad()
     def step(self, param: Tensor, group: int) -> None:
-        """Step a parameter, of the group at position `group`, and free its gradient.
+        """Step one parameter, which is in the group at position `group`, and free its gradient.
 
         Raises:
             RuntimeError: the parameter has stepped since the last `optimizer.step()`.
@@ -62,7 +62,7 @@ class GradientRelease:
             )
         if not self._stepped:
             self._optimizer._take_written()
-        self.check_group(self._optimizer.param_groups[group])  # a program may have written into it
+        self.check_group(self._optimizer.param_groups[group])  # a program may have written into the group
         self._optimizer._step_alone(param, group)
         self._stepped.add(param)
         param.grad = None
@@ -111,7 +111,7 @@ class GradientRelease:
         """Check that a group has no setting that a release excludes.
 
         Raises:
-            ValueError: it has; the message names the setting.
+            ValueError: the group has such a setting; the message names the setting.
         """
         if group.get("clip_grad_norm") is not None:
             raise ValueError(
@@ -147,8 +147,8 @@ def release_gradients(model: torch.nn.Module, optimizer: FusedOptimizer) -> Grad
 
     Raises:
         ValueError: the optimizer clips (the norm is known after the last gradient), is capturable or differentiable, or
-            has parameters that are not the model's, are slices of FSDP1's, have gradients, or are released to another
-            optimizer, whose release must be removed first; or a part of the model is a DistributedDataParallel, which
+            has parameters that are not the model's, are slices that FSDP1 made, have gradients, or are released to another
+            optimizer, whose release must be removed first; or a module in the model is a DistributedDataParallel, which
             averages gradients later. Later: a state or a group with such settings is loaded or added.
         RuntimeError: later, in backward(): a second gradient before step(), as in gradient accumulation; in step(): a
             gradient scaler calls, a parameter still has a gradient (from DistributedDataParallel around `model`, or set
@@ -168,7 +168,7 @@ def release_gradients(model: torch.nn.Module, optimizer: FusedOptimizer) -> Grad
 
 
 def _hooked(param: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
-    """Register a hook that runs once a parameter has its gradient; it may require one only later."""
+    """Register a hook that runs once a parameter has its gradient; the parameter may require one only later."""
     trains = param.requires_grad
     # torch registers this hook only on tensors that require grad, so switch it on for the call
     handle = param.requires_grad_().register_post_accumulate_grad_hook(hook)
