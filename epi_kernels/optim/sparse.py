@@ -17,44 +17,44 @@ from epi_kernels.rules import ADAMW
 
 
 class SparseAdamW(FusedOptimizer, AdamW):
-    """AdamW that moves the selected entries and no others; time and memory go with the entries selected.
+    """AdamW that moves only the trainable entries; time and memory grow with the number of trainable entries.
 
     ::
 
-        theta <- AdamW's update where selected, else theta                PIECE (arXiv 2511.15375) Alg. 1
+        theta <- AdamW's update where trainable, else theta               PIECE (arXiv 2511.15375) Alg. 1
 
-    An entry that is not selected keeps its bits: it gets no update and no weight decay, whatever its gradient, NaN
-    included. The selected ones move as under AdamW with the other gradients at 0, bit for bit. The moments are
-    compact: 12 bytes for each selected entry, positions included. With `release_gradients` a gradient is gathered and
-    freed as it is ready, and at no time are there all of them.
+    An entry that is not trainable keeps its bits: it gets no update and no weight decay, even if its gradient is NaN.
+    The trainable entries move as under AdamW with all other gradients at 0, bit for bit. The moments are compact: 12
+    bytes for each trainable entry, positions included. With `release_gradients` each gradient is gathered and freed
+    once it is ready, so that all gradients never exist at the same time.
 
     Args:
-        params: as torch.optim.AdamW takes them; ``model.named_parameters()`` for masks by names.
+        params: as torch.optim.AdamW takes them; ``model.named_parameters()`` if `trainable` has names.
         lr, betas, eps, weight_decay, maximize, foreach, fused: as in torch.optim.AdamW. `foreach` and `fused` are
             checked as torch does and change nothing.
         amsgrad, capturable, differentiable: not in this version.
         trainable: {name or Parameter: bool tensor of the parameter's shape}, True = moves, as
-            `epi_kernels.select.top_k` makes it. Parameters that it does not name do not move.
-        process_group: the ranks that share the parameters out; None is the default group where a parameter is a
-            DTensor, and no communication otherwise. Given with plain parameters that have no names, as inside of
-            ZeroRedundancyOptimizer, each rank's parameters are its own, and masks of others are left to other ranks.
-        backend: "auto", or the name of one, which then runs or raises.
+            `epi_kernels.select.top_k` makes it. Parameters without a mask do not move.
+        process_group: the ranks over which the parameters are sharded; None is the default group if a parameter is a
+            DTensor, and no communication otherwise. Given with plain parameters without names, as inside of
+            ZeroRedundancyOptimizer, each rank's parameters are its own, and it skips masks of other ranks' parameters.
+        backend: "auto", or the name of a backend, which then runs or raises.
 
-    State of a parameter with k selected entries: ``step``, ``exp_avg`` and ``exp_avg_sq`` [k], and ``indices`` [k], the
-    positions in row-major order, int32 (int64 from 2^31 entries on). A checkpoint brings its selection along; what it
-    has no entry for, because it required no gradient, keeps its selection and starts with fresh moments, as after
-    ``state.clear()``. Where a wrapper puts other objects into `param_groups`, state and selection follow by name, else
-    by position, to the shard where that is a DTensor.
+    State of a parameter with k trainable entries: ``step``, ``exp_avg`` and ``exp_avg_sq`` [k], and ``indices`` [k], the
+    positions in row-major order, int32 (int64 from 2^31 entries on). A checkpoint includes its selection. A
+    parameter without an entry in the checkpoint, because it required no gradient, keeps its selection and starts with
+    fresh moments, as after ``state.clear()``. If a wrapper puts other objects into `param_groups`, state and selection
+    follow by name, else by position; a DTensor gets its shard of them.
 
-    The state of a DTensor is that of its shard, with the positions under ``trainable``. A checkpoint has it in the
-    parameter's shape, with the mask as ``trainable``, so that it loads on another number of ranks: 9 bytes for each
-    entry, made when it is saved. Plain parameters save k values; torch.distributed.checkpoint loads in place, so k must
+    The state of a DTensor covers this rank's shard, with the positions under ``trainable``. A checkpoint has that state
+    in the parameter's shape, with the mask as ``trainable``, so that another number of ranks can load it: 9 bytes for
+    each entry, allocated when the state is saved. Plain parameters save k values; torch.distributed.checkpoint loads in place, so k must
     be equal on both sides. To move between sharded and plain, save with ``full_state_dict=True``. Ranks with replicas,
     as under DDP, must be given the same masks.
 
     Raises:
         ValueError: a name or Parameter is unknown, or its mask is not bool or has another shape; or, at the first step
-            and on every rank that holds a part of the parameters, settings or masks of the ranks differ; or a wrapper
+            and on every rank that has shards, settings or masks of the ranks differ; or a wrapper
             has put other tensors into `param_groups` to which a selection cannot go, as DeepSpeed ZeRO does; or a
             parameter has another shape than its selection.
         NotImplementedError: an argument or a parameter's kind is not in this version.
@@ -115,13 +115,13 @@ class SparseAdamW(FusedOptimizer, AdamW):
 
     @torch.no_grad()
     def select(self, trainable: Mapping[str | Tensor, Tensor]) -> None:
-        """Start over with another selection and fresh moments: the next task of a sequence.
+        """Start over with another selection and fresh moments, for the next task of a sequence.
 
         Args:
             trainable: as in the constructor.
 
         Raises:
-            ValueError: as the constructor; the selection is then as it was.
+            ValueError: as the constructor; the selection has then not changed.
         """
         self._selection.select(self, trainable)
 
@@ -135,13 +135,13 @@ class SparseAdamW(FusedOptimizer, AdamW):
 
     @torch.no_grad()
     def delta(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return what this task may have changed: {name: (positions, values)} of the selected entries, on the CPU.
+        """Return what this task may have changed: {name: (positions, values)} of the trainable entries, on the CPU.
 
-        Put onto the model as it was when the task began, it is the model as it is, bit for bit: `epi_kernels.delta`.
-        Of sharded parameters every rank must call; each is gathered, one after the other.
+        `epi_kernels.delta` applies these values to the model from the start of the task and gets the present model, bit
+        for bit. If parameters are sharded, every rank must call `delta`, which gathers one parameter after the other.
 
         Raises:
-            ValueError: the optimizer has no names, which are what a delta goes by.
+            ValueError: the optimizer has no parameter names, by which a delta stores entries.
         """
         if not all("param_names" in group for group in self.param_groups):
             raise ValueError("a delta goes by names, and the optimizer has none; pass it model.named_parameters()")
@@ -159,7 +159,7 @@ class SparseAdamW(FusedOptimizer, AdamW):
         return found
 
     def __repr__(self) -> str:
-        """Return torch's text and how much is selected."""
+        """Return torch's text and the number of trainable entries."""
         params = params_of(self.param_groups)
         counts = [len(self.state.get(param, {}).get(key_of(param), ())) for param in params]
         total = sum(local(param).numel() for param in params)
