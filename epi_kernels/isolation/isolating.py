@@ -56,14 +56,14 @@ class Isolating:
     def telemetry(self) -> list[dict[str, Any]]:
         """Return what the last refreshes of this object did, oldest first, 256 of them at most (telemetry.RECORDS).
 
-        Reading the records waits for the device, a step does not. pickle and deepcopy of the optimizer keep the records.
+        Reading the records waits for the device, a step does not. pickle and deepcopy of the optimizer keep them.
 
         With ``capturable``, or ``fused`` and a scaler on a GPU, only the device knows which steps refreshed, and the
         list has only the last record. A record is a dict of numbers and names, over all ranks but for ``nonfinite``:
 
         - ``step``: the clock at the refresh; ``protected_share``: protected / eligible.
-        - ``eligible``, ``budget``, ``protected``: entries that compete, k, and protected entries; `protected` is below `budget`
-          only if too few scores are above 0, and above `budget` only by ties at the threshold.
+        - ``eligible``, ``budget``, ``protected``: entries that compete, k, and protected entries; `protected` is below
+          `budget` only if too few scores are above 0, and above `budget` only by ties at the threshold.
         - ``nonfinite``: NaN or infinite squared gradients so far, over this rank's shards of all parameters.
         - ``budgets``: for each, ``scope`` ("global" or the layer's name), ``isolation_ratio``, ``eligible``,
           ``budget``, ``threshold`` (tau) and ``protected``.

@@ -203,7 +203,7 @@ class Isolation:
             found_inf: one float32 value on that device, not 0 if the step is skipped; None: the step is not skipped.
 
         Returns:
-            (the clock after this step, whether this step counts), int64 and bool tensors without dimensions, on the device.
+            (the clock after this step, whether this step counts), an int64 and a bool scalar on the device.
         """
         if self._clock_there is None:
             start = torch.tensor(self.latest_clock(groups), dtype=torch.int64, device="cpu")
@@ -218,7 +218,7 @@ class Isolation:
     def before_step(self, owner: Owner) -> None:
         """Find the ranks, and count an iteration of DeepSpeed."""
         if self.competition.parted:
-            self.competition.ranks(owner)  # a copy may have lost its process group, and raises before anything has changed
+            self.competition.ranks(owner)  # a copy that has lost its process group raises before anything has changed
         if self.competition.segments is not None:
             self._begin_iteration(owner)
 
@@ -322,7 +322,7 @@ class Isolation:
             if plan.ranks is not None:
                 assert isinstance(step, int)
                 nothing = torch.zeros(0, 2, dtype=torch.float32, device="cpu")
-                plan.ranks.ranges(nothing, step, settings)  # takes part in the exchange, in which a rank may ask to agree again
+                plan.ranks.ranges(nothing, step, settings)  # exchanged because a rank may ask to agree again
             return
         chosen = plan.refresh.run_(signed, grads, grad_factor=scaling.factor, due=due, clock=step, settings=settings)
         counters = self.nonfinite.counters() if due is not None else self.nonfinite.snapshot(owner.param_groups)

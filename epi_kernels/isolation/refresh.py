@@ -96,7 +96,8 @@ class Refresh:
         self._selection = torch.tensor([[0, k] for k in ks], dtype=torch.int64, device="cpu").view(-1, 2)
         self._select_digit_ = ops.prepared_digit(self._home, backend)
         places = [i for where in by_device.values() for i in where]
-        self._order = sorted(range(len(places)), key=places.__getitem__)  # position of each candidate in the concatenated counts
+        # the row of each candidate in the counts of all devices, one device after the other
+        self._order = sorted(range(len(places)), key=places.__getitem__)
 
     def run_(
         self,

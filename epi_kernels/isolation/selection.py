@@ -200,7 +200,7 @@ class Selection(Following):
         if "trainable" not in entry:
             if not is_dtensor(param):
                 return {**entry, "indices": narrow(entry["indices"], param)}
-            entry = {"step": entry["step"], **self._dense(entry, "indices", param.shape)}  # saved by one process, without shards
+            entry = {"step": entry["step"], **self._dense(entry, "indices", param.shape)}  # saved without shards
         # the saved tensors are shards of a DTensor, or whole tensors
         keys = (*self._slots, "trainable")
         parts = {key: local(shard_of(entry[key].to(param.device), param)).reshape(-1) for key in keys}

@@ -71,9 +71,9 @@ class EPIAdamW(Isolating, FusedOptimizer, AdamW):
     float32 with the lock in its sign bit (see `epi_kernels.lock`). With ``importance="exp_avg_sq"``, ``importance`` and
     ``exp_avg_sq`` are one tensor, which carries the lock; where a loader or an offloader has made two tensors of that
     one, the next step takes ``importance`` for both. A group has the settings above, a digest of its layers, and
-    ``isolation_clock``: how many steps the optimizer has taken, which decides when masks are refreshed. (Under ``capturable`` the clock
-    runs on the device, and `state_dict` copies its value into the groups.) A state of torch.optim.AdamW, which has no
-    such clock, starts the clock at its largest ``step``.
+    ``isolation_clock``: how many steps the optimizer has taken, which decides when masks are refreshed. (Under
+    ``capturable`` this clock runs on the device, and `state_dict` copies its value into the groups.) If a state of
+    torch.optim.AdamW is loaded, which has no such clock, the clock starts at the largest ``step``.
 
     Raises:
         ValueError: an argument is out of its range; the message names it and its value.

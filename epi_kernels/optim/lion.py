@@ -26,7 +26,7 @@ class EPILion(Isolating, FusedOptimizer):
 
     Sources: "Symbolic Discovery of Optimization Algorithms", arXiv 2302.06675, Algorithm 2, and "Parameter Importance
     is Not Static", arXiv 2604.14010, Algorithm 1. For the same gradients the masks are those of `EPIAdamW`. A
-    protected entry gets no update and no weight decay: it keeps its bits. The sign of 0 is 0, and the sign of NaN is NaN.
+    protected entry gets no update and no weight decay: it keeps its bits. sign(0) is 0, and sign(NaN) is NaN.
 
     Args:
         params: as torch.optim.AdamW takes them; with ``model.named_parameters()`` layers can be transformer blocks,

@@ -147,9 +147,10 @@ def release_gradients(model: torch.nn.Module, optimizer: FusedOptimizer) -> Grad
 
     Raises:
         ValueError: the optimizer clips (the norm is known after the last gradient), is capturable or differentiable, or
-            has parameters that are not the model's, are slices that FSDP1 made, have gradients, or are released to another
-            optimizer, whose release must be removed first; or a module in the model is a DistributedDataParallel, which
-            averages gradients later. Later: a state or a group with such settings is loaded or added.
+            has parameters that are not the model's, are slices that FSDP1 made, have gradients, or are released to
+            another optimizer, whose release must be removed first; or a module in the model is a
+            DistributedDataParallel, which averages gradients later. Also raised later, if a state or a group
+            with such settings is loaded or added.
         RuntimeError: later, in backward(): a second gradient before step(), as in gradient accumulation; in step(): a
             gradient scaler calls, a parameter still has a gradient (from DistributedDataParallel around `model`, or set
             by hand), or has joined the optimizer since.

@@ -40,17 +40,17 @@ class SparseAdamW(FusedOptimizer, AdamW):
             ZeroRedundancyOptimizer, each rank's parameters are its own, and it skips masks of other ranks' parameters.
         backend: "auto", or the name of a backend, which then runs or raises.
 
-    State of a parameter with k trainable entries: ``step``, ``exp_avg`` and ``exp_avg_sq`` [k], and ``indices`` [k], the
-    positions in row-major order, int32 (int64 from 2^31 entries on). A checkpoint includes its selection. A
+    State of a parameter with k trainable entries: ``step``, ``exp_avg`` and ``exp_avg_sq`` [k], and ``indices`` [k],
+    the positions in row-major order, int32 (int64 from 2^31 entries on). A checkpoint includes its selection. A
     parameter without an entry in the checkpoint, because it required no gradient, keeps its selection and starts with
     fresh moments, as after ``state.clear()``. If a wrapper puts other objects into `param_groups`, state and selection
     follow by name, else by position; a DTensor gets its shard of them.
 
     The state of a DTensor covers this rank's shard, with the positions under ``trainable``. A checkpoint has that state
     in the parameter's shape, with the mask as ``trainable``, so that another number of ranks can load it: 9 bytes for
-    each entry, allocated when the state is saved. Plain parameters save k values; torch.distributed.checkpoint loads in place, so k must
-    be equal on both sides. To move between sharded and plain, save with ``full_state_dict=True``. Ranks with replicas,
-    as under DDP, must be given the same masks.
+    each entry, allocated when the state is saved. Plain parameters save k values; torch.distributed.checkpoint loads in
+    place, so k must be equal on both sides. To move between sharded and plain parameters, save with
+    ``full_state_dict=True``. Ranks with replicas, as under DDP, must be given the same masks.
 
     Raises:
         ValueError: a name or Parameter is unknown, or its mask is not bool or has another shape; or, at the first step
