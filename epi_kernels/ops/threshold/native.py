@@ -66,7 +66,7 @@ class Histogram(_Scored):
 
 
 def select_digit_(counts: Tensor, selection: Tensor, shift: int) -> Tensor:
-    """Find the digit that holds each rank; contract: `epi_kernels.ops.select_digit_`."""
+    """Find one digit of each k-th largest score; contract: `epi_kernels.ops.select_digit_`."""
     parts, budgets, bins = counts.shape
     thresholds = torch.empty(budgets, dtype=torch.float32, device="cpu")
     _select()(selection.data_ptr(), budgets, counts.data_ptr(), parts, bins, shift, thresholds.data_ptr())

@@ -47,7 +47,7 @@ class Histogram(_Scored):
 
 
 def select_digit_(counts: Tensor, selection: Tensor, shift: int) -> Tensor:
-    """Find the digit that holds each rank; contract: `epi_kernels.ops.select_digit_`."""
+    """Find one digit of each k-th largest score; contract: `epi_kernels.ops.select_digit_`."""
     found, thresholds = selected(counts, selection, shift)
     selection.copy_(found)
     return thresholds

@@ -237,7 +237,7 @@ class Histogram(Scored):
 
 
 def select_digit_(counts: Tensor, selection: Tensor, shift: int) -> Tensor:
-    """Find the digit that holds each rank; contract: `epi_kernels.ops.select_digit_`."""
+    """Find one digit of each k-th largest score; contract: `epi_kernels.ops.select_digit_`."""
     copies, budgets, bins = counts.shape
     thresholds = torch.empty(budgets, dtype=torch.float32, device=counts.device)
     tiles.launch(select_kernel, budgets, counts.device, counts, selection, thresholds, budgets, copies, shift, bins)
