@@ -18,8 +18,7 @@ from epi_kernels.rules.rule import Rule, Slot
 
 
 class Scalars(NamedTuple):
-    """The numbers of one Lion step of one tensor, computed once in double; a backend rounds them to its own
-    precision."""
+    """The numbers of one Lion step of one tensor, computed once in double; a backend then rounds them."""
 
     decay: float  # 1 - lr * weight_decay
     lr: float
