@@ -49,8 +49,8 @@ EPI_EXPORT void epi_score_histogram(const epi_score_tensor* tensors, int64_t cou
                                     int32_t shift, int32_t digit_bits, int64_t* counts, int32_t threads);
 
 /* Find one digit of the k-th largest score of every budget. selection: [budgets][2], the digits found so far and k
- * among the scores that have these digits, written; counts: [parts][budgets][bins], which the function sums over the parts;
- * thresholds: [budgets], written. */
+ * among the scores that have these digits, written; counts: [parts][budgets][bins], which the function sums over the
+ * parts; thresholds: [budgets], written. */
 EPI_EXPORT void epi_select_digit(int64_t* selection, int64_t budgets, const int64_t* counts, int64_t parts,
                                  int64_t bins, int32_t shift, float* thresholds);
 
