@@ -47,7 +47,7 @@ struct Float16 {
         const uint32_t payload = (bits >> 13) & 0x3ffu;
         const uint32_t nan = 0x7c00u | (payload == 0 ? 0x200u : payload);
         uint32_t half = selected(bits < 0x38800000u, subnormal, normal);  // 2^-14
-        half = selected(bits >= 0x47800000u, 0x7c00u, half);              // 65536; smaller values round correctly
+        half = selected(bits >= 0x47800000u, 0x7c00u, half);  // from 65536 on: infinity; rounding may also reach it
         half = selected(bits > INFINITE, nan, half);
         return static_cast<uint16_t>(half | sign);
     }
