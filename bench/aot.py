@@ -1,13 +1,13 @@
-"""The machine code of every Triton kernel, compiled without a GPU and held to its budget.
+"""Compiles every Triton kernel, without a GPU, and checks its machine code against its budget.
 
     python bench/aot.py                          # A100, H100 and B200
     python bench/aot.py --arch sm_80 --markdown
 
-For each variant that an `ops/<stem>/triton.py` lists, with the specialisation that the launcher uses: registers, bytes
-spilled to the stack, shared memory, changes of layout, the widths of the accesses to global memory and the instructions
-for each entry. The last two are of the loop over full tiles of aligned tensors, found in the machine code as the loop
-that moves most by wide accesses. A loop also reads words of the table and scalars, 64 and 32 bits; what is written is
-tensors alone. Ends with status 1 if a budget is broken.
+The report has a row for each variant that an `ops/<stem>/triton.py` lists, with the specialisation that the launcher
+uses: registers, bytes spilled to the stack, shared memory, changes of layout, the widths of the accesses to global
+memory and the instructions for each entry. The widths and the instructions are counted in the loop over full tiles of
+aligned tensors: the loop of the machine code that moves the most bits by its widest accesses. That loop also reads
+words of the table (64 bits) and scalars (32 bits), but writes only tensors. The exit status is 1 if a budget is broken.
 """
 
 import argparse
@@ -35,8 +35,8 @@ from epi_kernels.ops import tiles
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 STEMS = ("sweep", "importance", "threshold", "gather")
 
-# Instructions of a thread that an A100 issues in the time in which it moves a byte: 108 processors with 4 schedulers of
-# 32 lanes at 1.41 GHz, over 2.0 TB/s
+# The number of instructions of a thread that an A100 issues in the time in which it moves one byte: 108 processors with
+# 4 schedulers of 32 lanes at 1.41 GHz, over 2.0 TB/s
 INSTRUCTIONS_PER_BYTE = 108 * 4 * 32 * 1.41e9 / 2.0e12
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -55,11 +55,11 @@ class Facts:
     spilled: int  # bytes of stack and local memory
     shared: int  # bytes
     conversions: int
-    reads: dict[int, int]  # bits -> accesses to global memory in the loop, table and scalars included
+    reads: dict[int, int]  # bits -> reads of global memory in the loop, including the table and scalars
     writes: dict[int, int]
-    instructions: float | None  # of a thread for each entry, in the loop
+    instructions: float | None  # per thread and entry, in the loop
     bytes: float
-    budget: float  # instructions that the bytes of an entry leave time for
+    budget: float  # instructions that fit in the time to move the bytes of an entry
 
 
 def variants() -> list[tiles.Variant]:
@@ -69,7 +69,7 @@ def variants() -> list[tiles.Variant]:
 
 
 def compiled(variant: tiles.Variant, architecture: str, **options: Any) -> Any:
-    """Return the kernel as Triton compiles it at its first launch: addresses are multiples of 16."""
+    """Return the kernel as Triton compiles it at its first launch: with addresses that are multiples of 16."""
     names = variant.kernel.arg_names
     given = {**variant.arguments}
     for name, value in (("BLOCK", tiles.BLOCK), ("TILES", tiles.TILES)):
@@ -87,7 +87,7 @@ def compiled(variant: tiles.Variant, architecture: str, **options: Any) -> Any:
 
 
 def examine(variant: tiles.Variant, architecture: str, **options: Any) -> Facts:
-    """Compile a variant and return what its machine code is."""
+    """Compile a variant and return the facts about its machine code."""
     binary = compiled(variant, architecture, **options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
@@ -144,7 +144,7 @@ def _dumped(option: str, path: str) -> str:
 
 
 def _widest_loop(code: str) -> list[str]:
-    """Return the instructions of the loop that moves the most bits by its widest accesses; [] if there is none."""
+    """Return the instructions of the loop that moves the most bits by its widest accesses; [] without a loop."""
     found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", code, re.M)
     position = {int(address, 16): i for i, (address, _) in enumerate(found)}
     loops = []
@@ -161,7 +161,7 @@ def _widest(widths: dict[int, int]) -> tuple[int, int]:
 
 
 def _widths(operation: str, code: list[str]) -> dict[int, int]:
-    """Return bits -> the number of accesses, widest first."""
+    """Return a map from the bits of an access to the number of such accesses, widest first."""
     counts: Counter[int] = Counter()
     for text in code:
         access = re.search(rf"\b{operation}((?:\.\w+)*)", text)
@@ -215,7 +215,7 @@ def table(rows: list[Facts], *, markdown: bool) -> str:
 
 
 def main() -> None:
-    """Compile, print, and say which budget is broken."""
+    """Compile all variants, print the facts, and report broken budgets."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="+", default=list(ARCHITECTURES), help=f"{' '.join(ARCHITECTURES)}")
     parser.add_argument("--markdown", action="store_true", help="print the table as markdown")

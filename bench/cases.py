@@ -1,4 +1,4 @@
-"""What is timed on every device: the optimizers and what they move, and what machine it was."""
+"""What is timed on every device: the optimizers, the bytes that they move, and a description of the machine."""
 
 import os
 import platform
@@ -16,7 +16,7 @@ from torch.nn import Parameter
 
 from epi_kernels import EPIAdamW, MaskedAdamW, SparseAdamW, __version__, ops
 
-TENSORS = 16  # each a layer
+TENSORS = 16  # each tensor is a layer
 PROTECTED = 0.01
 SELECTED = 0.001
 LR = 1e-5  # the values must stay where they are over all rounds
@@ -30,33 +30,33 @@ REFRESH = "EPI, refresh at every step"
 SPARSE = "0.1% of the entries"
 SCORING = "sums for PIECE's scores"
 
-# bytes of one step for each entry, float32: what is read and what is written
+# bytes that one step reads and writes for each entry, float32
 BYTES = {
-    BASELINE: 28,  # p g m v, p m v
+    BASELINE: 28,  # read p g m v, write p m v
     "torch AdamW, foreach": None,  # many passes
     DEFAULT: None,  # a loop on the CPU, foreach on a GPU
     "isolation off": 28,
-    EPI: 36,  # p g m v S, p m v S
+    EPI: 36,  # read p g m v S, write p m v S
     IN_EXP_AVG_SQ: 28,
     "fixed mask": 29,  # one byte of lock
     REFRESH: 36 + 28,  # and g S, S; three times S; S, S; but S no more in the sweep
     EAGER: None,
     COMPILED_EAGER: None,
     SPARSE: None,  # see bytes_of
-    SCORING: 20,  # g and two sums, two sums: of one example, on top of its backward pass
+    SCORING: 20,  # read g and two sums, write two sums: for one example, besides its backward pass
 }
 
 
-# what a device moves to and from its memory for a single entry
+# the bytes that a device moves to or from its memory to access a single entry
 SECTOR = {"cpu": 64, "cuda": 32}
 
 
 def bytes_of(name: str, dtype: torch.dtype, device: str) -> float | None:
     """Return the bytes of one step for each entry, parameters and gradients in `dtype`.
 
-    Our states are float32. torch's have the dtype of the parameters: there it moves less. Selected entries lie too far
-    apart to share sectors: each has one of p and of g to read and one of p to write, whatever the dtype, and its own m,
-    v and offset.
+    Our states are float32. The states of torch have the dtype of the parameters, so torch moves less if that is
+    narrower. Trainable entries lie too far apart to share sectors: for each, a step reads one sector of p and one of g
+    and writes one sector of p, whatever the dtype, and moves the entry's own m, v and offset.
     """
     if name == SPARSE:
         return SELECTED * (3 * SECTOR[device] + 2 * 8 + 4)
@@ -74,7 +74,7 @@ Shapes = Sequence[tuple[int, ...]]
 
 @dataclass
 class Candidate:
-    """One step, to be called, and the tensors that it keeps from one to the next."""
+    """One step, to be called, and the tensors that the candidate keeps between steps."""
 
     step: Callable[[], object]
     state: Sequence[Tensor]
@@ -84,12 +84,12 @@ class Candidate:
         return self.step()
 
     def state_bytes(self) -> int:
-        """Return the bytes of all that is kept."""
+        """Return the number of bytes of all tensors kept."""
         return sum(kept.numel() * kept.element_size() for kept in self.state)
 
 
 def of_optimizer(optimizer: torch.optim.Optimizer) -> Candidate:
-    """Return an optimizer's step, once it has taken one."""
+    """Return a candidate for an optimizer that has taken its first step."""
     optimizer.step()
     return Candidate(optimizer.step, [value for state in optimizer.state.values() for value in state.values()])
 
@@ -102,7 +102,7 @@ def candidates(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Candidate]:
-    """Return name -> step, over tensors of these shapes, each a layer; all of BYTES, or `names` of them."""
+    """Return name -> step over tensors of these shapes, each a layer; for all names in BYTES, or only `names`."""
     params = [Parameter(torch.randn(shape, device=device, dtype=dtype)) for shape in shapes]
     named = [(f"layers.{i}.weight", p) for i, p in enumerate(params)]
     for p in params:
@@ -148,7 +148,7 @@ def candidates(
 
 
 def said_by(*command: str) -> str:
-    """Return what a command prints, run in this folder; "unknown" where there is no such command, or it fails."""
+    """Return what a command prints, run in this folder; "unknown" if the command is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
     except (OSError, subprocess.CalledProcessError):
@@ -157,7 +157,7 @@ def said_by(*command: str) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Return what the figures were taken on."""
+    """Return a description of the machine and the software that gave the figures."""
     processor = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.processor(),

@@ -1,10 +1,10 @@
-"""The CPU path against torch: time of a step for each entry, bytes moved and kept, ratios to torch's fused AdamW.
+"""The CPU path against torch: a step's time for each entry, bytes moved and kept, and ratios to torch's fused AdamW.
 
-    python bench/cpu.py                      # 2^24 and 2^26 entries, one thread and all
+    python bench/cpu.py                      # 2^24 and 2^26 entries, with one thread and with all
     python bench/cpu.py --entries 20 --rounds 3 --compile
 
-Prints a table and, with --json, writes it with the machine and the versions. All candidates share the parameters and
-their gradients; each has its own state, allocated as its optimizer allocates it.
+Prints a table and, with --json, writes the table with the machine and the versions. All candidates share the parameters
+and their gradients; each has its own state, allocated as its optimizer allocates it.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def main() -> None:
             torch.set_num_threads(threads)
             title = f"2^{power} entries, {threads} thread{'s' if threads > 1 else ''}"
             timings = interleave(steps, arguments.rounds, title)
-            # threads that wait use the processor too, so with several of them only the wall clock tells
+            # waiting threads use the processor, so with several threads only the wall clock is meaningful
             clock = "cpu" if threads == 1 else "wall"
             rows = [row(name, step, timings, 1 << power, clock) for name, step in steps.items()]
             results.append({"entries": 1 << power, "threads": threads, "clock": clock, "steps": rows})

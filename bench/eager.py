@@ -1,4 +1,4 @@
-"""EPI as one would write it around torch's own AdamW: what the fused step is measured against."""
+"""EPI as one would write it around torch's own AdamW, to compare with the fused step."""
 
 from collections.abc import Sequence
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 class EagerEPI:
-    """AdamW, importance by two foreach calls, and the protected entries saved before the step and restored after it.
+    """AdamW, with the importance from two foreach calls, and protected entries saved before a step and restored after.
 
     The mask is fixed here: only the steps between two refreshes are compared.
     """
 
     def __init__(self, params: Sequence[Tensor], protected: Sequence[Tensor], *, compiled: bool) -> None:
-        """Take params with gradients, and for each the positions (int64) of its protected entries."""
+        """Take params with gradients, and for each parameter the positions (int64) of its protected entries."""
         self.params = list(params)
         self.protected = list(protected)
         self.importance = [torch.zeros_like(p) for p in params]

@@ -1,11 +1,11 @@
-"""The GPU path against torch: time, bandwidth, launches and host time of a step, and the targets that it has.
+"""The GPU path against torch: time, bandwidth, launches and host time of a step, and whether it meets its targets.
 
     python bench/gpu.py --json bench/results     # or `make gpu-bench`
-    python bench/gpu.py --device cpu             # a rehearsal without a GPU: small, and its times mean nothing
+    python bench/gpu.py --device cpu             # a small rehearsal without a GPU, whose times mean nothing
 
 All candidates of a case share parameters and gradients, and run once in every round, in an order that rotates. Times
-are the device's own, between two events. Writes <folder>/<device>.json after every case, so that a run that is cut
-short has lost one case and no more; a case that fails is written down as such, and the next one is measured.
+are measured on the device, between two events. Writes <folder>/<device>.json after every case, so that a run that is
+cut short loses only one case; a case that fails is recorded as failed, and the next case is measured.
 """
 
 import argparse
@@ -43,13 +43,13 @@ from tqdm import tqdm
 
 INTERVAL = 500  # steps from one refresh to the next
 ALL = tuple(name for name in BYTES if name not in (COMPILED_EAGER, DEFAULT))
-LARGE = (BASELINE, EPI)  # where the states of all do not fit
+LARGE = (BASELINE, EPI)  # candidates where the states of all do not fit
 
-# bytes of memory for each entry that the candidates of a case need, float32: p, g and every candidate's states
+# bytes of memory that the candidates of a case need for each entry, float32: p, g and every candidate's states
 MEMORY = {ALL: 118, LARGE: 8 + 8 + 12 + 4}
 
-# what a case has to reach: (candidate, figure, comparison, value, the entries from which it holds); a "ratio" holds in
-# float32 alone, where torch's states are as wide as ours
+# the targets of a case: (candidate, figure, comparison, value, the number of entries from which the target applies); a
+# "ratio" applies only in float32, where torch's states are as wide as ours
 TARGETS = (
     *[(name, "share_of_copy", ">=", 0.92, 1 << 26) for name in (EPI, IN_EXP_AVG_SQ, "isolation off", "fixed mask")],
     (EPI, "ratio", "<=", 1.30, 1 << 26),
@@ -76,7 +76,7 @@ def tiny() -> Shapes:
 
 def cases(rehearsal: bool) -> list[tuple[str, Shapes, torch.dtype, tuple[str, ...]]]:
     """Return (title, shapes, dtype of parameters and gradients, candidates)."""
-    # first, for its host times: the profiler that counts launches slows every launch after it
+    # this case is first because of its host times: the profiler that counts launches slows all later launches
     found = [("Llama-3-8B at 1/8", llama(64 if rehearsal else 8), torch.bfloat16, ALL)]
     for power in (12, 16) if rehearsal else (22, 24, 26, 28):
         shapes = [((1 << power) // TENSORS,)] * TENSORS
@@ -89,7 +89,7 @@ def cases(rehearsal: bool) -> list[tuple[str, Shapes, torch.dtype, tuple[str, ..
 
 
 def copy_bandwidth(device: str) -> float:
-    """Return the bytes per second of a large copy, read and written, the best of ten."""
+    """Return the bytes per second that the best of ten large copies reads and writes."""
     source = torch.empty(1 << (28 if device == "cuda" else 20), device=device)
     target = torch.empty_like(source)
     timing = interleave({"copy": lambda: target.copy_(source)}, 10, "copy", timing=timing_on(device))["copy"]
@@ -97,12 +97,12 @@ def copy_bandwidth(device: str) -> float:
 
 
 def timing_on(device: str) -> type[Timing]:
-    """Return the clocks of a device."""
+    """Return the class that times runs on a device."""
     return GPUTiming if device == "cuda" else Timing
 
 
 def launches(step: Callable[[], object], device: str) -> int | None:
-    """Return how many kernels a step launches; None where that cannot be known."""
+    """Return how many kernels a step launches; None if that cannot be known."""
     launched = kernels(step) if device == "cuda" else None
     return None if launched is None else len(launched)
 
@@ -117,7 +117,7 @@ def figures(
     launched: int | None,
     device: str,
 ) -> dict[str, Any]:
-    """Return what is reported of one candidate."""
+    """Return the figures that are reported for one candidate."""
     own = timings[name].wall
     median = statistics.median(own)
     middle, least, greatest = ratio(own, timings[BASELINE].wall)
@@ -139,7 +139,7 @@ def figures(
     if name == EAGER:
         found["ratio_to_epi"] = ratio(own, timings[EPI].wall)[0]
     if name == REFRESH:
-        # a step with a refresh against one without: what it adds, shared out over the steps from one to the next
+        # what a refresh adds to a step, divided by the number of steps from one refresh to the next
         found["amortised"] = (ratio(own, timings[EPI].wall)[0] - 1) / INTERVAL
     if name == SPARSE:
         found["times_faster_than_dense"] = ratio(timings[BASELINE].wall, own)[0]
@@ -147,7 +147,7 @@ def figures(
 
 
 def verdicts(found: dict[str, Any], entries: int, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Return the targets that apply to a candidate, and whether it reaches them."""
+    """Return the targets that apply to a candidate, and whether the candidate reaches each target."""
     reached = []
     for name, figure, comparison, value, least in TARGETS:
         if figure == "ratio" and dtype != torch.float32:
@@ -161,12 +161,12 @@ def verdicts(found: dict[str, Any], entries: int, dtype: torch.dtype) -> list[di
 
 
 def run(device: str, rounds: int, keep: Callable[[dict[str, Any]], None]) -> bool:
-    """Measure every case that fits and print it; return whether all were measured.
+    """Measure and print every case that fits into memory; return whether all were measured.
 
     Args:
         device: "cuda", or "cpu" for a rehearsal.
-        rounds: of interleaved timings.
-        keep: gets all results so far after every case: a run that is cut short has lost one case and no more.
+        rounds: the number of rounds of interleaved timings.
+        keep: called with all results so far after every case, so that a run that is cut short loses only one case.
     """
     found: dict[str, Any] = {"copy_gb_per_s": copy_bandwidth(device) / 1e9, "results": []}
     print(f"copy: {found['copy_gb_per_s']:.0f} GB/s, read and written")
@@ -175,7 +175,7 @@ def run(device: str, rounds: int, keep: Callable[[dict[str, Any]], None]) -> boo
         result: dict[str, Any] = {"case": title}
         try:
             result.update(measured(title, shapes, dtype, names, device, rounds, found["copy_gb_per_s"] * 1e9))
-        except Exception as error:  # out of memory, or a kernel that does not run: the next case may
+        except Exception as error:  # out of memory, or a kernel fails: the next case may run
             result["error"] = f"{type(error).__name__}: {error}"
             tqdm.write(f"\n{title}: FAILED\n{traceback.format_exc()}")
         found["results"].append(result)
@@ -192,7 +192,7 @@ def run(device: str, rounds: int, keep: Callable[[dict[str, Any]], None]) -> boo
 def measured(
     title: str, shapes: Shapes, dtype: torch.dtype, names: Sequence[str], device: str, rounds: int, copy: float
 ) -> dict[str, Any]:
-    """Measure one case, print it, and return its figures; or the reason why it was left out."""
+    """Measure one case, print it, and return its figures; or the reason why the case was left out."""
     entries = sum(torch.Size(shape).numel() for shape in shapes)
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else 8 << 30
     if entries * MEMORY[names] > free:
@@ -217,7 +217,7 @@ def measured(
 
 
 def line(found: dict[str, Any]) -> str:
-    """Return one candidate's figures as text, with the targets that it has."""
+    """Return one candidate's figures and targets as text."""
     speed = f"{found['gb_per_s']:6.0f} GB/s {found['share_of_copy']:5.0%} of copy" if found["gb_per_s"] else " " * 26
     launched = "" if found["launches"] is None else f"{found['launches']:5d} launches"
     marks = [
@@ -230,7 +230,7 @@ def line(found: dict[str, Any]) -> str:
 
 
 def gpu() -> dict[str, Any]:
-    """Return what the figures were taken on."""
+    """Return a description of the GPU and the software that gave the figures."""
     import triton
 
     about = machine()
@@ -245,7 +245,7 @@ def gpu() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, print, and write after every case; exit with 1 if one of them was not measured."""
+    """Measure, print, and write after every case; exit with 1 if a case was not measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a rehearsal")
     parser.add_argument("--rounds", type=int, default=15)

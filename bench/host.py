@@ -1,22 +1,22 @@
-"""Host time: what Python takes for a step of many small tensors, against torch's fused AdamW, and how it grows.
+"""Host time: what Python needs for a step of many small tensors, against torch's fused AdamW, and its growth.
 
     python bench/host.py                     # half a minute
     python bench/host.py --rounds 5 --tensors 1000 2000 --json host.json
 
-A step is that of 291 tensors of 8 float32 entries, as many as a model of 32 blocks has. EPIAdamW has masks and does not
+A step moves 291 tensors of 8 float32 entries; a model of 32 blocks has 291 tensors. EPIAdamW has masks and does not
 refresh. torch's fused AdamW steps the same kind of tensors:
 
 - "plain": tensors on the CPU;
-- "DTensor": the same as DTensors over a group of one rank;
+- "DTensor": the same tensors as DTensors over a group of one rank;
 - "DTensor to plain": ours on DTensors, torch's on plain tensors, whose step is faster;
-- "halves in turn": plain tensors, of which one half has gradients in one step and the other half in the next. The time
-  contains the assignment of the gradients.
+- "halves in turn": plain tensors; one half has gradients in one step, the other half in the next. The time includes the
+  assignment of the gradients.
 
-"Growth" is the ratio of the same operation on 8,000 tensors to 4,000 tensors: 2 where time is linear.
+"Growth" is the time of an operation on 8,000 tensors divided by its time on 4,000: 2 if time is linear.
 
 Times are CPU time of the process on one thread. Every round runs each candidate once; a ratio is taken within a round.
-Python's garbage is not collected meanwhile, as with timeit: a collection of everything falls into one measurement in
-several and costs as much as a refresh of 4,000 tensors.
+As in timeit, Python's garbage collector is off: a full collection would fall into some of the measurements and costs as
+much as a refresh of 4,000 tensors.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from epi_kernels import EPIAdamW
 TENSORS, ENTRIES = 291, 8
 STEPS = 10  # in one measurement
 OURS, TORCHS = "EPIAdamW", "torch AdamW, fused"
-# the largest ratio of EPIAdamW's time to torch's that it is to have
+# the goal: the largest ratio of EPIAdamW's time to torch's time
 GOALS = {"plain": 1.0, "DTensor": 1.0, "halves in turn": 1.5}
 GROWTH_GOAL = 2.3
 
@@ -95,7 +95,7 @@ def repeated(step: Step) -> Step:
 
 
 def steps() -> dict[str, dict[str, Step]]:
-    """Return kind of tensors -> whose step -> that step, a few times; it needs a process group."""
+    """Return kind of tensors -> optimizer -> a function of STEPS steps; this needs a process group."""
     mesh = init_device_mesh("cpu", (1,))
     kinds: dict[str, dict[str, Step]] = {}
     for kind in GOALS:
@@ -110,7 +110,7 @@ def steps() -> dict[str, dict[str, Step]]:
 
 
 def operations(count: int) -> dict[str, Step]:
-    """Return what is done to an optimizer of `count` tensors, by name."""
+    """Return name -> operation on an optimizer of `count` tensors."""
     named = parameters(count)
     optimizer = with_masks(named)
     state = optimizer.state_dict()
@@ -124,7 +124,7 @@ def operations(count: int) -> dict[str, Step]:
 
 
 def milliseconds(timing: Timing, times: int) -> float:
-    """Return the median CPU time of one of the `times` runs in a measurement."""
+    """Return the median CPU time of one run, if a measurement has `times` runs."""
     return statistics.median(timing.cpu) / times * 1e3
 
 

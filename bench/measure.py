@@ -1,7 +1,8 @@
-"""Times several ways of doing the same thing so that their ratios can be trusted.
+"""Times several ways to do the same thing, so that the ratios of their times can be trusted.
 
 Machines drift: a neighbour, a hot core, a lower clock. Every round therefore runs each candidate once, in an order
-that rotates, and a ratio is taken within a round. The median over rounds is what is quoted, the extremes beside it.
+that rotates, and a ratio is taken within a round. Reports quote the median over the rounds, with the extremes beside
+it.
 """
 
 import statistics
@@ -15,7 +16,7 @@ from tqdm import trange
 
 @dataclass
 class Timing:
-    """What one candidate took, a value for each round, in seconds."""
+    """The times of one candidate in seconds, a value for each round."""
 
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)  # of the whole process: all its threads
@@ -32,17 +33,17 @@ class Timing:
         return self.wall if name == "wall" else self.cpu
 
 
-# Cycles, 5 to 7 ms, for which the device is kept busy before a measurement. Idle, it would pass the first event at once
-# and wait between the events for the host: 0.2 ms of Python in a step of 1 ms.
+# The device is kept busy for this many cycles, 5 to 7 ms, before a measurement. An idle device would pass the first
+# event at once and then wait for the host between the events: 0.2 ms of Python in a step of 1 ms.
 HEAD_START = 10_000_000
 
 
 @dataclass
 class GPUTiming(Timing):
-    """The same on a CUDA device: `wall` is the device's own time, `cpu` the time until the host is free again.
+    """The times on a CUDA device: `wall` is measured by the device, `cpu` is the time until the host is free again.
 
     A step that keeps the host for longer than the head start, or sends more launches than the driver queues (about
-    1000), is timed with what the device waits for the host.
+    1000), is timed together with the device's waits for the host.
     """
 
     def record(self, run: Callable[[], object]) -> None:
@@ -59,15 +60,15 @@ class GPUTiming(Timing):
         self.wall.append(start.elapsed_time(end) / 1e3)
 
 
-# Kernels of no interest in front of those that are counted. Profilers of CUDA before 13.1 may lose the first kernels of
-# a session, and more of them as a process goes on (github.com/pytorch/pytorch/issues/192021).
+# The number of dummy kernels before the kernels that are counted. Profilers before CUDA 13.1 may lose the first kernels
+# of a session, and more of them later in a process (github.com/pytorch/pytorch/issues/192021).
 SENTINELS = 512
 
 
 def kernels(step: Callable[[], object]) -> list[str] | None:
-    """Return the names of the kernels that a step launches on a CUDA device, copies and fills by the driver left out.
+    """Return the names of the kernels that a step launches on a CUDA device, without the driver's copies and fills.
 
-    None where the profiler has lost every sentinel, and so perhaps kernels of the step.
+    None if the profiler has lost all dummy kernels (sentinels), and so perhaps also kernels of the step.
     """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(SENTINELS):
@@ -78,7 +79,7 @@ def kernels(step: Callable[[], object]) -> list[str] | None:
     names = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     if not any("spin_kernel" in name for name in names):
         return None
-    # torch's own annotation of a step is an event on the device too
+    # torch's own annotation of a step is also an event on the device
     others = ("Memcpy", "Memset", "Optimizer.")
     return [name for name in names if "spin_kernel" not in name and not name.startswith(others)]
 

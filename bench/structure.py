@@ -1,20 +1,21 @@
-"""How the package is built, in numbers: what a step runs through, repeated code, the depth of its classes, long files.
+"""The structure of the package in numbers: the calls of a step, repeated code, the depth of classes, long files.
 
     python bench/structure.py
     python bench/structure.py --json structure.json
 
-Each number stands beside the goal that it has. Nothing is timed, so one run is enough.
+Each number is printed beside its goal. Nothing is timed, so one run is enough.
 
-- A step is that of EPIAdamW over two plain float32 tensors on the CPU, with the native backend. Counted are the calls
-  of Python functions that are defined in a file of the package: how many there are, in how many files, how often a
-  call is of a function in another file than the call before it, and the largest number of them on the stack at once.
-  A comprehension counts as a part of the function that it stands in.
+- A step is a step of EPIAdamW over two plain float32 tensors on the CPU, with the native backend. Only calls of Python
+  functions defined in the package are counted: the number of calls, the number of files, how often a call enters
+  another file than the call before, and the largest number of such calls on the stack at once. A comprehension counts
+  as a part of the function that contains it.
 - Repeated code ("dup8") is the share of the lines of epi_kernels/*.py that lie in a window of 8 lines which occurs more
-  than once. Comments, docstrings and blank lines are left out before windows are taken; whitespace inside of a line
-  counts as one space, and at its ends as none. A window lies in one file. Its other occurrences may be anywhere, and
-  may overlap it.
-- Above a class stand the classes of the package that it inherits from, directly or not. A method is repeated where the
-  class and those above it define its name more than once; names with two underscores at both ends count too.
+  than once. Comments, docstrings and blank lines are left out before windows are taken; whitespace inside a line counts
+  as one space, and whitespace at the ends of a line is ignored. A window lies in one file. Other occurrences of a
+  window may be anywhere, and may overlap the window.
+- The classes "above" a class are those of the package that it inherits from, directly or not. A method is repeated if
+  its name is defined more than once in the class and the classes above; names with two underscores at both ends count
+  as well.
 - The lines of a file are all of its lines. Files of epi_kernels (.py) and of csrc are counted.
 """
 
@@ -44,10 +45,10 @@ from epi_kernels import EPIAdamW
 
 PACKAGE = Path(epi_kernels.__file__).parent
 WINDOW = 8
-# a part of the function that they stand in, which Python before 3.12 calls as one of its own
+# these are parts of the functions that contain them, but Python before 3.12 calls them as functions of their own
 COMPREHENSIONS = ("<listcomp>", "<dictcomp>", "<setcomp>", "<genexpr>")
 
-# what the package is to come to
+# the goals of the package
 STEADY_FILES, STEADY_CHANGES = 7, 15
 REFRESH_FILES, REFRESH_CHANGES = 12, 50
 CLASSES_ABOVE = 2
@@ -56,7 +57,7 @@ REPEATED = 0.05
 
 
 def traced(run: Callable[[], object]) -> dict[str, Any]:
-    """Run and return what it calls in the package: "calls", "files", "changes" of file, and "deepest" stack."""
+    """Run and count the calls inside the package: "calls", "files", "changes" of file, and "deepest" stack."""
     called: list[str] = []
     depth = deepest = 0
 
@@ -86,12 +87,12 @@ def traced(run: Callable[[], object]) -> dict[str, Any]:
 
 
 def steps() -> dict[str, dict[str, Any]]:
-    """Return what a step between two refreshes calls, and one that refreshes, by their names."""
+    """Return the counts of a step between two refreshes and of a step that refreshes, by name."""
     named = [(f"layers.{i}.weight", Parameter(torch.randn(8, 8))) for i in range(2)]
     for _, param in named:
         param.grad = torch.randn(8, 8)
     optimizer = EPIAdamW(named, isolation_ratio=0.1, mask_interval=4, backend="native")
-    for _ in range(5):  # masks are there, and nothing is new to the sixth
+    for _ in range(5):  # then the masks exist, and the sixth step prepares nothing new
         optimizer.step()
     steady = traced(optimizer.step)
     optimizer.step()
@@ -127,7 +128,7 @@ def repeated() -> dict[str, tuple[int, int]]:
 
 
 def windows_of(lines: list[str]) -> Iterator[tuple[int, tuple[str, ...]]]:
-    """Yield every window of lines, with the number of its first."""
+    """Yield the number of each window's first line, and the window."""
     for start in range(len(lines) - WINDOW + 1):
         yield start, tuple(lines[start : start + WINDOW])
 
@@ -138,9 +139,9 @@ def name_of(path: Path) -> str:
 
 
 def classes() -> dict[str, dict[str, list[str]]]:
-    """Return, for each class of the package that inherits from another of it, those "above" it and "repeated" methods.
+    """Return the classes "above" and the "repeated" methods for each class that inherits from a class of the package.
 
-    A module that needs a package which is not installed is left out.
+    Modules that need a package that is not installed are left out.
     """
     ours: dict[str, type] = {}
     for module in pkgutil.walk_packages([str(PACKAGE)], "epi_kernels."):
@@ -175,14 +176,14 @@ def methods_of(kind: type) -> list[str]:
 
 
 def lengths() -> dict[str, int]:
-    """Return the lines of each file of the package and of csrc, the longest first."""
+    """Return the number of lines of each file of the package and of csrc, longest first."""
     sources = [*PACKAGE.rglob("*.py"), *(path for path in (PACKAGE.parent / "csrc").rglob("*") if path.is_file())]
     found = {name_of(path): len(path.read_text().splitlines()) for path in sources}
     return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
 
 
 def main() -> None:
-    """Count and print."""
+    """Count and print all numbers."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the numbers here")
     arguments = parser.parse_args()

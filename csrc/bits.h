@@ -1,4 +1,4 @@
-// The bits of a float32, and choices between them: the same on every machine, whatever is done with NaN and -0.0.
+// The bits of a float32, and choices between them: the same on every machine, however it treats NaN and -0.0.
 #pragma once
 
 #include <cstdint>
@@ -30,8 +30,8 @@ EPI_INLINE float float_of(uint32_t bits) {
     return both.value;
 }
 
-// A choice between bits, so that neither a NaN nor -0.0 is touched. With masks rather than ?:, of which compilers make
-// branches where one side is a constant; such a loop stays scalar.
+// A choice between bits, which changes neither a NaN nor -0.0. It uses masks rather than ?:, which compilers turn into
+// a branch where one side is a constant; a loop with a branch stays scalar.
 EPI_INLINE uint32_t selected(bool condition, uint32_t yes, uint32_t no) {
     const uint32_t mask = condition ? ~0u : 0u;
     return (yes & mask) | (no & ~mask);

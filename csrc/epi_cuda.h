@@ -4,8 +4,9 @@
  * block works on: tensor << EPI_CHUNK_BITS | number of the chunk in that tensor. Tensors are flat as in
  * epi_native.h, and no two overlap. Meaning of the values: the docstrings of epi_kernels/ops/functional.py.
  *
- * Functions that launch return a cudaError_t at once: 0 is launched, and no chunks launch nothing. Without a driver or
- * a device they return an error too. They allocate nothing and wait for nothing, so that a graph can capture them.
+ * Functions that launch return a cudaError_t at once: 0 means launched, and without chunks nothing is launched. Without
+ * a driver or a device they also return an error. They allocate nothing and wait for nothing, so that a graph can
+ * capture them.
  *
  * schema.h has the rows. Where a function changes, raise _INTERFACE in epi_kernels/schema.py.
  */
@@ -22,13 +23,13 @@
 extern "C" {
 #endif
 
-/* EPI_VERSION of schema.h: a binding of another description must not use the library. */
+/* EPI_VERSION of schema.h: a binding made from another version of schema.h must not use the library. */
 EPI_EXPORT int32_t epi_cuda_abi_version(void);
 
 /* The compiler that built the library, and its version. */
 EPI_EXPORT const char* epi_cuda_compiler(void);
 
-/* Entries of a chunk of epi_cuda_score_histogram. */
+/* The number of entries in a chunk of epi_cuda_score_histogram. */
 EPI_EXPORT int64_t epi_cuda_histogram_chunk(void);
 
 /* 0 if the current device can run the kernels, else why not. */
@@ -38,9 +39,9 @@ EPI_EXPORT int32_t epi_cuda_device_error(void);
  *
  * rows: epi_score_row, on the device. Where `aligned` is 1 a tensor is read four entries at a time.
  * ranges: [layers][2] on the device; NULL: the score is S itself.
- * selection: [budgets][2] on the device: the prefix, and a rank that is not read.
+ * selection: [budgets][2] on the device: the prefix, and k, which is not read.
  * digit_bits: 1 to 12.
- * counts: [budgets][1 << digit_bits] on the device, added to. */
+ * counts: [budgets][1 << digit_bits] on the device; the kernel adds to them. */
 EPI_EXPORT int32_t epi_cuda_score_histogram(const int64_t* rows, const int64_t* chunks, int64_t chunk_count,
                                             const float* ranges, const int64_t* selection, int32_t shift,
                                             int32_t digit_bits, int64_t* counts, void* stream);

@@ -1,18 +1,18 @@
 // The mathematics of what decides a mask, for one entry, once for CPU and GPU: float32 in, float32 out, no memory and
 // no threads.
 //
-// Names and equations are those of epi_kernels/ops/equations.py and epi_kernels/lock.py. Every product and sum rounds
-// on its own, or masks would differ between backends: compile with -ffp-contract=off (nvcc: -fmad=false).
+// Names and equations are those of epi_kernels/ops/equations.py and epi_kernels/lock.py. Every product and sum must
+// round separately, or masks would differ between backends: compile with -ffp-contract=off (nvcc: -fmad=false).
 #pragma once
 
 #include "bits.h"
 
 namespace epi {
 
-// The bits of numbers below which something that decides a mask counts as 0, so that masks do not depend on whether the
-// hardware flushes subnormals (a library built with -ffast-math switches that on): an importance or a difference of two
-// below the smallest normal number; a product or quotient below twice that, since a result that rounds up to the
-// smallest normal number on one hardware is flushed on the other.
+// The bits of two bounds below which a value that decides a mask counts as 0, so that masks do not depend on whether
+// the hardware flushes subnormals (a library built with -ffast-math switches flushing on). An importance or a
+// difference of two importances counts as 0 below the smallest normal number; a product or quotient below twice that
+// number, since some hardware flushes a result that rounds up to the smallest normal number on other hardware.
 constexpr uint32_t SMALLEST_NORMAL = 0x00800000u;
 constexpr uint32_t NEGLIGIBLE = 0x01000000u;
 
@@ -36,7 +36,8 @@ EPI_INLINE float importance_average(float importance, float grad, float beta, fl
     return noticed(importance * beta) + noticed(grad * one_minus_beta * grad);
 }
 
-// Return signed S after this gradient, its lock untouched. Where g * g is not finite S stays if `keep_finite`.
+// Return signed S after this gradient, its lock untouched. Where g * g is not finite, S stays unchanged if
+// `keep_finite`.
 EPI_INLINE float advanced_importance(float signed_importance, float grad, float beta, float one_minus_beta,
                                      bool keep_finite) {
     const float before = magnitude(signed_importance);
@@ -45,7 +46,7 @@ EPI_INLINE float advanced_importance(float signed_importance, float grad, float 
     return with_lock(selected(keep, before, after), is_locked(signed_importance));
 }
 
-// S as scores and ranges see it: subnormal is 0. NaN and infinity pass through.
+// S as scores and ranges use it: a subnormal S is 0. NaN and infinity pass through.
 EPI_INLINE float usable(float signed_importance) {
     const float value = magnitude(signed_importance);
     return selected(bits_of(value) < SMALLEST_NORMAL, 0.0f, value);

@@ -10,14 +10,14 @@
 namespace epi {
 namespace {
 
-// Where the lock bit of an entry is: nowhere; in its importance; in the rule's importance slot; in a byte of its own.
+// Where an entry's lock bit is: nowhere, in its importance, in the rule's importance slot, or in a byte of its own.
 enum class Lock { none, importance, slot, fixed };
 
 // Change the slots and the importance; return the parameter after the step.
 //
-// Rule: see csrc/rules. `advanced`: this step's squared gradient is in the importance, or in the importance slot,
-// already. `optional`: the optional slots are there. grad: with its sign and factor. nonfinite: counts squares that are
-// NaN or infinite, where the importance is advanced here.
+// Rule: see csrc/rules. `advanced`: the importance, or the importance slot, already has this step's squared gradient.
+// `optional`: the tensor has the optional slots. grad: the gradient times its sign and factor. nonfinite: counts
+// squares that are NaN or infinite, if the importance is advanced here.
 template <typename Rule, Lock lock, bool advanced, bool optional>
 inline float sweep_entry(float param, float grad, float* slots, float& importance, int8_t fixed,
                          const epi_sweep_scalars& all, const typename Rule::Scalars& s, int32_t& nonfinite) {
@@ -35,7 +35,7 @@ inline float sweep_entry(float param, float grad, float* slots, float& importanc
         if constexpr (in_slot) locked = is_locked(slot);
         if constexpr (in_slot && advances)
             slot = advanced_importance(slot, grad, all.importance_beta, all.one_minus_importance_beta, false);
-        slot = magnitude(slot);  // where it does not serve, lock bits may be left from a time when it did
+        slot = magnitude(slot);  // a slot that is not the importance may have lock bits from a time when it was
     }
     if constexpr (advances) nonfinite += is_finite(grad * grad) ? 0 : 1;
     const float next = Rule::template update<in_slot, optional>(param, grad, slots, s);

@@ -1,4 +1,4 @@
-// Runs of entries of any storage as float32, and back.
+// Converts runs of entries from any storage to float32, and back.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@ namespace {
 template <typename Storage>
 constexpr bool is_float32 = std::is_same_v<typename Storage::Memory, float>;
 
-// Return `size` entries from the i-th on as float32: the memory itself where it is, else converted into `buffer`.
+// Return `size` entries from the i-th on as float32: the memory itself if it is float32, else a copy in `buffer`.
 template <typename Storage>
 inline float* opened(const void* memory, int64_t i, int64_t size, float* __restrict buffer) {
     using Memory = typename Storage::Memory;
@@ -26,7 +26,7 @@ inline float* opened(const void* memory, int64_t i, int64_t size, float* __restr
     }
 }
 
-// Put `size` entries that were opened back, unless they are in place.
+// Write `size` opened entries back to their tensor, unless they are in place.
 template <typename Storage>
 inline void closed(const float* __restrict values, void* memory, int64_t i, int64_t size) {
     if constexpr (!is_float32<Storage>) {
@@ -35,7 +35,7 @@ inline void closed(const float* __restrict values, void* memory, int64_t i, int6
     }
 }
 
-// `opened` by the number of a dtype.
+// `opened` for the storage with the number `dtype`.
 inline float* as_float32(const void* memory, int32_t dtype, int64_t i, int64_t size, float* buffer) {
     return with_storage(dtype, [&](auto storage) { return opened<decltype(storage)>(memory, i, size, buffer); });
 }

@@ -1,6 +1,6 @@
-// The C functions of epi_native.h: choose the SIMD level, share the chunks out, merge what they found.
+// The C functions of epi_native.h: choose the SIMD level, share the chunks among threads, merge the results.
 //
-// Counts are integers, and minima and maxima do not depend on an order: the results are those of one thread.
+// Counts are integers, and minima and maxima do not depend on an order, so the results equal those of one thread.
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
@@ -18,7 +18,7 @@ struct Level {
     const Kernels* kernels;
 };
 
-// The highest level that this machine has. EPI_KERNELS_SIMD_LEVEL, read once, is the highest that may be used.
+// The highest level that this machine has, but at most EPI_KERNELS_SIMD_LEVEL, which is read once.
 Level best_level() {
 #if defined(__x86_64__)
     const char* const wish = std::getenv("EPI_KERNELS_SIMD_LEVEL");
@@ -46,7 +46,7 @@ void replace_if(std::atomic<int32_t>& current, int32_t value, Compare better) {
     }
 }
 
-// Add to a count that several threads share. (A plain field of the C structs: C has no atomics to declare it with.)
+// Add to a count that several threads share. (A field of a C struct cannot be a std::atomic.)
 void add(int64_t& count, int64_t amount) {
     if (amount) __atomic_fetch_add(&count, amount, __ATOMIC_RELAXED);
 }
@@ -127,7 +127,7 @@ void epi_score_histogram(const epi_score_tensor* tensors, int64_t count, const i
     const int64_t bins = int64_t{1} << digit_bits;
     Chunks all(tensors, count);
     run(all, threads, [&](Chunks& chunks) {
-        // a histogram of its own for each thread and chunk; of 32 bits, so that 4096 bins fit the first-level cache
+        // each thread has its own histogram; with counts of 32 bits, 4096 bins fit the first-level cache
         std::vector<uint32_t> histogram(bins, 0);
         int64_t counted = 0;
         int32_t budget = 0;

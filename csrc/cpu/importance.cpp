@@ -23,7 +23,7 @@ int32_t advance(float* __restrict importance, const float* __restrict grad, int6
     return nonfinite;
 }
 
-// The bits of floats >= 0 order as the floats do, and integers have a minimum that vectorises.
+// The bits of floats >= 0 have the same order as the floats, and the minimum of integers vectorises.
 Range range_of(const float* importance, int64_t size, Range range) {
     int32_t low = range.low;
     int32_t high = range.high;
@@ -31,7 +31,7 @@ Range range_of(const float* importance, int64_t size, Range range) {
         const int32_t bits = static_cast<int32_t>(bits_of(usable(importance[i])));
         const bool valid = bits < static_cast<int32_t>(INFINITE);
         const int32_t upper = valid ? bits : -1;
-        low = bits < low ? bits : low;  // what is not finite is above the initial +inf, and changes nothing
+        low = bits < low ? bits : low;  // bits that are not finite are not below +inf, and change nothing
         high = upper > high ? upper : high;
     }
     return {low, high};

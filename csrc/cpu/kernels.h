@@ -10,8 +10,8 @@
 namespace epi {
 
 struct Range {
-    int32_t low;   // bits of the smallest importance; of +inf where there is none
-    int32_t high;  // bits of the largest; negative where there is none
+    int32_t low;   // bits of the smallest importance; bits of +inf without entries
+    int32_t high;  // bits of the largest importance; negative without entries
 };
 
 struct LockCounts {
@@ -32,7 +32,7 @@ struct Kernels {
 #ifdef EPI_LEVEL
 namespace EPI_LEVEL {
 
-// the two counts are the entries whose squared gradient is not finite
+// these two return the number of entries whose squared gradient is not finite
 int64_t sweep(int32_t rule, const epi_sweep_tensor&, int64_t begin, int64_t end, bool advanced);
 int64_t importance(const epi_importance_tensor&, int64_t begin, int64_t end, float grad_factor, bool keep_finite,
                    Range*);

@@ -1,4 +1,4 @@
-// The table of the kernels of one SIMD level.
+// The table of kernels for one SIMD level.
 #include "kernels.h"
 
 namespace epi {

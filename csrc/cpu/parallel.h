@@ -1,4 +1,4 @@
-// Chunks of many tensors, taken by a few threads: two thousand small tensors and one large one are equally well shared.
+// Chunks of many tensors, taken by a few threads: both two thousand small tensors and one large one are shared evenly.
 #pragma once
 
 #include <algorithm>
@@ -8,10 +8,10 @@
 
 namespace epi {
 
-// entries of a chunk: long enough that the streams of a sweep run far ahead, short enough to share out evenly
+// entries in a chunk: long enough that the streams of a sweep run far ahead, short enough to share out evenly
 constexpr int64_t CHUNK = int64_t{1} << 16;
 
-// below this many entries a second thread costs more than it brings
+// below this many entries a second thread costs more time than it saves
 constexpr int64_t SMALL = int64_t{1} << 16;
 
 struct Chunk {
@@ -29,7 +29,7 @@ class Chunks {
         }
     }
 
-    // Give the next chunk that no thread has; false when there is none.
+    // Give the next chunk that no thread has taken; return false if no chunk is left.
     bool take(Chunk* chunk) {
         const int64_t number = next_.fetch_add(1, std::memory_order_relaxed);
         if (number >= first_.back()) return false;
@@ -39,7 +39,7 @@ class Chunks {
         return true;
     }
 
-    // The number of threads that are worth waking, at most `threads`.
+    // The number of threads that are worth waking up, at most `threads`.
     int32_t useful_threads(int32_t threads) const {
         if (entries_ < SMALL) return 1;
         return static_cast<int32_t>(std::min<int64_t>(std::max(threads, 1), first_.back()));
@@ -47,15 +47,15 @@ class Chunks {
 
   private:
     std::vector<int64_t> sizes_;
-    std::vector<int64_t> first_;  // number of the first chunk of each tensor, and of all chunks
+    std::vector<int64_t> first_;  // first chunk's number for each tensor; then the number of chunks
     std::atomic<int64_t> next_{0};
     int64_t entries_ = 0;
 };
 
-// Call work(data) on `threads` threads at once, this one included, and wait for all.
+// Call work(data) on `threads` threads at once, including this one, and wait for all.
 void call_on_threads(int32_t threads, void (*work)(void*), void* data);
 
-// Run worker(chunks) on threads; it takes chunks until there are none.
+// Run worker(chunks) on threads; each worker takes chunks until none is left.
 template <typename Worker>
 void run(Chunks& chunks, int32_t threads, Worker worker) {
     struct Call {

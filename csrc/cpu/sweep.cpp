@@ -14,8 +14,8 @@ namespace {
 #define COUNT(code, Rule) +1
 static_assert(EPI_FOR_EACH_RULE(COUNT) == EPI_RULES, "csrc/rules/all.h and epi_kernels/rules/__init__.py differ");
 
-// Five streams are more than the hardware follows well. Asking 128 to 512 entries ahead takes 7 to 10% off the CPU time
-// of a step, 1024 and more takes nothing off (one core of a Xeon with AVX-512, beside another job).
+// The hardware does not follow five streams well. Prefetching 128 to 512 entries ahead reduces the CPU time of a step
+// by 7 to 10%, and 1024 or more do not reduce it (one core of a Xeon with AVX-512, beside another job).
 constexpr int64_t AHEAD = 384;
 constexpr int64_t LINE = 16;
 constexpr int64_t BLOCK = 2 * LINE;  // entries between prefetches
@@ -62,7 +62,8 @@ inline void write_slot(float* slot, int64_t i, float value) {
     if constexpr (written) slot[i] = value;
 }
 
-// A pack of pointers and no array of them: `restrict` counts for arguments alone, and without it the loop stays scalar.
+// The slots are a pack of pointers, not an array: `restrict` works only for arguments, and without it the loop is
+// scalar.
 template <typename Rule, Lock lock, bool advanced, bool optional, std::size_t... k, typename... Slot>
 inline int32_t step(std::index_sequence<k...>, float* __restrict param, const float* __restrict grad,
                     float* __restrict importance, const int8_t* __restrict fixed, int64_t begin, int64_t end,

@@ -1,15 +1,16 @@
-// Histograms of the bits of the scores, and the lock that a threshold decides. Contract:
+// Histograms of the scores' bits, and the locks that a threshold decides. Contract:
 // epi_kernels.ops.score_histogram and lock_.
 //
-// A score grows with S: a difference and a quotient that round once do not change order. So "the score is at least x"
-// is "S is at least some S of this tensor", and all but the first pass compare the bits of S and divide nothing.
+// A score never decreases as S grows: rounding a difference and a quotient once each keeps the order. So "the score is
+// at least x" means "S is at least some bound for this tensor", and all passes but the first compare the bits of S
+// without a division.
 #include "../importance.h"
 #include "kernels.h"
 
 namespace epi::EPI_LEVEL {
 namespace {
 
-// scores at a time, in the first-level cache: computing them vectorises, counting them does not
+// scores computed at a time, into the first-level cache: computing scores vectorises, counting them does not
 constexpr int64_t BLOCK = 1024;
 
 float score_of(const epi_score_tensor& tensor, float importance) {
@@ -26,7 +27,7 @@ void scores_of(const epi_score_tensor& tensor, int64_t begin, int64_t size, floa
         for (int64_t i = 0; i < size; ++i) scores[i] = raw_score(importance[i]);
 }
 
-// The bits of the smallest finite S whose score is at least `bound`, which is above 0; INFINITE if there is none.
+// The bits of the smallest finite S whose score is at least `bound`, which is above 0; INFINITE if there is no such S.
 uint32_t first_reaching(const epi_score_tensor& tensor, float bound) {
     uint32_t first = 0;
     uint32_t end = INFINITE;
@@ -40,7 +41,7 @@ uint32_t first_reaching(const epi_score_tensor& tensor, float bound) {
     return first;
 }
 
-// Count the digits of the scores whose S lies in [first, first + width), by its bits.
+// Count the digits of the scores for which the bits of S lie in [first, first + width).
 void count(const epi_score_tensor& tensor, int64_t begin, int64_t end, uint32_t first, uint32_t width, int32_t shift,
            uint32_t mask, uint32_t* histogram) {
     for (int64_t i = begin; i < end; ++i)
@@ -53,7 +54,7 @@ void count(const epi_score_tensor& tensor, int64_t begin, int64_t end, uint32_t 
 void score_histogram(const epi_score_tensor& tensor, int64_t begin, int64_t end, int64_t prefix, int32_t shift,
                      int32_t digit_bits, uint32_t* histogram) {
     const uint32_t mask = (1u << digit_bits) - 1;
-    if (prefix == 0) {  // all scores at the highest digit; below it, those that are 0 or next to it
+    if (prefix == 0) {  // all scores for the highest digit; for lower digits, those of 0 or almost 0
         alignas(64) float scores[BLOCK];
         for (int64_t i = begin; i < end; i += BLOCK) {
             const int64_t size = end - i < BLOCK ? end - i : BLOCK;
@@ -70,7 +71,7 @@ void score_histogram(const epi_score_tensor& tensor, int64_t begin, int64_t end,
     const uint32_t last = first_reaching(tensor, float_of(static_cast<uint32_t>(prefix + 1) << prefix_shift));
     const uint32_t width = last - first;
     const float* __restrict importance = tensor.importance;
-    // most groups hold none, which is seen without a branch for each entry
+    // most groups hold no such entry, which is found without a branch for each entry
     constexpr int64_t GROUP = 64;
     int64_t i = begin;
     for (; i + GROUP <= end; i += GROUP) {

@@ -1,5 +1,5 @@
-// What the kernels share: entries in memory, one or four at a time, and the chunks. The work of a thread is in headers
-// that a C++ compiler takes too, so that it can be tested on a machine without a GPU.
+// What the kernels share: access to entries in memory, one or four at a time, and chunks. The work of a thread is in
+// headers that a C++ compiler takes too, so that it can be tested on a machine without a GPU.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,7 @@ template <int width, typename Memory>
 EPI_INLINE Pack<Memory, width>* pack_at(int64_t address, int64_t i) {
     Memory* const entry = reinterpret_cast<Memory*>(address) + i;
 #if defined(__CUDA_ARCH__)
-    // of an address from a table the compiler knows no space, and would ask for it at every access
+    // the compiler does not know the address space of an address from a table, and would test it at every access
     __builtin_assume(__isGlobal(entry));
 #endif
     return reinterpret_cast<Pack<Memory, width>*>(entry);

@@ -1,5 +1,5 @@
-// One launch for the histograms of all tensors, private to a block until its chunk is counted; the work is in
-// threshold.h. Also what the library says about itself.
+// One launch for the histograms of all tensors; a block keeps its own histogram until its chunk is counted. The work is
+// in threshold.h. This file also has the functions that describe the library.
 #include "threshold.h"
 
 #define TEXT_OF(value) #value

@@ -1,11 +1,11 @@
-// The work of one thread in a histogram of the bits of the scores. Contract: epi_kernels.ops.score_histogram.
+// The work of one thread in a histogram of the scores' bits. Contract: epi_kernels.ops.score_histogram.
 #pragma once
 
 #include "entries.h"
 
 namespace epi::cuda {
 
-// A block clears and adds up as many as 4096 bins; 16384 entries are four times as much to read.
+// A block clears and adds up to 4096 bins; its 16384 entries are four times as many values to read.
 constexpr int64_t HISTOGRAM_CHUNK = 16384;
 
 constexpr int32_t LARGEST_DIGIT = 12;
@@ -21,8 +21,8 @@ struct ScoreRange {
     float low, high;
 };
 
-// Pass every bin to `add`, that of a zero score excepted; return how many scores are 0. All of an untouched or a
-// constant layer are, and each would wait for the one before it at the same address.
+// Pass the bin of every score except zero scores to `add`; return how many scores are 0. In an untouched or a constant
+// layer all scores are 0, and each would wait for the one before at the same address.
 template <int width, typename Add>
 EPI_INLINE uint32_t count(const epi_score_row& row, const ScoreRange& range, const Digit& digit, int64_t i,
                           const Add& add) {
@@ -40,7 +40,7 @@ EPI_INLINE uint32_t count(const epi_score_row& row, const ScoreRange& range, con
     return zeros;
 }
 
-// Return the number of zero scores of this thread that belong into bin 0.
+// Return how many zero scores of this thread belong in bin 0.
 template <typename Add>
 EPI_INLINE uint32_t histogram(const epi_score_row& row, const Chunk& chunk, const ScoreRange& range, const Digit& digit,
                               int32_t thread, int32_t threads, const Add& add) {

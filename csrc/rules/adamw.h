@@ -15,8 +15,8 @@ struct AdamW {
     static constexpr int REQUIRED = EPI_ADAMW_REQUIRED;
     static constexpr int IMPORTANCE_SLOT = EPI_ADAMW_IMPORTANCE_SLOT;
 
-    // Return the parameter after the step, and change the slots. `given`: the importance slot has this gradient in it
-    // already. `optional`: the optional slots are there.
+    // Return the parameter after the step, and change the slots. `given`: the importance slot already includes this
+    // gradient. `optional`: the tensor has the optional slots.
     template <bool given, bool optional>
     static inline float update(float param, float grad, float* slots, const Scalars& s) {
         float& exp_avg = slots[EPI_ADAMW_EXP_AVG];
@@ -31,10 +31,10 @@ struct AdamW {
         return moved(param, exp_avg, largest, s.decay, s.step_size, s.bias_correction2_sqrt, s.eps);
     }
 
-    // m + (1 - beta1) * (g - m) with the roundings of torch.lerp, which goes from the nearer end.
+    // m + (1 - beta1) * (g - m) with the roundings of torch.lerp, which starts from the nearer end.
     static inline float first_moment(float exp_avg, float grad, float one_minus_beta1) {
         const bool near = one_minus_beta1 < 0.5f;
-        // not one_minus_beta1 - 1, which is +0 where beta1 is 0: the sign of a zero moment would be another
+        // not one_minus_beta1 - 1, which is +0 where beta1 is 0: a zero moment would then get another sign
         const float weight = near ? one_minus_beta1 : -(1.0f - one_minus_beta1);
         return fmaf(weight, grad - exp_avg, near ? exp_avg : grad);
     }
@@ -44,7 +44,7 @@ struct AdamW {
         return fmaf(grad * one_minus_beta2, grad, exp_avg_sq * beta2);
     }
 
-    // The larger of two; NaN if one is.
+    // The larger of two numbers; NaN if one of them is NaN.
     static inline float maximum(float left, float right) {
         const bool take_left = left > right || (bits_of(left) & ~SIGN) > INFINITE;
         return take_left ? left : right;

@@ -1,4 +1,5 @@
-// The list of rules; that of epi_kernels/rules/__init__.py again. A rule is RULE(its name in schema.h, its struct).
+// The list of rules, the same list as in epi_kernels/rules/__init__.py. A rule is RULE(its name in schema.h, its
+// struct).
 #pragma once
 
 #include "adamw.h"

@@ -22,7 +22,7 @@ struct Lion {
         return param * s.decay - direction * s.lr;
     }
 
-    // 1 above 0 and -1 below; a zero and a NaN as they are.
+    // 1 for values above 0 and -1 for values below 0; a zero or a NaN unchanged.
     static inline float sign(float value) { return selected(value > 0, 1.0f, selected(value < 0, -1.0f, value)); }
 };
 

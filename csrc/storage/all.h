@@ -1,4 +1,4 @@
-// The storages, and which of them a number of schema.h stands for.
+// The storages, and which storage each dtype number of schema.h stands for.
 #pragma once
 
 #include "../schema.h"
@@ -8,7 +8,7 @@
 namespace epi {
 namespace {
 
-// Call `visit` with the storage of a dtype; whatever is neither float32 nor bfloat16 is float16.
+// Call `visit` with the storage of a dtype; any number that is neither float32 nor bfloat16 counts as float16.
 template <typename Visit>
 inline auto with_storage(int32_t dtype, const Visit& visit) {
     if (dtype == EPI_FLOAT32) return visit(Float32{});

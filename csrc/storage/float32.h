@@ -1,4 +1,4 @@
-// float32 in memory: an entry as it is.
+// float32 in memory: entries are kept unchanged.
 #pragma once
 
 namespace epi {

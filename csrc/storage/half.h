@@ -1,5 +1,6 @@
-// bfloat16 and float16 in memory: to float32 and back in integer arithmetic, the same bits on every machine, and it
-// vectorises without F16C. To nearest even; there and back keeps every bit, those of a signalling NaN too.
+// bfloat16 and float16 in memory: conversion to float32 and back in integer arithmetic, with the same bits on every
+// machine, which vectorises without F16C. Rounds to nearest even; converting to float32 and back keeps every bit, even
+// of a signalling NaN.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +18,7 @@ struct BFloat16 {
     static inline uint16_t store(float value) {
         const uint32_t bits = bits_of(value);
         const uint32_t nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-        // a NaN is cut, and keeps a bit where its payload lay below the cut
+        // a NaN is truncated; if its whole payload is cut off, one bit is set so that it stays a NaN
         const uint32_t cut = (bits >> 16) | ((bits & 0x007f0000u) == 0 ? 0x40u : 0u);
         return static_cast<uint16_t>((bits & ~SIGN) > INFINITE ? cut : nearest);
     }
@@ -41,12 +42,12 @@ struct Float16 {
         const uint32_t bits = bits_of(value) & ~SIGN;
         const uint32_t sign = (bits_of(value) & SIGN) >> 16;
         const uint32_t normal = (bits + 0xfffu + ((bits >> 13) & 1u) - (112u << 23)) >> 13;
-        // the last bit of a float32 near 0.5 is that of a subnormal float16: the addition rounds to it
+        // the last bit of a float32 near 0.5 is worth the last bit of a subnormal float16: the addition rounds to it
         const uint32_t subnormal = bits_of(float_of(bits) + 0.5f) - bits_of(0.5f);
         const uint32_t payload = (bits >> 13) & 0x3ffu;
         const uint32_t nan = 0x7c00u | (payload == 0 ? 0x200u : payload);
         uint32_t half = selected(bits < 0x38800000u, subnormal, normal);  // 2^-14
-        half = selected(bits >= 0x47800000u, 0x7c00u, half);  // 65536: infinity; what rounds to it got there by itself
+        half = selected(bits >= 0x47800000u, 0x7c00u, half);  // from 65536 on: infinity; rounding may also reach it
         half = selected(bits > INFINITE, nan, half);
         return static_cast<uint16_t>(half | sign);
     }

@@ -1,6 +1,6 @@
-"""The backend cuda: the library of the CUDA kernels, found and loaded once, with ctypes; interface: csrc/epi_cuda.h.
+"""The backend cuda: the library of CUDA kernels, loaded once with ctypes; its interface is csrc/epi_cuda.h.
 
-Its rows are those of `epi_kernels.schema`.
+The library reads rows as `epi_kernels.schema` describes them.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ from epi_kernels.backends.target import Target
 from epi_kernels.schema import VERSION
 from epi_kernels.storage import DTYPES
 
-# the histogram, which Triton cannot keep in shared memory
+# only the histogram, which Triton cannot keep in shared memory
 OPERATIONS = ("score_histogram",)
 
 _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
@@ -23,7 +23,7 @@ _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 # rows, chunks, number of chunks
 _CHUNKS = (_POINTER, _POINTER, _INT64)
 
-# function -> its result and arguments; those that launch end with the stream
+# function -> its result and arguments; the last argument of a function that launches is the stream
 _FUNCTIONS = {
     "epi_cuda_compiler": (ctypes.c_char_p, ()),
     "epi_cuda_histogram_chunk": (_INT64, ()),
@@ -33,7 +33,7 @@ _FUNCTIONS = {
 
 
 def supports(spec: Spec, target: Target) -> Support:
-    """Return whether the library runs what `spec` says on `target`. It does not ask the device: see `obstacle`."""
+    """Return whether the library runs what `spec` says on `target`. The device itself is not asked: see `obstacle`."""
     if spec.operation not in OPERATIONS:
         return Support.no(f"it has no {spec.operation}")
     loaded = load()
@@ -43,14 +43,15 @@ def supports(spec: Spec, target: Target) -> Support:
 
 @functools.cache
 def load() -> ctypes.CDLL | str:
-    """Return the library, or why there is none. Needs neither a driver nor a device."""
+    """Return the library, or why there is no library. Needs neither a driver nor a device."""
     return library.load("_cuda", "epi_cuda_abi_version", VERSION, _FUNCTIONS, "nvcc")
 
 
 def obstacle(device: torch.device | None = None) -> str:
     """Return why the kernels cannot run on a device and what to do about it; empty if they can.
 
-    Asks each device once, which makes its context if there was none. Without one it asks the current one, every time.
+    Each device is asked once, which creates a CUDA context on the device if it had none. Without the argument `device`,
+    the current device is asked, on every call.
     """
     loaded = load()
     if isinstance(loaded, str):
@@ -65,18 +66,18 @@ def compiler() -> str:
 
 
 def histogram_chunk() -> int:
-    """Return the entries of a chunk of epi_cuda_score_histogram."""
+    """Return the number of entries in a chunk of epi_cuda_score_histogram."""
     return int(_library().epi_cuda_histogram_chunk())
 
 
 def call(function: str, device: torch.device, *arguments: Tensor | int | None) -> None:
-    """Launch a kernel on the current stream of a device, and do not wait for it.
+    """Launch a kernel on the current stream of a device, without waiting for the kernel.
 
     Args:
         function: one of the functions of csrc/epi_cuda.h that launch.
         device: where it runs.
-        arguments: its arguments but the stream. A tensor stands for its address, and lives until the kernel is
-            launched: an allocator may give its memory away before that. None is NULL.
+        arguments: the function's arguments without the stream. A tensor stands for its address and is kept alive until
+            the launch, so that the allocator cannot reuse its memory earlier. None is NULL.
 
     Raises:
         RuntimeError: there is no library, or the kernel was not launched.

@@ -1,4 +1,4 @@
-"""The compiled libraries of the package, each beside this file: loaded with ctypes, or why they are not."""
+"""Loads the compiled libraries of the package with ctypes, or says why a library cannot be loaded."""
 
 import ctypes
 from collections.abc import Mapping, Sequence
@@ -12,18 +12,18 @@ def load(
     """Load a library and declare its functions.
 
     Args:
-        stem: the name of its file, up to the extension.
-        version_function: the function that returns the version of its interface.
-        version: the one that the caller was written for.
-        functions: name -> what it returns and what it takes, as ctypes types.
-        needs: what builds it.
+        stem: the name of the library's file, without the extension.
+        version_function: the function that returns the version of the library's interface.
+        version: the version that the caller was written for.
+        functions: name -> the result and the arguments, as ctypes types.
+        needs: what is needed to build the library.
 
     Returns:
         The library, or why it cannot be used here and what to do about it.
     """
     paths = sorted(Path(__file__).parents[1].glob(f"{stem}*.so"))
     if not paths:
-        # without the first command, pip installs the wheel that it has kept
+        # without the first command, pip installs the wheel in its cache
         return (
             f"it was not built; where there is {needs}, run `pip cache remove epi_kernels` and "
             "`pip install --force-reinstall --no-deps epi-kernels`"

@@ -1,4 +1,4 @@
-"""The backend native: the compiled CPU library, found and loaded once, with ctypes; its interface: csrc/epi_native.h.
+"""The backend native: the compiled CPU library, loaded once with ctypes; its interface is csrc/epi_native.h.
 
 An array of structs describes the tensors of a call: see `epi_kernels.schema`.
 """
@@ -20,7 +20,7 @@ from epi_kernels.storage import DTYPES
 
 _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
-# function -> its arguments behind (tensors, count) and before the number of threads
+# function -> its arguments between (tensors, count) and the number of threads
 _FUNCTIONS = {
     "epi_sweep": (_INT32, _INT32),
     "epi_importance": (_POINTER, _INT64, ctypes.c_float, _INT32),
@@ -42,7 +42,7 @@ def _runs_on(target: Target) -> Support:
 
 @functools.cache
 def _load() -> ctypes.CDLL | str:
-    """Return the library, or why there is none."""
+    """Return the library, or why there is no library."""
     functions: dict[str, tuple[Any, tuple[Any, ...]]] = {
         name: (None, (_POINTER, _INT64, *arguments, _INT32)) for name, arguments in _FUNCTIONS.items()
     }
@@ -68,7 +68,7 @@ def simd_level() -> int:
 
 
 def function(name: str) -> Any:
-    """Return a function of the library, for whoever calls it again and again."""
+    """Return a function of the library, for callers that call the function many times."""
     return getattr(_library(), name)
 
 
@@ -81,9 +81,9 @@ def table_of(struct: "np.dtype[Any]", **columns: Sequence[Tensor | None]) -> "np
     """Return a table with the pointers of tensors, a row for each position, and zero elsewhere.
 
     Args:
-        struct: that of a row of `epi_kernels.schema`.
-        columns: field -> flat tensors. The first gives the sizes. A None in a list, or an empty list, is NULL. Where
-            the struct has a field ``<name>_dtype`` it is filled too.
+        struct: the struct of a row, from `epi_kernels.schema`.
+        columns: field -> flat tensors. The first gives the sizes. A None in a list, or an empty list, is NULL. If the
+            struct has a field ``<name>_dtype``, that field is also filled.
     """
     first = next(iter(columns.values()))
     table = np.zeros(len(first), struct)

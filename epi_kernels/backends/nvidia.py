@@ -1,9 +1,9 @@
-"""What the backends triton and cuda have in common: the GPUs on which they run."""
+"""The GPUs on which both the backends triton and cuda run."""
 
 from epi_kernels.backends.support import Support
 from epi_kernels.backends.target import Target
 
-# the compute capability of the oldest GPU for which the tests compile the kernels and look at the code: A100
+# the compute capability of an A100, the oldest GPU for which the tests compile the kernels and check the code
 OLDEST = (8, 0)
 
 

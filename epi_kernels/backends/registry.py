@@ -1,4 +1,4 @@
-"""The list of the backends, and which of them runs an operation: the only place where that is decided.
+"""The list of backends, and the only place that decides which backend runs an operation.
 
 A backend of an operation is a module ``epi_kernels/ops/<stem>/<backend>.py`` that has a class which
 keeps its tables from call to call (Sweep, Gather, Importance, Histogram, Lock), or, for gradient_sums_ and
@@ -21,19 +21,19 @@ from epi_kernels.notices import warn
 
 
 class Backend(Protocol):
-    """What a module epi_kernels/backends/<backend>.py has."""
+    """What a module epi_kernels/backends/<backend>.py provides."""
 
     def supports(self, spec: Spec, target: Target) -> Support:
-        """Return whether the backend runs what `spec` says on `target`, and why not."""
+        """Return whether the backend runs what `spec` says on `target`, and if not, why."""
 
 
-# "auto" takes the first that can run; the order is by speed, and by what is tried most
+# "auto" takes the first backend that can run; faster and better tested backends come first
 BACKENDS: dict[str, Backend] = {"triton": triton, "cuda": cuda, "native": native, "reference": reference}
 
-# what "auto" tries before the others
+# the backends that "auto" tries first
 _FIRST = {"score_histogram": "cuda"}
 
-# operation -> the folder of epi_kernels/ops that holds it
+# operation -> the folder of epi_kernels/ops that contains the operation
 STEMS = {
     "sweep_": "sweep",
     "importance_": "importance",
@@ -44,12 +44,12 @@ STEMS = {
     "gather_": "gather",
 }
 
-# interpreted, ten thousand times slower: whoever debugs kernels of his own must not get it by accident
+# Triton's interpreter is ten thousand times slower: a user who debugs other kernels with it must not get it here
 _ON_REQUEST = ("triton", "cpu")
 
 
 class Choice(NamedTuple):
-    """The backend that runs an operation on a device, and its module of that operation."""
+    """The backend that runs an operation on a device, and the backend's module for that operation."""
 
     backend: str
     module: ModuleType
@@ -60,13 +60,14 @@ def choose(spec: Spec, device: torch.device, requested: str) -> Choice:
 
     Args:
         spec: the operation and the dtypes.
-        device: the tensors' own: GPUs of one machine differ.
-        requested: "auto", or one of BACKENDS, which then runs or raises: never a quiet fallback.
+        device: the device of the tensors: the GPUs in one machine may differ.
+        requested: "auto", or one of BACKENDS; a backend requested by name runs or raises, and no other is chosen
+            silently.
 
     Raises:
         ValueError: `requested` is unknown.
         NotImplementedError: the requested backend does not have the operation.
-        RuntimeError: the requested backend cannot run this here; the message says why and what to do.
+        RuntimeError: the requested backend cannot run `spec` on `device`; the message says why and what to do.
 
     Example:
         >>> choose(Spec("lock_"), torch.device("cpu"), "reference").backend
@@ -77,7 +78,7 @@ def choose(spec: Spec, device: torch.device, requested: str) -> Choice:
 
 @functools.cache
 def _choose(spec: Spec, device: torch.device, requested: str, interpreted: bool) -> Choice:
-    # `interpreted` is there for the cache alone: triton answers by it, and a program may change it
+    # `interpreted` is only part of the cache's key: the answer of triton depends on it, and a program may change it
     check(requested, spec.operation)
     target = target_of(device)
     order = sorted(BACKENDS, key=lambda backend: backend != _FIRST.get(spec.operation))
@@ -87,7 +88,7 @@ def _choose(spec: Spec, device: torch.device, requested: str, interpreted: bool)
         support = BACKENDS[backend].supports(spec, target)
         if support:
             module = importlib.import_module(f"epi_kernels.ops.{STEMS[spec.operation]}.{backend}")
-            # what the operation finds by itself, on the device
+            # what the operation itself finds when it tries the device
             support = Support.unless(module.obstacle(device) if hasattr(module, "obstacle") else "")
         if support:
             return Choice(backend, module)
@@ -96,15 +97,15 @@ def _choose(spec: Spec, device: torch.device, requested: str, interpreted: bool)
                 f"backend={backend!r} cannot run {spec.operation} here: {support.reason}; or use backend='auto' or "
                 "'reference'"
             )
-    raise AssertionError(f"{spec.operation} has no reference backend")  # held by a test
+    raise AssertionError(f"{spec.operation} has no reference backend")  # a test checks this
 
 
 def check(requested: str, *operations: str) -> None:
-    """Check that a backend can be asked for by that name.
+    """Check that a backend can be requested by this name.
 
     Args:
         requested: "auto" or the name of a backend.
-        operations: what it is to run; all there are, if none is given.
+        operations: the operations that the backend must have; without any, all operations.
 
     Raises:
         ValueError: the name is unknown.
@@ -131,7 +132,7 @@ def explain(device: torch.device, requested: str, dtype: torch.dtype = torch.flo
 
 
 def say_if_slow(device: torch.device) -> None:
-    """Warn, once for each process, where "auto" has only plain torch for a device that a user expects to be fast.
+    """Warn, once for each process, if "auto" finds only plain torch for a device that a user expects to be fast.
 
     Such devices are the CPU without the native library, and the GPUs of AMD.
     """
@@ -154,5 +155,5 @@ def _say_slow(why: str) -> None:
 
 
 def _is_built(operation: str, backend: str) -> bool:
-    # every operation has the other backends
+    # the other backends have every operation
     return backend != "cuda" or operation in cuda.OPERATIONS

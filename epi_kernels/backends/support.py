@@ -10,9 +10,9 @@ FLOAT32 = frozenset({torch.float32})
 
 @dataclass(frozen=True)
 class Support:
-    """The answer of a backend: yes, or no with the reason. True in a condition where it is yes.
+    """The answer of a backend: yes, or no with the reason. In a condition, yes counts as True.
 
-    ``first and second`` is therefore the first no of both, and yes where neither is a no.
+    ``first and second`` is therefore the first answer that is no, or yes if both are yes.
 
     Raises:
         ValueError: a no has no reason, or a yes has one.
@@ -34,17 +34,17 @@ class Support:
 
     @classmethod
     def yes(cls) -> "Support":
-        """Return the answer of a backend that can run what it was asked."""
+        """Return the answer of a backend that can run the spec."""
         return cls(True, "")
 
     @classmethod
     def no(cls, reason: str) -> "Support":
-        """Return the answer of a backend that cannot, with the reason: a clause whose subject is the backend, "it"."""
+        """Return the answer of a backend that cannot run the spec; `reason` is a clause that calls the backend "it"."""
         return cls(False, reason)
 
     @classmethod
     def unless(cls, obstacle: str) -> "Support":
-        """Return yes where the obstacle is empty, and else no with the obstacle as its reason."""
+        """Return yes if the obstacle is empty, else no with the obstacle as the reason."""
         return cls(not obstacle, obstacle)
 
 
@@ -63,7 +63,7 @@ class Spec:
     states: frozenset[torch.dtype] = FLOAT32
 
     def within(self, values: Set[torch.dtype], states: Set[torch.dtype]) -> Support:
-        """Return whether a backend that takes these dtypes of values and of states takes those of the spec."""
+        """Return whether the spec has only these dtypes: `values` for its values and `states` for its states."""
         if not self.values <= values:
             return Support.no(f"it takes {_names(values)} and not {_names(self.values - values)}")
         if not self.states <= states:

@@ -1,4 +1,4 @@
-"""The target of a backend: who made the device of the tensors, and which kind of it.
+"""The target of a backend: the vendor and the architecture of the tensors' device.
 
 Only this module asks torch for the vendor or the architecture of a device.
 """
@@ -12,12 +12,12 @@ _TEXTS = {"cpu": "the CPU", "nvidia": "an NVIDIA GPU", "amd": "an AMD GPU"}
 
 @dataclass(frozen=True)
 class Target:
-    """What a backend has to know of the device on which the tensors are. As a text: "an NVIDIA GPU".
+    """What a backend has to know about the device of the tensors. ``str`` gives a text such as "an NVIDIA GPU".
 
     Args:
         vendor: "cpu", "nvidia" or "amd"; for any other device torch's name of its type, such as "mps" or "meta".
-        architecture: the compute capability of an NVIDIA GPU, (9, 0) for an H100; empty for every other device, whose
-            architecture no backend asks for.
+        architecture: the compute capability of an NVIDIA GPU, (9, 0) for an H100; empty for every other device, because
+            no backend asks for the architecture there.
     """
 
     vendor: str
@@ -28,9 +28,9 @@ class Target:
 
 
 def target_of(device: torch.device) -> Target:
-    """Return the target that a device is. Of a GPU, this very one is asked and not the current one.
+    """Return the target for a device. If the device is a GPU, that GPU is asked, not the current one.
 
-    torch calls the GPUs of AMD "cuda", too, and gives them capabilities: (9, 4) is an MI300, and no NVIDIA GPU.
+    torch also calls AMD GPUs "cuda" and gives them capabilities: (9, 4) is an MI300, not an NVIDIA GPU.
     """
     if device.type != "cuda":
         return Target(device.type)
@@ -40,7 +40,7 @@ def target_of(device: torch.device) -> Target:
 
 
 def with_index(device: torch.device) -> torch.device:
-    """Return the device, and for "cuda" without an index the GPU that is the current one now."""
+    """Return the device; for "cuda" without an index, return the current GPU."""
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device

@@ -15,9 +15,9 @@ def supports(spec: Spec, target: Target) -> Support:
 
 
 def interpreted() -> bool:
-    """Return whether Triton interprets its kernels on the CPU, which TRITON_INTERPRET=1 says and a program may change.
+    """Return whether Triton interprets its kernels on the CPU: TRITON_INTERPRET=1, which a program may change.
 
-    That is some ten thousand times slower than a compiled kernel, and for tests.
+    Interpreting is for tests: it is about ten thousand times slower than a compiled kernel.
     """
     return os.environ.get("TRITON_INTERPRET") == "1"
 

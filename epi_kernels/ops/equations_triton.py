@@ -1,7 +1,7 @@
-"""The per-element mathematics in Triton: names, equations and roundings of equations.py, in float32.
+"""The per-element mathematics in Triton, in float32, with the names, equations and roundings of equations.py.
 
-Compile with `enable_fp_fusion=False`: every product and sum rounds on its own unless `fma` says otherwise, or masks
-would differ between backends. Signs and NaN are tested on bits, as csrc/importance.h does.
+Compile with `enable_fp_fusion=False`: every product and sum must round separately, except where `fma` is written, or
+masks would differ between backends. Signs and NaN are tested on bits, as csrc/importance.h does.
 """
 
 import triton
@@ -34,7 +34,7 @@ def is_locked(signed):
 
 @triton.jit
 def magnitude(signed):
-    # not abs, which may give a NaN any sign
+    # abs is not used: it may give a NaN either sign
     return float_of(bits_of(signed) & _MAGNITUDE)
 
 
@@ -53,7 +53,7 @@ def is_finite(value):
 
 @triton.jit
 def noticed(value):
-    # as floats: the bits of a NaN with the sign bit would be below those of any number
+    # compared as floats: as integers, the bits of a NaN with its sign bit set would be below those of any number
     return tl.where(value < _NEGLIGIBLE, 0.0, value)
 
 
@@ -83,7 +83,7 @@ def score(signed, low, high, NORMALIZED: tl.constexpr):
     value = float_of(bits)
     if NORMALIZED:
         distance, span = value - low, high - low
-        # differences as bits: above 0 where they are normal, and beyond infinity where a range is empty
+        # differences, compared as bits: a normal difference is above 0, and that of an empty range is beyond infinity
         valid = (bits_of(distance) >= _SMALLEST_NORMAL) & (bits_of(span) >= _SMALLEST_NORMAL)
         quotient = noticed(tl.div_rn(distance, tl.broadcast_to(span, value.shape)))
         value = tl.where(valid, quotient, 0.0)

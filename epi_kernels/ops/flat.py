@@ -1,4 +1,4 @@
-"""Tensors of any strides as flat memory, for kernels that know of none."""
+"""Tensors of any strides as flat memory, for kernels that know nothing about strides."""
 
 from collections.abc import Sequence
 
@@ -9,14 +9,15 @@ Lists = Sequence[Sequence[Tensor | None]]
 
 
 class Flat:
-    """Lists of tensors whose entries lie side by side, in an order that is the same for all at one position.
+    """Lists of tensors whose entries lie side by side; all tensors at one position have the same order of entries.
 
-    In place where the tensors of a position are dense with equal strides, whatever the order; else those that are not
-    contiguous are replaced by contiguous copies, and `write_back` copies the written ones back into their place.
+    Where the tensors at a position are dense and have equal strides, in whatever order, they are used in place.
+    Elsewhere contiguous copies replace the tensors that are not contiguous, and `write_back` copies the written ones
+    back.
 
     Args:
-        written, read: the lists. An empty list is absent; None skips its position.
-        strided: the positions that are not in place, where they are known from tensors of the same layouts.
+        written, read: the lists. An empty list counts as absent; None skips a position.
+        strided: the positions that need copies, if they are already known from tensors of the same layouts.
 
     Example:
         >>> columns = torch.zeros(2, 3)[:, ::2]
@@ -42,7 +43,7 @@ class Flat:
                 tensors[i] = self._contiguous(tensors[i], any(tensors is other for other in self.written))
 
     def write_back(self) -> None:
-        """Copy what was written to copies into the tensors they stand for."""
+        """Copy the written copies back into the tensors that they replaced."""
         for tensor, copy in self._copies:
             tensor.copy_(copy)
 
@@ -58,8 +59,8 @@ class Flat:
 def put_(tensor: Tensor, positions: Tensor, values: Tensor) -> Tensor:
     """Write values at positions in row-major order of a tensor of any strides, and return the tensor.
 
-    In place of torch.Tensor.put_, which torch.use_deterministic_algorithms(True) refuses, although positions that
-    differ leave nothing to chance.
+    It replaces torch.Tensor.put_, which torch.use_deterministic_algorithms(True) refuses, although the result is
+    deterministic when all positions differ.
 
     Args:
         tensor: written.
@@ -78,5 +79,5 @@ def _same_order(tensors: list[Tensor | None]) -> bool:
     if all(tensor.is_contiguous() for tensor in present):
         return True
     strides = {tensor.stride() for tensor in present}
-    # empty_like keeps the strides of a dense tensor, and of no other
+    # empty_like keeps the strides of a tensor only if the tensor is dense
     return len(strides) == 1 and torch.empty_like(present[0], device="meta").stride() in strides

@@ -25,7 +25,7 @@ from epi_kernels.contract import (
 from epi_kernels.ops.table import on_device
 from epi_kernels.ops.tensors import dtypes_of
 
-# of a histogram: a digit has at most this many values
+# the most bins of a histogram: a digit has at most this many values
 _MOST_BINS = max(bins for _, bins in DIGITS)
 
 
@@ -39,18 +39,18 @@ def prepared_importance(
     device: torch.device,
     backend: str,
 ) -> Any:
-    """Return a backend's `importance_` of these tensors, with all prepared that does not change from call to call.
+    """Return a backend's `importance_` of these tensors, with all prepared that stays the same from call to call.
 
-    It keeps no tensor of the lists, and has one function, which gets them again::
+    The returned object keeps no tensor of the lists. Its one function takes the lists again on each call::
 
         advance_(importances, grads, ranges, nonfinite, grad_factor, due)
 
-    The tensors have the shapes, strides, dtypes and devices of those here, and gradients are missing in the same
-    places; all but the gradients lie at the same addresses. That is not checked again. The caller tells autograd what
-    was written.
+    Those tensors must have the same shapes, strides, dtypes and devices as the tensors given here, gradients must be
+    missing in the same places, and all but the gradients must lie at the same addresses. That is not checked again. The
+    caller tells autograd what was written.
 
-    The arguments are those of `importance_`, `layer_count` the number of rows of `ranges`, and `device` that of all
-    tensors but `betas`.
+    The arguments are those of `importance_`; `layer_count` is the number of rows of `ranges`, and `device` is the
+    device of all tensors except `betas`.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `importance_`.
@@ -86,23 +86,23 @@ def importance_(
 
     Args:
         importances: signed S; magnitudes written, locks kept.
-        grads: the gradient of each, or None, which leaves that S as it is; the range takes part in both cases.
+        grads: the gradient of each tensor; None leaves S as it is. S extends the layer's range in both cases.
         ranges: float32 [layers, 2], (mu, nu) of each layer, contiguous; written. Start from (inf, -inf), or from (0, 0)
-            where a layer has entries elsewhere whose S is 0. Subnormal S counts as 0, and S that is not finite takes no
-            part.
+            if the layer has other entries, not in these lists, whose S is 0. A subnormal S counts as 0, and an S that
+            is not finite does not extend the range.
         nonfinite: int64 [tensors]; the number of entries whose g^2 was NaN or infinite is added.
         betas: float64 [tensors, 2] on the CPU: beta and 1 - beta of each tensor.
         layers: the layer of each tensor: a row of `ranges`.
-        keep_finite: True leaves S as it was where g^2 is not finite; False lets it in, for S = exp_avg_sq.
+        keep_finite: True leaves S as it was where g^2 is not finite; False stores the value, for S = exp_avg_sq.
         grad_factor: float32, one value on the tensors' device, by which every gradient is multiplied first, or None.
-        due: float32, one value on the tensors' device; where it is 0 nothing changes. None: 1. The device then knows
-            whether this is the step to refresh, and the host need not.
+        due: float32, one value on the tensors' device; where it is 0 nothing changes. None means 1. With `due`, only
+            the device needs to know whether this step refreshes, not the host.
         backend: "auto" or the name of one.
 
     Raises:
-        ValueError: lists do not belong together, a tensor beside them has another shape, layout or device, a layer has
-            no row in `ranges`, or the backend is unknown.
-        TypeError: a tensor has another dtype.
+        ValueError: lists do not belong together, another tensor argument has a wrong shape, layout or device, a layer
+            has no row in `ranges`, or the backend is unknown.
+        TypeError: a tensor has a wrong dtype.
         RuntimeError: the backend cannot run on these tensors.
     """
     device = ranges.device
@@ -121,7 +121,7 @@ importance_.register_fake(lambda *_: None)
 def gradient_sums_(
     sums: Sequence[Tensor], square_sums: Sequence[Tensor], grads: Sequence[Tensor], backend: str
 ) -> None:
-    """Add each gradient to a sum and its square to another; both give the importance of PIECE.
+    """Add each gradient to a sum and its square to another sum; PIECE computes its importance from both.
 
     ::
 
@@ -156,14 +156,15 @@ def prepared_histogram(
     device: torch.device,
     backend: str,
 ) -> Any:
-    """Return a backend's `score_histogram` of these tensors, with all prepared that does not change from call to call.
+    """Return a backend's `score_histogram` of these tensors, with all prepared that stays the same between calls.
 
-    It keeps no tensor of the list, and has one function, which gets them again, as those of `prepared_importance`::
+    The returned object keeps no tensor of the list. Its one function takes the list again, under the conditions of
+    `prepared_importance`::
 
         count(importances, ranges, selection, shift, bins, due) -> counts
 
-    The arguments are those of `score_histogram`, `layer_count` the number of rows of `ranges`, None without them,
-    `budget_count` that of `selection`, and `device` that of all tensors.
+    The arguments are those of `score_histogram`; `layer_count` is the number of rows of `ranges` (None without ranges),
+    `budget_count` the number of rows of `selection`, and `device` the device of all tensors.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `score_histogram`.
@@ -187,28 +188,28 @@ def score_histogram(
 ) -> Tensor:
     """Count the scores of each budget by one digit of their bits.
 
-    The score (EPI Eq. 8, ``(S - mu) / (nu - mu)``) is a float32 >= 0; its key is its bits as an integer, which order as
-    the scores do. An entry counts where the digits above (``key >> shift`` divided by `bins`) are its budget's, as far
-    as `select_digit_` has found them.
+    The score (EPI Eq. 8, ``(S - mu) / (nu - mu)``) is a float32 >= 0; its key is its bits read as an integer, and keys
+    have the same order as scores. An entry is counted only if the digits above this one (``key >> shift`` divided by
+    `bins`) equal those that `select_digit_` has found for its budget so far.
 
     Args:
         importances: signed S; read.
         layers: the layer of each tensor: a row of `ranges`.
-        ranges: float32 [layers, 2], (mu, nu); None ranks the raw S.
+        ranges: float32 [layers, 2], (mu, nu); None: the score is the raw S.
         budgets: the budget of each tensor: a row of the result.
-        selection: int64 [budgets, 2], contiguous: the digits found so far, and the rank among the scores that have
-            them; see `select_digit_`.
+        selection: int64 [budgets, 2], contiguous: the digits found so far, and k among the scores that have these
+            digits; see `select_digit_`.
         shift: the number of bits below the digit.
         bins: the number of values of the digit, a power of two.
-        due: as of `importance_`; where it is 0 nothing is counted.
+        due: as in `importance_`; where it is 0 nothing is counted.
         backend: "auto" or the name of one.
 
     Returns:
-        int64 [parts, budgets, bins]; the histogram is the sum over the parts, as many as a backend likes. The same
-        integers on every backend, so that sums over shards are exact.
+        int64 [parts, budgets, bins]; the histogram is the sum over the parts, whose number a backend chooses. Every
+        backend returns the same integers in this sum, so that sums over shards are exact.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as `importance_`; or `shift` and `bins` are no digit of a key.
+        ValueError, TypeError, RuntimeError: as `importance_`; or `shift` and `bins` do not describe a digit of a key.
     """
     device = selection.device
     check_tensor("selection", selection, torch.int64, (len(selection), 2), device)
@@ -249,12 +250,13 @@ def prepared_digit(device: torch.device, backend: str) -> Callable[[Tensor, Tens
 
 @torch.library.custom_op("epi_kernels::select_digit_", mutates_args=("selection",))
 def select_digit_(counts: Tensor, selection: Tensor, shift: int, backend: str) -> Tensor:
-    """Find, for every budget, the digit of the score that has its rank: one step of `find_threshold`.
+    """Find, for every budget, one digit of its k-th largest score: one step of `find_threshold`.
 
     Args:
-        counts: as `score_histogram` returns it, over all the scores there are.
-        selection: int64 [budgets, 2], contiguous; written. (digits found so far, rank k among the scores that have
-            them, 1 is the largest); then the same with one digit more. k = 0: nothing is to be selected.
+        counts: as `score_histogram` returns it, counted over all scores.
+        selection: int64 [budgets, 2], contiguous; written. Before: (the digits found so far, k among the scores that
+            have these digits; k = 1 is the largest). After: the same with one more digit. k = 0: no entry is to
+            reach the threshold.
         shift: the number of bits below the digit.
         backend: "auto" or the name of one.
 
@@ -287,14 +289,15 @@ def prepared_lock(
     device: torch.device,
     backend: str,
 ) -> Any:
-    """Return a backend's `lock_` of these tensors, with all prepared that does not change from call to call.
+    """Return a backend's `lock_` of these tensors, with all prepared that stays the same from call to call.
 
-    It keeps no tensor of the list, and has one function, which gets them again, as those of `prepared_importance`::
+    The returned object keeps no tensor of the list. Its one function takes the list again, under the conditions of
+    `prepared_importance`::
 
         lock_(importances, ranges, thresholds, due) -> counts
 
-    The arguments are those of `lock_`, `layer_count` the number of rows of `ranges`, None without them, `budget_count`
-    that of the thresholds, and `device` that of all tensors.
+    The arguments are those of `lock_`; `layer_count` is the number of rows of `ranges` (None without ranges),
+    `budget_count` the number of thresholds, and `device` the device of all tensors.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `lock_`.
@@ -319,14 +322,14 @@ def lock_(
     Args:
         importances: signed S; sign bits written, magnitudes kept.
         layers: the layer of each tensor: a row of `ranges`.
-        ranges: float32 [layers, 2], (mu, nu); None ranks the raw S.
+        ranges: float32 [layers, 2], (mu, nu); None: the score is the raw S.
         budgets: the budget of each tensor: an element of `thresholds`.
         thresholds: float32 [budgets].
-        due: as of `importance_`; where it is 0 every lock stays and nothing is counted.
+        due: as in `importance_`; where it is 0 every lock stays as it is and nothing is counted.
         backend: "auto" or the name of one.
 
     Returns:
-        int64 [tensors, 3]: entries locked now, of these not locked before, and released.
+        int64 [tensors, 3]: entries locked now, entries locked now and not before, and entries released.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `importance_`.
@@ -359,7 +362,7 @@ def _check_devices(importances: Sequence[Tensor], device: torch.device) -> None:
 
 
 def _rows_of(ranges: Tensor | None, device: torch.device) -> int | None:
-    """Check the ranges of a histogram or a lock, and return how many there are; None without any."""
+    """Check the ranges of a histogram or a lock, and return their number of rows; None without ranges."""
     if ranges is None:
         return None
     check_tensor("ranges", ranges, torch.float32, (len(ranges), 2), device)
@@ -375,7 +378,7 @@ def _check_scored(
     budget_count: int,
     device: torch.device,
 ) -> None:
-    """Check what the histogram and the lock have in common; `of_budgets` is the argument with a row for each budget."""
+    """Check what the histogram and the lock have in common; `of_budgets` has a row for each budget."""
     check_lists(importances=importances)
     _check_devices(importances, device)
     if layer_count is not None:
@@ -391,17 +394,19 @@ def find_threshold(
     device: torch.device | str = "cpu",
     backend: str = "auto",
 ) -> Tensor:
-    """Return the `ranks`-th largest score of each budget, from histograms of the scores' bits alone.
+    """Return the `ranks`-th largest score of each budget, using only histograms of the scores' bits.
 
     Radix selection from the highest digit down: no sort, no copy of the scores, and no waiting for an accelerator.
-    Exact needs three passes over the scores, one for each digit; ``exact=False`` stops after the first, whose bins are
-    16 to a factor of two, and returns the lower edge of the bin: ``tau_exact / (1 + 1/16) < tau <= tau_exact``, so that
-    at least `ranks` entries reach it, at most those of one bin more.
+    The exact threshold needs three passes over the scores, one for each digit. ``exact=False`` stops after the first
+    pass, which has 16 bins for each factor of two, and returns the lower edge of the bin:
+    ``tau_exact / (1 + 1/16) < tau <= tau_exact``. At least `ranks` entries then reach the threshold, and the excess is
+    at most the entries of one bin.
 
     Args:
-        histogram: (selection, shift, bins) -> int64 [parts, budgets, bins], as `score_histogram` of all the scores
-            there are. The only place that sees data: a caller adds shards or devices in it, as parts or by their sum.
-        ranks: k of each budget, 1 is the largest. 0: nothing is to be selected.
+        histogram: (selection, shift, bins) -> int64 [parts, budgets, bins], as `score_histogram` over all scores. Only
+            this function reads the scores: a caller with several shards or devices combines them here, as parts or as a
+            sum.
+        ranks: k of each budget; 1 is the largest score, and 0 means that no entry is to reach the threshold.
         exact: refine to the last bit.
         device: of the histograms.
         backend: "auto" or the name of one.

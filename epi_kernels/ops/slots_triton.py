@@ -1,4 +1,4 @@
-"""How a Triton kernel is given a rule, and reads and writes the rule's slots and scalars."""
+"""How a Triton kernel receives a rule, and how it reads and writes the rule's slots and scalars."""
 
 import functools
 import importlib
@@ -17,16 +17,16 @@ SIGN, IMPORTANCE_BETA, ONE_MINUS_IMPORTANCE_BETA = (tl.constexpr(i) for i in ran
 
 
 def twin_of(rule: Rule) -> ModuleType:
-    """Return the module that has a rule's `update` in Triton, and what it may cost."""
+    """Return the Triton module of a rule: its `update`, and the budgets of its machine code."""
     return importlib.import_module(f"epi_kernels.rules.{rule.name}_triton")
 
 
 @functools.cache
 def constants_of(rule: Rule, optional: bool) -> dict[str, Any]:
-    """Return the compile-time arguments by which a kernel knows a rule, and how its slots are kept.
+    """Return the compile-time arguments that tell a kernel its rule, and how the rule's slots are stored.
 
     Args:
-        rule: which.
+        rule: the rule.
         optional: whether any tensor has the rule's optional slots.
     """
     storage = importlib.import_module(f"epi_kernels.storage.{FLOAT32.name}_triton")
@@ -50,7 +50,7 @@ def row_of(scalars, number, SCALARS: tl.constexpr):
 
 @triton.jit
 def rule_scalars(row, SCALARS: tl.constexpr):
-    """Return the rule's scalars of a row, a tuple."""
+    """Return the rule's scalars in a row, as a tuple."""
     found = ()
     for i in tl.static_range(SCALARS):
         found = found + (tl.load(row + _OWN + i),)
@@ -62,7 +62,7 @@ def read_slots(
     words, start, at, left, LOAD: tl.constexpr, SLOTS: tl.constexpr, REQUIRED: tl.constexpr, OPTIONAL: tl.constexpr,
     BLOCK: tl.constexpr, FULL: tl.constexpr, SCATTERED: tl.constexpr,
 ):  # fmt: skip
-    """Return a tile of every slot, a tuple; 0 where the tensor lacks an optional one. words: their addresses."""
+    """Return a tile of every slot as a tuple, 0 for one that the tensor lacks. words: the addresses of the slots."""
     found = ()
     for k in tl.static_range(SLOTS):
         if k < REQUIRED:
@@ -82,7 +82,7 @@ def write_slots(
     OPTIONAL: tl.constexpr, FULL: tl.constexpr, SCATTERED: tl.constexpr,
 ):  # fmt: skip
     """Write a tile of every slot that the tensor has."""
-    # the addresses are read again: kept from the reads on, they took up to 7 registers more than there may be
+    # the addresses are read again: keeping them since the slots were read took up to 7 registers more than allowed
     for k in tl.static_range(SLOTS):
         if k < REQUIRED:
             STORE(tl.load(words + k), start, at, slots[k], left, FULL, SCATTERED)

@@ -1,4 +1,4 @@
-"""The steps of a rule, over whole tensors or over selected entries: check, choose a backend, prepare, run.
+"""The steps of a rule, over whole tensors or over trainable entries: check, choose a backend, prepare, run.
 
 They are registered with torch (``torch.ops.epi_kernels.*``), so that ``torch.compile`` sees one opaque node. An
 optimizer, which steps the same tensors again and again, prepares a step once and keeps what the backend has made.
@@ -26,20 +26,21 @@ from epi_kernels.schema import width_of
 
 
 def prepared_sweep(rule: Rule, tensors: Tensors, lock_in: str, lockable: Sequence[bool], backend: str) -> Any:
-    """Return a backend's `sweep_` of these tensors, with all prepared that does not change from step to step.
+    """Return a backend's `sweep_` of these tensors, with all prepared that stays the same from step to step.
 
-    It keeps no tensor, and has one function, which gets the tensors again::
+    The returned object keeps no tensor. Its one function takes the tensors again in each step::
 
         step_(tensors, nonfinite, scalars, rows, advanced, grad_factor, found_inf, moved) -> bool
 
-    The tensors have the shapes, strides, dtypes and devices of those here, and the same slots: that is not checked
-    again. Where any but the gradients lies at another address, `moved` says so. `advanced` may be float32, one value on
-    the tensors' device, where the host does not know it: not 0 is True; `scalars` may then be float32 on that device.
-    The result is whether `nonfinite` may have grown. The caller tells autograd what was written.
+    Those tensors must have the same shapes, strides, dtypes, devices and slots as the tensors given here; that is not
+    checked again. Pass `moved=True` if any of them except a gradient has another address than before. Where the host
+    does not know `advanced`, it may be a float32 tensor of one value on the tensors' device, where not 0 means True;
+    `scalars` may then be float32 on that device. The function returns whether `nonfinite` may have grown. The caller
+    tells autograd what was written.
 
     Args:
         rule: how an entry moves.
-        tensors: as `sweep_` takes them. Without a parameter there is nothing to prepare, and None is returned.
+        tensors: as `sweep_` takes them. None is returned if there is no parameter.
         lock_in: see `sweep_`.
         lockable: see `sweep_`.
         backend: "auto" or the name of one.
@@ -77,7 +78,7 @@ def sweep_(
     found_inf: Tensor | None,
     backend: str,
 ) -> None:
-    """Take one step of a rule in place; entries that are locked keep their bits, their slots advance all the same.
+    """Take one step of a rule in place; locked entries keep their bits, but their slots advance too.
 
     ::
 
@@ -87,32 +88,32 @@ def sweep_(
         theta <- theta                                     where locked, EPI Eq. 12-13
         theta <- theta'                                    elsewhere
 
-    Where the lock is in a slot of the rule, that slot is S, and the rule takes it as the second line has made it.
+    Where the lock is in a slot of the rule, that slot is S, and the rule uses S as the second line has advanced it.
 
     Args:
         rule: the name of one of `epi_kernels.rules.RULES`.
         params: theta, floating point, of one dtype; written.
         grads: same shapes, any one floating dtype; read.
         slots: the first slot of every parameter, then the second of every one, and so on, in the rule's order; same
-            shapes, written. None where a parameter lacks an optional slot; optional slots that none has may be left
-            out. The slot that `lock_in` names is signed (see `epi_kernels.lock`).
-        locks: of the lockable tensors, with ``lock_in="importance"`` the signed S, written; with ``"static"`` int8,
-            read; else None, or an empty list.
+            shapes, written. None where a parameter lacks an optional slot; an optional slot that no parameter has may
+            be left out. The slot that `lock_in` names is signed (see `epi_kernels.lock`).
+        locks: for each lockable tensor, with ``lock_in="importance"`` the signed S, written; with ``"static"`` int8,
+            read. None for the other tensors; with another `lock_in` all None, or an empty list.
         nonfinite: int64 [tensors]; the number of entries whose g^2 was NaN or infinite is added. Such an entry of S
             stays as it was, unless S is a slot of the rule.
-        scalars: float64 [n, m] on the CPU, rows of `epi_kernels.engine.clocks.scalars_of`.
-        rows: which of them each tensor uses.
+        scalars: float64 [n, m] on the CPU; each row is from `epi_kernels.engine.clocks.scalars_of`.
+        rows: the row of `scalars` that each tensor uses.
         lock_in: where the lock bit is: "none", "importance", "static", or the rule's importance slot, "exp_avg_sq" of
             AdamW.
-        lockable: the tensors for which that holds; the others have no lock.
-        advanced: True when this step's g^2 is in the signed tensor already (a refresh came first).
+        lockable: for each tensor, whether it has its lock there; the others have no lock.
+        advanced: True if S has already been advanced with this step's g^2 (a refresh came first).
         grad_factor: float32, one value on the tensors' device, by which every gradient is multiplied first: 1 / scale
             of automatic mixed precision, a clip factor, or their product.
         found_inf: float32, one value on the tensors' device. Where it is not 0 nothing changes at all.
         backend: "auto" or the name of one.
 
     Raises:
-        ValueError: lists do not belong together, `rule` or `lock_in` is unknown, or the backend is.
+        ValueError: lists do not belong together, or `rule`, `lock_in` or the backend is unknown.
         TypeError: params or grads have several dtypes; a lock with ``lock_in="static"`` is not int8.
         NotImplementedError: the backend does not have this operation.
         RuntimeError: the backend cannot run on these tensors.
@@ -133,12 +134,12 @@ sweep_.register_fake(lambda *_: None)
 
 
 def prepared_gather(rule: Rule, tensors: Tensors, indices: Sequence[Tensor], backend: str) -> Any:
-    """Return a backend's `gather_` of these tensors, with all prepared that does not change from step to step.
+    """Return a backend's `gather_` of these tensors, with all prepared that stays the same from step to step.
 
-    It keeps no tensor, and has one function, which gets the tensors again: ``step_(tensors, indices, scalars, rows)``.
-    All but the gradients are those here; the gradients have the shapes, strides, dtypes and devices of those here. That
-    is not checked again. Offsets that a backend makes from indices live as long as the indices. The caller tells
-    autograd what was written.
+    The returned object keeps no tensor. Its one function takes the tensors again:
+    ``step_(tensors, indices, scalars, rows)``. All but the gradients must be the same tensors as here; the gradients
+    must have the same shapes, strides, dtypes and devices as here. That is not checked again. Offsets that a backend
+    computes from indices live as long as the indices. The caller tells autograd what was written.
 
     Args:
         rule: how an entry moves.
@@ -172,19 +173,21 @@ def gather_(
     rows: Sequence[int],
     backend: str,
 ) -> None:
-    """Take one step of a rule for selected entries in place; the others are not touched, and cost nothing.
+    """Take one step of a rule in place for the trainable entries; the others are not touched, and cost nothing.
 
-    The equations are those of `sweep_` without a lock. State and time are in proportion to the entries selected.
+    The equations are those of `sweep_` without a lock. State and time are proportional to the number of trainable
+    entries.
 
     Args:
         rule: the name of one of `epi_kernels.rules.RULES`.
-        params: theta, floating point, of one dtype; written at the selected entries alone.
+        params: theta, floating point, of one dtype; written at the trainable entries only.
         grads: same shapes, any one floating dtype; read.
-        indices: 1-D, int64 or int32, for each parameter: the positions of its selected entries in row-major order of
-            its shape, whatever its strides; strictly increasing. Order and distinctness are the caller's business.
-        slots: in the order of `sweep_`, and like there; each 1-D, one value for each index; written.
-        scalars: float64 [n, m] on the CPU, rows of `epi_kernels.engine.clocks.scalars_of`.
-        rows: which of them each tensor uses.
+        indices: 1-D, int64 or int32, for each parameter: the positions of its trainable entries in row-major order of
+            its shape, whatever its strides; strictly increasing, which is not checked.
+        slots: in the same order and with the same None as in `sweep_`; each 1-D, with one value for each index;
+            written.
+        scalars: float64 [n, m] on the CPU; each row is from `epi_kernels.engine.clocks.scalars_of`.
+        rows: the row of `scalars` that each tensor uses.
         backend: "auto" or the name of one.
 
     Raises:
@@ -223,7 +226,7 @@ def _tensors(
     slots: Sequence[Tensor | None],
     locks: Sequence[Tensor | None],
 ) -> Tensors:
-    """Return the record of the arguments of an operation, whose slots are one list.
+    """Return the tensors of an operation as one record; the operation gets the slots as one flat list.
 
     Raises:
         ValueError: there are more slots than the rule has, or fewer.
@@ -242,10 +245,10 @@ def _tensors(
 
 
 def _check_slots(rule: Rule, tensors: Tensors) -> None:
-    """Check that the slots are the rule's, in its order, and that none but optional ones are missing.
+    """Check that the slots are those of the rule, in the rule's order, and that only optional slots are missing.
 
     Raises:
-        ValueError: they are not; or a parameter has some of the optional slots and not all.
+        ValueError: the slots are wrong, or a parameter has only some of the optional slots.
     """
     count = len(tensors.params)
     known = [slot.name for slot in rule.slots]

@@ -1,8 +1,9 @@
-"""Lists of tensors as one table in the memory of a device, so that one launch serves them all.
+"""Tables in device memory that describe lists of tensors, so that one launch serves them all.
 
-A row of 64-bit words describes a tensor: its size, addresses, and whatever a kernel wants to know about it
-(`epi_kernels.schema`). A launch has a program for each *chunk*, a run of entries of one tensor; a second table says
-which. Both go up from pinned memory without waiting, and only when they differ from what is there already.
+A row of 64-bit words describes a tensor: its size, its addresses, and whatever else a kernel needs to know about the
+tensor (`epi_kernels.schema`). A launch has a program for each *chunk*, a run of entries of one tensor; a second table
+lists the chunks. Both tables are sent from pinned memory without waiting, and only when they differ from what the
+device already has.
 """
 
 import functools
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from epi_kernels.schema import CHUNK_BITS
 
-# the alignment, in bytes, from which kernels read and write 128 bits at a time
+# the alignment, in bytes, that lets kernels read and write 128 bits at a time
 ALIGNMENT = 16
 
 
@@ -24,11 +25,11 @@ class Table:
     """The rows and chunks of a list of tensors on `device`.
 
     Args:
-        fields: the names of the words of a row, in order. "size" is filled here, and so is "aligned": 1 where every
-            address of the row is a multiple of ALIGNMENT. `set` gives the others.
+        fields: the names of the words of a row, in order. The table fills "size" and "aligned" itself; "aligned" is 1
+            where every address in the row is a multiple of ALIGNMENT. `set` and `point` fill the others.
         sizes: the number of entries of each tensor.
-        chunk: entries of a chunk, the last of a tensor excepted.
-        device: where the table is read.
+        chunk: the number of entries in a chunk; the last chunk of a tensor may have fewer.
+        device: the device that reads the table.
 
     Example:
         >>> table = Table(("size", "layer"), sizes=[5, 0, 2], chunk=4, device=torch.device("cpu"))
@@ -47,7 +48,7 @@ class Table:
         self.set("size", sizes)
 
     def set(self, field: str, words: Sequence[int]) -> None:
-        """Write one word of every row."""
+        """Write the word `field` of every row."""
         column = self._host[:, self._columns[field]]
         if not np.array_equal(column, words):
             column[:] = words
@@ -59,7 +60,7 @@ class Table:
         self.set(field, [0 if tensor is None else tensor.data_ptr() for tensor in tensors])
 
     def rows(self, due: Tensor | None = None) -> Tensor:
-        """Return the rows on the device, int64 [tensors, fields]; sent there if anything has changed since.
+        """Return the rows on the device, int64 [tensors, fields]; they are sent only if they have changed.
 
         Where `due`, float32 of one value on the device, is 0, every tensor has size 0: a launch finds nothing to do.
         """
@@ -71,7 +72,7 @@ class Table:
             uploads = None if self._device.type == "cpu" else Uploads.current()
             self._there = on_device(values, self._device) if uploads is None else uploads.of(values, self._device)
         uploads = Uploads.current()
-        if uploads is not None:  # they may have been sent up in a step long before
+        if uploads is not None:  # the rows may have been sent in a step long before
             uploads.keep((self.chunks, self._there))
         if due is None:
             return self._there
@@ -81,22 +82,22 @@ class Table:
 
 
 def on_device(values: Tensor, device: torch.device) -> Tensor:
-    """Return a copy on `device` of values on the CPU; an accelerator is not waited for."""
+    """Return a copy on `device` of values on the CPU, without waiting for an accelerator."""
     if device.type == "cpu":
         return values.clone()
     uploads = Uploads.current()
     if uploads is not None:
         return uploads.of(values, device).clone()
-    # the pinned memory is freed at once: its allocator keeps it until the copy is over
+    # the pinned memory may be freed at once: its allocator does not reuse it until the copy is over
     return values.pin_memory().to(device, non_blocking=True)
 
 
 class Uploads:
-    """What went up to devices in the steps of one optimizer, for steps that a graph may capture.
+    """What one optimizer's steps have sent to devices, for steps that a graph may capture.
 
-    A replayed graph reads the same device memory, and copies into it again from the same pinned memory where the copy
-    was captured. So both must live as long as the graph: what a captured step has used is kept for good. What is
-    equal to something of the last step is not sent again.
+    A replayed graph reads the same device memory and, if the copy was captured, copies into it again from the same
+    pinned memory. So both must live as long as the graph: whatever a captured step has used is kept for good. Values
+    equal to values sent in the last step are not sent again.
     """
 
     def __init__(self) -> None:
@@ -107,12 +108,12 @@ class Uploads:
 
     @staticmethod
     def current() -> "Uploads | None":
-        """Return the uploads of the optimizer that steps in this thread; None where none keeps any."""
+        """Return the uploads of the optimizer that is stepping in this thread; None if no optimizer keeps uploads."""
         return _stepping.uploads
 
     @contextmanager
     def step(self, capturing: bool) -> Iterator[None]:
-        """Return a context in which all that `on_device` and `Table` send up is kept here."""
+        """Return a context in which everything that `on_device` and `Table` send is kept here."""
         self._before, self._now, self._used = self._now, {}, []
         outer, _stepping.uploads = _stepping.uploads, self
         try:
@@ -127,7 +128,7 @@ class Uploads:
         self._used.append(thing)
 
     def of(self, values: Tensor, device: torch.device) -> Tensor:
-        """Return values of the CPU on `device`, to be read alone."""
+        """Return a copy on `device` of values on the CPU; the caller must not write the copy."""
         key = (device, values.dtype, values.shape, values.numpy().tobytes())
         if key not in self._now:
             known = self._before.get(key)
@@ -139,7 +140,7 @@ class Uploads:
 
 
 class _Stepping(threading.local):
-    """The optimizer that steps: one in each thread, for optimizers may step at once in several."""
+    """The optimizer that is stepping, for each thread: several threads may step optimizers at once."""
 
     uploads: Uploads | None = None
 
@@ -148,14 +149,14 @@ _stepping = _Stepping()
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which launches go to `device`, and not to the one that the process last chose."""
+    """Return a context in which launches go to `device`, not to the device that the process last chose."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return zeros on `device`, brought there by a copy: a refresh is counted in launches, and a fill is one."""
+    """Return zeros on `device`, sent as a copy: a refresh must need few launches, and a fill would be one more."""
     if device.type == "cpu" or Uploads.current() is not None:
-        with torch.inference_mode(False):  # they may be counted on outside of it
+        with torch.inference_mode(False):  # counts may be added to them outside inference mode
             return torch.zeros(shape, dtype=dtype, device=device)
     return _pinned_zeros(shape, dtype).to(device, non_blocking=True)
 
@@ -168,8 +169,9 @@ def _pinned_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 def _chunks_of(sizes: tuple[int, ...], chunk: int, device: torch.device) -> Tensor:
     """Return int64 [chunks], tensor << CHUNK_BITS | number, for the chunks of every tensor in order.
 
-    Tables of the same sizes share it, within a stream: another may run ahead of the copy. While a graph is captured
-    nothing is copied yet, and what is shared would stay unfilled for those that have no part in the graph.
+    Tables of the same sizes share the result within a stream; another stream could read it before the copy is over.
+    Nothing is shared while a graph is captured: nothing is copied then, and tables outside the graph would find the
+    result unfilled.
     """
     if device.type != "cuda":
         return _chunks(sizes, chunk, device, 0)

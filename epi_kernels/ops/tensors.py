@@ -1,4 +1,4 @@
-"""The tensors of a step, as every backend gets them."""
+"""The tensors of a step, in the form in which every backend gets them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,9 +17,9 @@ class Tensors:
         params: theta.
         grads: their gradients.
         slots: name -> tensors, the slots of a rule in the rule's order. An optional slot that no parameter has may be
-            left out, and is None where a parameter lacks it.
-        locks: where the lock has tensors of its own: for each parameter that can be locked the signed importance, or
-            the int8 of a static lock; None for the others. Empty where the lock has none.
+            left out; a parameter that lacks an optional slot has None there.
+        locks: if locks are in tensors of their own: for each parameter that can be locked, the signed importance or the
+            int8 tensor of a static lock; None for the other parameters. Otherwise empty.
     """
 
     params: list[Tensor]
@@ -40,5 +40,5 @@ class Tensors:
 
 
 def dtypes_of(*lists: Sequence[Tensor | None]) -> frozenset[torch.dtype]:
-    """Return the dtypes of the tensors in some lists, of which None is no tensor."""
+    """Return the dtypes of the tensors in some lists; None entries are skipped."""
     return frozenset(tensor.dtype for tensors in lists for tensor in tensors if tensor is not None)

@@ -1,11 +1,12 @@
-"""How every Triton kernel finds its chunk of a table and reads and writes it, tile by tile.
+"""How every Triton kernel finds its chunk in a table, and reads and writes the chunk tile by tile.
 
-A program takes one chunk (`epi_kernels.ops.table`): TILES tiles of BLOCK entries, 4 for each thread. Four is what keeps
-all dtypes in one layout at the widest access: 128 bits of float32, 64 of bfloat16. With 8, layouts differ, and the
-compiler moves tiles between them through shared memory.
+A program takes one chunk (`epi_kernels.ops.table`): TILES tiles of BLOCK entries, 4 for each thread. With 4, all dtypes
+have the same layout at their widest access: 128 bits for float32, 64 for bfloat16. With 8, the layouts differ, and the
+compiler moves tiles between layouts through shared memory.
 
-A tile is full or ends with its tensor. Full ones of aligned tensors are read without a mask: a mask whose length is not
-known to divide by 4 makes every access scalar. A program decides that once, for all its tiles.
+A tile is full or ends with its tensor. Full tiles of aligned tensors are read without a mask: a mask whose length is
+not known to be a multiple of 4 makes every access scalar. A program decides once, for all its tiles, whether to use
+masks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,48 +24,48 @@ from epi_kernels.storage import STORAGES
 
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
 
-# interpreted, a program costs 20 ms whatever its size; TILES stays above 1 so that the loop is held too
+# when interpreted, a program costs 20 ms whatever its size; TILES stays above 1 so that tests run the loop too
 BLOCK, TILES = (4096, 2) if _INTERPRETED else (512, 8)
 CHUNK = BLOCK * TILES
 
-# the launch options of every kernel: 4 warps are 4 entries of a block for each thread
+# the launch options of every kernel: with 4 warps, each thread has 4 entries of a block
 OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 class Variant(NamedTuple):
-    """A specialisation of a kernel and what its machine code may cost at most; `bench/aot.py` compiles it and looks.
+    """A specialisation of a kernel and the limits for its machine code, which `bench/aot.py` compiles and checks.
 
-    A kernel without a spill, with these widths and below these counts is left to wait for memory alone: its module
-    lists the variants that decide the time of a step or of a refresh.
+    A kernel that has no spill, has these widths and stays within these counts waits only for memory. Its module lists
+    the variants that decide the time of a step or of a refresh.
     """
 
     name: str
     kernel: Any
-    arguments: dict[str, Any]  # of the kernel but BLOCK and TILES: a type such as "*fp32" or "i32", or a constant
-    bytes: float  # that it moves for each entry
-    instructions: int | None  # of a thread for each entry, in the loop over full tiles; None: there is no such loop
-    reads: dict[int, int]  # bits of one access in that loop -> number of tensors read so
-    writes: dict[int, int]  # {}: no promise
-    registers: int = 64  # of a thread: with 64 half of the threads that a processor can hold are there
+    arguments: dict[str, Any]  # all but BLOCK and TILES: a type such as "*fp32" or "i32", or a constant
+    bytes: float  # bytes moved for each entry
+    instructions: int | None  # per thread and entry in the loop over full tiles; None: no such loop
+    reads: dict[int, int]  # bits of one access in that loop -> number of tensors read that way
+    writes: dict[int, int]  # the same for writes; {}: not checked
+    registers: int = 64  # per thread; with 64, a processor holds half of the threads that it could
 
 
 class Budget(NamedTuple):
-    """What the machine code of a rule may cost in one kind of launch.
+    """The limits for the machine code of a rule in one kind of launch.
 
-    The Triton file of a rule lists those of its sweeps (SWEEPS) and of its gathers (GATHERS); the modules of the two
-    operations make a `Variant` of each.
+    The Triton file of a rule lists the budgets of its sweeps (SWEEPS) and its gathers (GATHERS); the modules of the two
+    operations make a `Variant` of each budget.
     """
 
     name: str
-    instructions: int | None  # as of `Variant`
+    instructions: int | None  # as in `Variant`
     param: str = "float32"
     grad: str = "float32"
-    lock_in: str = "none"  # of a sweep: one of `epi_kernels.ops.schema.LOCK_IN`
+    lock_in: str = "none"  # for a sweep: one of `epi_kernels.schema.LOCK_IN`
     optional: bool = False  # with the rule's optional slots
-    changes: Mapping[str, Any] = {}  # arguments of the kernel that are others than usual
+    changes: Mapping[str, Any] = {}  # arguments of the kernel that differ from the usual ones
 
 
-# of parameters and gradients
+# the dtypes of parameters and gradients
 DTYPES = {storage.dtype: getattr(tl, storage.name) for storage in STORAGES}
 
 _CHUNK_BITS = tl.constexpr(CHUNK_BITS)
@@ -77,19 +78,19 @@ _SIZE = tl.constexpr(0)  # the first word of every row
 
 
 def words(row: Row, *names: str) -> list[Any]:
-    """Return the positions of words of a row, as a kernel may use them."""
+    """Return the positions of words in a row, as constants for a kernel."""
     return [tl.constexpr(row.word(name)) for name in names]
 
 
 def launch(kernel: Any, programs: int, device: torch.device, *arguments: object, **constants: object) -> None:
-    """Launch a kernel on `device`, a program for each chunk; nothing, where there is none."""
+    """Launch a kernel on `device` with a program for each chunk; without chunks, do nothing."""
     if programs:
         with current(device):
             kernel[(programs,)](*arguments, **constants, **OPTIONS)
 
 
 def dtype_codes(tensors: Sequence[Tensor | None]) -> list[int]:
-    """Return the number by which `read_as_float32` knows the dtype of each tensor; None has any."""
+    """Return the number that stands for the dtype of each tensor in `read_as_float32`; None gets any number."""
     return [0 if tensor is None else CODES[tensor.dtype] for tensor in tensors]
 
 
@@ -102,9 +103,9 @@ def located(chunks, CHUNK: tl.constexpr):
 
 @triton.jit
 def left_of(row, start, CHUNK: tl.constexpr):
-    """Return how many of a chunk's entries the tensor of this row has, int32: 0 where it ends before them.
+    """Return how many entries of a chunk the tensor of this row has, int32: 0 if the tensor ends before the chunk.
 
-    A row has size 0 where a refresh is not due, and `start` may be beyond 2^31: the difference fits no int32 then.
+    If a refresh is not due, a row has size 0, while `start` may be beyond 2^31: their difference does not fit int32.
     """
     return tl.maximum(tl.minimum(tl.load(row + _SIZE) - start, CHUNK), 0).to(tl.int32)
 
@@ -113,25 +114,26 @@ def left_of(row, start, CHUNK: tl.constexpr):
 def pointer(address, start, DTYPE: tl.constexpr):
     """Return the pointer to entry `start` of the tensor at an address.
 
-    It promises an alignment that only a full tile of an aligned tensor may use: see `read`.
+    It promises the compiler an alignment that only a full tile of an aligned tensor has: see `read`.
     """
-    # the promise must be on the address itself: behind the addition it is not seen
+    # the promise must be on the address itself: after the addition the compiler does not see it
     return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), _ALIGNMENT) + start
 
 
 @triton.jit
 def scattered(address, start, DTYPE: tl.constexpr):
-    """Return the pointer to entry `start` of the tensor at an address, without a promise.
+    """Return the pointer to entry `start` of the tensor at an address, without a promise of alignment.
 
-    The entries of a thread are then not side by side, but as far apart as there are threads. That is how an atomic, a
-    gather and a scatter want them: with neighbours, the compiler moves each tile from one layout into the other.
+    The entries of a thread are then not side by side; their distance is the number of threads. An atomic, a gather and
+    a scatter need this layout: if a thread had neighbours, the compiler would move each tile from one layout to the
+    other.
     """
     return address.to(tl.pointer_type(DTYPE)) + start
 
 
 @triton.jit
 def read(at, offsets, left, FULL: tl.constexpr):
-    """Return the entries at `offsets`; beyond `left` zeros, and no memory is read."""
+    """Return the entries at `offsets`; for offsets from `left` on, return zeros and read no memory."""
     if FULL:
         value = tl.load(at + offsets)
     else:
@@ -150,7 +152,7 @@ def write(at, offsets, value, left, FULL: tl.constexpr):
 
 @triton.jit
 def read_as_float32(address, code, start, offsets, left, FULL: tl.constexpr):
-    """Return entries of a tensor whose dtype is known at run time alone (`dtype_codes`), as float32."""
+    """Return entries of a tensor whose dtype is known only at run time (`dtype_codes`), as float32."""
     if code == _FLOAT32:
         value = read(pointer(address, start, tl.float32), offsets, left, FULL)
     elif code == _BFLOAT16:

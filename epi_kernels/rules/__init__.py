@@ -1,4 +1,4 @@
-"""Update rules: a file is a rule, with twins beside it and in csrc/rules. csrc/rules/all.h has this list again."""
+"""Update rules, one per file, each with a twin beside it and in csrc/rules. csrc/rules/all.h repeats this list."""
 
 from epi_kernels.rules.adamw import ADAMW
 from epi_kernels.rules.lion import LION
@@ -11,10 +11,10 @@ RULES: list[Rule] = [ADAMW, LION]
 
 
 def rule_of(name: str) -> Rule:
-    """Return the rule of a name.
+    """Return the rule with the given name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such rule.
     """
     for rule in RULES:
         if rule.name == name:

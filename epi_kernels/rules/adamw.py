@@ -1,4 +1,4 @@
-"""AdamW (arXiv 1711.05101, Alg. 2), with AMSGrad where the slot max_exp_avg_sq is there.
+"""AdamW (arXiv 1711.05101, Alg. 2), with AMSGrad where the slot max_exp_avg_sq is present.
 
 ::
 
@@ -6,7 +6,7 @@
     v <- beta2 v + (1 - beta2) g^2
     theta <- (1 - lr lambda) theta - step_size m / (sqrt(v) / correction + eps)
 
-It rounds as torch.optim.AdamW does. AMSGrad takes the largest v so far in place of v in the last line.
+It rounds as torch.optim.AdamW does. With AMSGrad, the last line uses the largest v so far instead of v.
 """
 
 from typing import Any, NamedTuple
@@ -18,9 +18,9 @@ from epi_kernels.rules.rule import Rule, Slot
 
 
 class Scalars(NamedTuple):
-    """The numbers of one AdamW step of one tensor, computed once in double; a backend rounds them to its arithmetic.
+    """The numbers of one AdamW step of one tensor, computed once in double; a backend rounds them to its own precision.
 
-    Every backend sees the same ``1 - beta`` and the same bias corrections, so that none is computed twice with
+    Every backend sees the same ``1 - beta`` and the same bias corrections, so that no number is computed twice with
     different roundings.
     """
 
@@ -39,8 +39,9 @@ class Scalars(NamedTuple):
 
         Args:
             group: lr, betas, eps and weight_decay as torch.optim.AdamW keeps them.
-            step: the parameter's own clock, after this step was counted. A float; or float64 clocks in a tensor, for
-                which the numbers of the group may be tensors too: what depends on either is then a tensor.
+            step: the parameter's own clock, after this step was counted: a float, or a float64 tensor of clocks. With a
+                tensor, the numbers in the group may also be tensors, and every scalar that depends on a tensor is a
+                tensor.
         """
         lr, eps, weight_decay = group["lr"], group["eps"], group["weight_decay"]
         beta1, beta2 = group["betas"]
@@ -77,16 +78,17 @@ def update(
 
 def first_moment(exp_avg: Tensor, grad: Tensor, one_minus_beta1: float) -> Tensor:
     """Return m + (1 - beta1) * (g - m), rounded as torch.optim.AdamW rounds it."""
-    # lerp multiplies and adds with one rounding. With two, where g and m nearly cancel, the step of a small weight was
-    # 48 ulp away from torch's
+    # lerp multiplies and adds with one rounding. With two roundings, where g and m nearly cancel, the step of a small
+    # weight was 48 ulp away from the step of torch
     if one_minus_beta1 == 1.0:
-        # g, but where m is not finite. torch.lerp gives a zero either sign, by the entry's place in a vector
+        # g, except where m is not finite. torch.lerp gives a zero either sign, depending on the entry's place in a
+        # vector
         return grad - (grad - exp_avg) * 0.0
     return torch.lerp(exp_avg, grad, one_minus_beta1)
 
 
 def second_moment(exp_avg_sq: Tensor, grad: Tensor, beta2: float, one_minus_beta2: float) -> Tensor:
-    """Return beta2 * v + (1 - beta2) * g * g, rounded as torch.optim.AdamW rounds it: one multiply-add."""
+    """Return beta2 * v + (1 - beta2) * g * g, rounded as torch.optim.AdamW rounds it: with one multiply-add."""
     return torch.addcmul(exp_avg_sq * beta2, grad, grad, value=one_minus_beta2)
 
 
@@ -109,9 +111,9 @@ def moved(
 
 def square_root(value: Tensor) -> Tensor:
     """Return the square root, correctly rounded in float32."""
-    # torch.sqrt may be MKL's, which takes the wrong neighbour for 0.6 to 20% of the float32 roots (torch 2.13, AVX-512,
-    # Xeon and EPYC). A root in double, even off by an ulp, is never so close to the middle of two float32 as to round
-    # wrongly
+    # torch.sqrt may use MKL, which rounds 0.6 to 20% of the float32 roots to the wrong neighbour (torch 2.13, AVX-512,
+    # Xeon and EPYC). A root in double, even with an error of one ulp, is never so close to the middle between two
+    # float32 numbers that it rounds to the wrong one
     return value.double().sqrt().to(value.dtype)
 
 

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""AdamW in Triton: names, equations and roundings of adamw.py, in float32."""
+"""AdamW in Triton, in float32, with the names, equations and roundings of adamw.py."""
 
 import triton
 import triton.language as tl
@@ -11,8 +11,8 @@ from epi_kernels.ops.tiles import Budget
 def update(param, grad, slots, scalars, given, OPTIONAL: tl.constexpr):
     """Return (theta, slots) after the step; contract: `epi_kernels.rules.Rule.update`.
 
-    given: whether the importance slot has this gradient in it already, one value of the program; None: it has not.
-    OPTIONAL: whether the launch has optional slots; one that this tensor lacks is 0.
+    given: whether the importance slot already includes this gradient, one value for the whole program; None means that
+    it does not. OPTIONAL: whether the launch has optional slots; an optional slot that this tensor lacks is 0.
     """
     exp_avg, exp_avg_sq, max_exp_avg_sq = slots
     decay, _beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, correction, eps = scalars
@@ -30,7 +30,7 @@ def update(param, grad, slots, scalars, given, OPTIONAL: tl.constexpr):
 @triton.jit
 def first_moment(exp_avg, grad, one_minus_beta1):
     near = one_minus_beta1 < 0.5
-    # not one_minus_beta1 - 1, which is +0 where beta1 is 0: the sign of a zero moment would be another
+    # not one_minus_beta1 - 1, which is +0 where beta1 is 0: a zero moment would then get another sign
     weight = tl.where(near, one_minus_beta1, -(1.0 - one_minus_beta1))
     return tl.fma(weight, grad - exp_avg, tl.where(near, exp_avg, grad))
 

@@ -6,7 +6,7 @@
     theta <- (1 - lr lambda) theta - lr sign(c)
     m <- beta2 m + (1 - beta2) g
 
-Every product and sum rounds on its own. sign(0) is 0 and sign(NaN) is NaN.
+Every product and sum is rounded separately. sign(0) is 0 and sign(NaN) is NaN.
 """
 
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from epi_kernels.rules.rule import Rule, Slot
 
 
 class Scalars(NamedTuple):
-    """The numbers of one Lion step of one tensor, computed once in double; a backend rounds them to its arithmetic."""
+    """The numbers of one Lion step of one tensor, computed once in double; a backend then rounds them."""
 
     decay: float  # 1 - lr * weight_decay
     lr: float
@@ -32,7 +32,7 @@ class Scalars(NamedTuple):
         """Return the scalars of a parameter group with lr, betas and weight_decay; Lion does not read the clock.
 
         Args:
-            group: numbers; or, where `step` is a tensor, numbers and tensors.
+            group: the settings, as numbers; if `step` is a tensor, some may be tensors.
             step: the parameter's own clock.
         """
         lr, weight_decay = group["lr"], group["weight_decay"]
@@ -53,7 +53,7 @@ def update(
 
 
 def sign(value: Tensor) -> Tensor:
-    """Return 1 above 0 and -1 below; a zero and a NaN as they are."""
+    """Return 1 for values above 0 and -1 for values below 0; return a zero or a NaN unchanged."""
     one = torch.ones_like(value)
     return torch.where(value > 0, one, torch.where(value < 0, -one, value))
 

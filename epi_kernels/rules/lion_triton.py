@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Lion in Triton: names, equations and roundings of lion.py, in float32."""
+"""Lion in Triton, in float32, with the names, equations and roundings of lion.py."""
 
 import triton
 import triton.language as tl
@@ -9,7 +9,7 @@ from epi_kernels.ops.tiles import Budget
 
 @triton.jit
 def update(param, grad, slots, scalars, given, OPTIONAL: tl.constexpr):
-    """Return (theta, slots) after the step; arguments as of adamw_triton.py."""
+    """Return (theta, slots) after the step; arguments as in adamw_triton.py."""
     exp_avg = slots[0]
     decay, lr, beta1, one_minus_beta1, beta2, one_minus_beta2 = scalars
     direction = sign(exp_avg * beta1 + grad * one_minus_beta1)

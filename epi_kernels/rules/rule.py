@@ -8,13 +8,13 @@ from torch import Tensor
 
 
 class Slot(NamedTuple):
-    """A tensor that a rule keeps for each parameter, with a value for each entry.
+    """A tensor that a rule keeps for each parameter, with one value for each entry of the parameter.
 
     Attributes:
-        name: its key in an optimizer's state.
-        nonnegative: whether its values are never below 0, so that it needs no sign.
-        option: the flag of a parameter group that asks for it; None: every parameter has it. Optional slots come last,
-            and a parameter has all of its rule's or none.
+        name: the slot's key in an optimizer's state.
+        nonnegative: whether the values are never below 0, so that the sign bit is free.
+        option: the flag in a parameter group that asks for the slot; None: every parameter has the slot. Optional slots
+            come last, and a parameter has all optional slots of its rule or none.
     """
 
     name: str
@@ -28,25 +28,25 @@ class Slot(NamedTuple):
 
 @dataclass(frozen=True)
 class Rule:
-    """How one optimizer moves an entry. A rule knows no dtype, no mask and no memory.
+    """How one optimizer moves an entry. A rule knows nothing about dtypes, masks or memory layouts.
 
-    It has a twin in Triton, the function `update` of ``epi_kernels/rules/<name>_triton.py``, and one in C++,
-    ``csrc/rules/<name>.h``. Each takes the same values and gives the same bits.
+    A rule has a twin in Triton, the function `update` in ``epi_kernels/rules/<name>_triton.py``, and a twin in C++,
+    ``csrc/rules/<name>.h``. All three return the same bits for the same values.
 
     Attributes:
-        name: of the rule and of its files.
+        name: the name of the rule and of its files.
         title: what messages call an optimizer of this rule.
-        settings: the settings of a parameter group without which there is no step.
-        slots: what it keeps, in the order in which `update` has it.
-        scalars: a NamedTuple of the numbers of one step, with a class method ``of(group, step)`` that computes them
-            from a parameter group: from floats in double, or from float64 tensors.
+        settings: the settings that a parameter group needs for a step.
+        slots: the tensors that the rule keeps, in the order in which `update` takes them.
+        scalars: a NamedTuple of the numbers that one step needs, with a class method ``of(group, step)`` that computes
+            them from a parameter group: from floats in double, or from float64 tensors.
         update: ``update(param, grad, slots, scalars, given)`` returns (the parameter after the step, the slots after
-            it). Tensors are float32 or float64, of one dtype and shape, and none is written. An optional slot that the
-            parameter lacks is None, and stays it. With ``given=True`` the slot named by `importance_slot` has this
-            step's gradient in it already, and the rule takes it as it is.
-        importance_slot: the slot that can serve as the importance of its parameter, or None. It is nonnegative, and its
-            sign bits then carry the lock. Where it does not serve, bits may be left from a time when it did: whoever
-            loads the slot clears them.
+            the step). All tensors have one shape and one dtype, float32 or float64, and none is written. An optional
+            slot that the parameter lacks is None, and stays None. With ``given=True`` the slot named by
+            `importance_slot` already includes this step's gradient, and the rule uses that slot unchanged.
+        importance_slot: the slot that can serve as the importance of its parameter, or None. This slot is nonnegative,
+            and while it serves as the importance, its sign bits carry the lock. When it no longer serves, old lock bits
+            may be left: code that loads the slot clears them.
     """
 
     name: str
@@ -64,5 +64,5 @@ class Rule:
 
     @property
     def required(self) -> int:
-        """Return the number of slots that every parameter has; those behind them are optional."""
+        """Return the number of slots that every parameter has; the optional slots follow them."""
         return sum(slot.option is None for slot in self.slots)

@@ -1,4 +1,4 @@
-"""float32: values as they are."""
+"""float32: values are kept unchanged."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""bfloat16 and float16: values rounded to nearest even. Parameters and gradients may be kept so."""
+"""bfloat16 and float16: values are rounded to nearest even. Parameters and gradients may be kept this way."""
 
 import torch
 

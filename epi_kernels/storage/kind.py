@@ -7,14 +7,14 @@ import torch
 
 @dataclass(frozen=True)
 class Storage:
-    """A way to keep values of which arithmetic is done in float32.
+    """A way to keep values in memory; all arithmetic on these values is done in float32.
 
-    How values are loaded to float32 and stored from it is in twins: ``csrc/storage``, and for slots the functions
-    `load` and `store` of ``epi_kernels/storage/<name>_triton.py``.
+    Twins convert the values to float32 and back: ``csrc/storage``, and for slots the functions `load` and `store` in
+    ``epi_kernels/storage/<name>_triton.py``.
 
     Attributes:
-        name: as Triton and csrc/schema.h have it.
-        dtype: of the tensor.
+        name: the name that Triton and csrc/schema.h use.
+        dtype: the dtype of the tensor.
     """
 
     name: str
@@ -22,5 +22,5 @@ class Storage:
 
     @property
     def bytes(self) -> float:
-        """Return the bytes of an entry."""
+        """Return the number of bytes of an entry."""
         return self.dtype.itemsize

@@ -1,1 +1,1 @@
-"""Gather: a rule's step of selected entries alone."""
+"""Gather: a rule's step for the trainable entries only."""

@@ -1,4 +1,4 @@
-"""One step of a rule over selected entries in C++ on the CPU; kernel: csrc/cpu/gather.cpp."""
+"""One step of a rule over trainable entries in C++ on the CPU; kernel: csrc/cpu/gather.cpp."""
 
 from collections.abc import Sequence
 
@@ -35,7 +35,7 @@ class Gather:
     def step_(self, tensors: Tensors, indices: Sequence[Tensor], scalars: Tensor, rows: Sequence[int]) -> None:
         """Take the step."""
         flat = Flat(written=list(tensors.slots.values()), strided=self._strided)
-        if self._strided:  # copies are somewhere else in each step
+        if self._strided:  # the copies have new addresses in each step
             self._point(tensors, flat)
         self._table["grad"] = native.addresses(tensors.grads)
         values = scalars.float().numpy()

@@ -1,4 +1,4 @@
-"""Where selected entries lie in memory, which compiled backends go by."""
+"""Where trainable entries lie in memory: the offsets that compiled backends use."""
 
 from collections.abc import Sequence
 
@@ -11,10 +11,10 @@ _NARROW = 1 << 31
 
 
 class Offsets:
-    """The offsets of the selected entries from the first of their tensor; int32 wherever that is enough for all.
+    """The offsets of the trainable entries from the first entry of their tensor; int32 if that is wide enough for all.
 
-    Indices that are as wide as the offsets are those of a contiguous tensor: no copy is made of them. Offsets that had
-    to be made live as long as the indices they were made from, for `kept` goes by these.
+    For a contiguous tensor, indices of the right width serve as offsets without a copy. Offsets that had to be computed
+    live as long as their indices, because `kept` uses the indices as its keys.
 
     Example:
         >>> columns = torch.zeros(2, 4)[:, ::2]
@@ -34,7 +34,7 @@ class Offsets:
         ]
 
     def kept(self) -> WeakTensorKeyDictionary:
-        """Return what keeps the offsets alive for as long as the indices live, and no longer."""
+        """Return the dictionary that keeps the offsets alive exactly as long as their indices."""
         kept = WeakTensorKeyDictionary()
         for chosen, *both in zip(self._indices, self.of_params, self.of_grads, strict=True):
             made = [offsets for offsets in both if offsets is not chosen]
@@ -44,7 +44,7 @@ class Offsets:
 
 
 def _span(tensor: Tensor) -> int:
-    """Return how far the last entry is from the first, and one more."""
+    """Return the distance in memory from the first entry to the last, plus one."""
     if tensor.is_contiguous():
         return tensor.numel()
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

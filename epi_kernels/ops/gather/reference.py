@@ -1,4 +1,4 @@
-"""One step of a rule over selected entries, plain torch: the truth for every other backend."""
+"""One step of a rule over trainable entries, plain torch: the truth for every other backend."""
 
 from collections.abc import Sequence
 

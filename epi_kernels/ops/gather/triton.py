@@ -1,4 +1,4 @@
-"""One step of a rule over selected entries in Triton: gather, step and scatter, one launch for all tensors."""
+"""One step of a rule over trainable entries in Triton: gather, step and scatter, one launch for all tensors."""
 
 from collections.abc import Sequence
 
@@ -23,8 +23,8 @@ _PARAM, _GRAD, _PARAM_OFFSETS, _GRAD_OFFSETS, _FIRST_SLOT, _SCALARS = words(
     GATHER, "param", "grad", "param_offsets", "grad_offsets", "slots", "scalars"
 )
 
-# A tile waits for its offsets, then for what lies there: chunks of several tiles would do that one after the other,
-# and of few entries leave most of a GPU idle.
+# A tile waits for its offsets, then for the entries at these offsets. A chunk of several tiles would wait for one tile
+# after the other, and few entries would then leave most of a GPU idle.
 TILES = 1
 
 
@@ -47,10 +47,10 @@ def gather_kernel(
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """Step one chunk of the selected entries of one tensor.
+    """Step one chunk of the trainable entries of one tensor.
 
-    rows: int64 [tensors, words of GATHER]. scalars: float32 [.., m], of `epi_kernels.schema`. OFFSET: int32 or
-    int64. UPDATE to SCALARS: of `constants_of`.
+    rows: int64 [tensors, words of GATHER]. scalars: float32 [.., m], see `epi_kernels.schema`. OFFSET: int32 or
+    int64. UPDATE to SCALARS: from `constants_of`.
     """
     tensor, start = located(chunks, BLOCK * TILES)
     row = rows + tensor * _WIDTH
@@ -75,9 +75,9 @@ def gather_kernel(
 
 
 def _variant(rule: Rule, budget: Budget) -> Variant:
-    """Return a variant: p, g, the slots and an offset are read, p and the slots written.
+    """Return a variant that reads p, g, the slots and an offset, and writes p and the slots.
 
-    A gradient of the parameter's strides has the parameter's offsets.
+    A gradient with the same strides as its parameter uses the parameter's offsets.
     """
     param, grad = getattr(tl, budget.param), getattr(tl, budget.grad)
     slots = len(rule.slots) if budget.optional else rule.required
@@ -93,12 +93,12 @@ def _variant(rule: Rule, budget: Budget) -> Variant:
     }
     offset = arguments["OFFSET"].primitive_bitwidth
     size = (2 * param.primitive_bitwidth + grad.primitive_bitwidth + offset) / 8 + 2 * FLOAT32.bytes * slots
-    # a scatter: each entry of p and g is a sector of 32 bytes, which no width helps
+    # a scatter: each entry of p and g takes its own sector of 32 bytes, so wider accesses do not help
     return Variant(budget.name, gather_kernel, arguments, size, budget.instructions, {}, {})
 
 
 def _as_launched(budget: Budget) -> Budget:
-    """Return the budget of one tile to a program: the same code without a loop in which instructions can be counted."""
+    """Return the budget for programs of one tile: the same code without the loop in which instructions are counted."""
     return budget._replace(name=f"{budget.name}, as launched", instructions=None, changes={"TILES": TILES})
 
 
@@ -137,7 +137,7 @@ class Gather:
     def step_(self, tensors: Tensors, indices: Sequence[Tensor], scalars: Tensor, rows: Sequence[int]) -> None:
         """Take the step."""
         flat = Flat(written=list(tensors.slots.values()), strided=self._strided)
-        if self._strided:  # copies are somewhere else in each step
+        if self._strided:  # the copies have new addresses in each step
             self._point(tensors, flat)
         self._table.point("grad", tensors.grads)
         self._table.set("scalars", rows)

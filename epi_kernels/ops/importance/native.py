@@ -43,7 +43,7 @@ class Importance:
         if due is not None and not due:
             return
         table, flat = self._table, None
-        if self._strided:  # copies are somewhere else in each refresh
+        if self._strided:  # the copies have new addresses in each refresh
             flat = Flat(written=[importances], read=[grads], strided=self._strided)
             table["importance"], grads = native.addresses(flat.written[0]), flat.read[0]
         table["grad"] = [0 if grad is None else grad.data_ptr() for grad in grads]

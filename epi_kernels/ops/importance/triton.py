@@ -44,8 +44,9 @@ def importance_kernel(
 ):
     """Advance one chunk of one tensor and merge its range into its layer's.
 
-    rows: int64 [tensors, words of IMPORTANCE]. betas: float32 [tensors, 2]. ranges: the bits of float32 [layers, 2]
-    as int32, which order as the values do, from (inf, -inf). nonfinite: int64 [tensors]. grad_factor: float32, or None.
+    rows: int64 [tensors, words of IMPORTANCE]. betas: float32 [tensors, 2]. ranges: the bits of float32 [layers, 2] as
+    int32, which have the same order as the values; they start from (inf, -inf). nonfinite: int64 [tensors].
+    grad_factor: float32, or None.
     """
     tensor, start = located(chunks, BLOCK * TILES)
     row = rows + tensor * _WIDTH
@@ -79,7 +80,7 @@ def _advance_tile(
     row, beta, one_minus_beta, grad_factor, start, first, left, bad, low, high,
     KEEP_FINITE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Advance the tile at entry `first` of the chunk; return the counts and bounds with it, entry by entry."""
+    """Advance the tile at entry `first` of the chunk; return the counts and bounds updated with it, entry by entry."""
     at = first + tl.arange(0, BLOCK)
     importance_at = pointer(tl.load(row + _IMPORTANCE), start, tl.float32)
     importance = read(importance_at, at, left, FULL)
@@ -90,7 +91,7 @@ def _advance_tile(
         importance = advanced_importance(importance, grad, beta, one_minus_beta, KEEP_FINITE)
         counted = is_finite(grad * grad) == 0
         if not FULL:
-            # beyond the end zeros are read, and 0 times a factor that is not finite is NaN
+            # past the end of the tensor zeros are read, and 0 times a factor that is not finite is NaN
             counted = counted & (at < left)
         bad += tl.where(counted, 1, 0)
         write(importance_at, at, importance, left, FULL)
@@ -132,7 +133,7 @@ def _add_tile(row, start, first, left, BLOCK: tl.constexpr, FULL: tl.constexpr):
 _TABLES = {"rows": "*i64", "chunks": "*i64"}
 _ARGUMENTS = {**_TABLES, "betas": "*fp32", "ranges": "*i32", "nonfinite": "*i64", "grad_factor": None}
 VARIANTS = (
-    # all three dtypes of a gradient are in the code: 128 bits of float32, 64 of the others
+    # the code reads all three dtypes of a gradient: 128 bits at a time for float32, 64 for the others
     Variant("importance", importance_kernel, {**_ARGUMENTS, "KEEP_FINITE": True}, 12, 39, {128: 2}, {128: 1}),
     Variant(
         "importance with a factor",
@@ -178,7 +179,7 @@ class Importance:
     ) -> None:
         """Advance where there is a gradient, extend the ranges."""
         table, flat = self._table, None
-        if self._strided:  # copies are somewhere else in each refresh
+        if self._strided:  # the copies have new addresses in each refresh
             flat = Flat(written=[importances], read=[grads], strided=self._strided)
             table.point("importance", flat.written[0])
             grads = flat.read[0]

@@ -41,14 +41,14 @@ class Sweep:
         if found_inf is not None and found_inf.item():
             return False
         table, flat, grads = self._table, None, tensors.grads
-        if moved or self._strided:  # copies are somewhere else in each step
+        if moved or self._strided:  # the copies have new addresses in each step
             flat = Flat(written=list(tensors.written()), read=[grads], strided=self._strided)
             self._point(tensors, flat)
             grads = flat.read[0]  # type: ignore[assignment]
         table["grad"] = list(map(_address, grads))
         values = scalars.float().numpy()
         if grad_factor is not None:
-            values[:, 0] *= grad_factor.item()  # the sign of the gradient, which multiplies it wherever it is used
+            values[:, 0] *= grad_factor.item()  # the gradient's sign, a factor of the gradient wherever it is used
         table["scalars"][:, : values.shape[1]] = values if len(values) == 1 else values[rows]
         table["nonfinite"] = 0
         self._run(table.ctypes.data, len(table), self._rule, bool(advanced), torch.get_num_threads())
@@ -60,7 +60,7 @@ class Sweep:
         return counted
 
     def _point(self, tensors: Tensors, flat: Flat) -> None:
-        """Write the addresses of what a step writes."""
+        """Write into the table the addresses of the tensors that a step writes."""
         params, *slots, locks = flat.written
         self._table["param"] = native.addresses(params)
         for name, of_slot in zip(tensors.slots, slots, strict=True):

@@ -57,7 +57,7 @@ def _step(
     row: list[float],
     advanced: bool,
 ) -> Tensor | int:
-    """Step one tensor in place; return how many of its squared gradients are not finite, where they are looked at."""
+    """Step one tensor in place; return how many of its squared gradients are not finite, where the step checks them."""
     own, of_rule = SweepScalars(*row[:_OWN]), rule.scalars(*row[_OWN:])
     dtype = arithmetic_dtype(param.dtype)
     grad = raw_grad.to(dtype) * own.sign
@@ -77,11 +77,11 @@ def _step(
     theta = theta.to(param.dtype)
     if lock_in != "none":
         assert signed is not None
-        # a selection, never a product with 0: 0 * inf is NaN, and a locked entry keeps its bits
+        # a choice, never a product with 0: 0 * inf is NaN, and a locked entry keeps its bits
         theta = torch.where(lock.is_locked(signed), param, theta)
     param.copy_(theta)
     for tensor, value in zip(slots, values, strict=True):
-        # the slot that serves as the importance has its lock bits, and was advanced with them
+        # the slot that serves as the importance was advanced already, together with its lock bits
         if tensor is not None and value is not None and not (lock_in == "slot" and tensor is signed):
             tensor.copy_(value)
     return bad

@@ -66,9 +66,9 @@ def sweep_kernel(
 ):
     """Step one chunk of one tensor.
 
-    rows: int64 [tensors, words of SWEEP]. scalars: float32 [.., m], of `epi_kernels.schema`. nonfinite: int64
-    [tensors]. refreshed, grad_factor, found_inf: float32, or None. Where refreshed is not 0 it stands for ADVANCED.
-    UPDATE to SCALARS: of `constants_of`.
+    rows: int64 [tensors, words of SWEEP]. scalars: float32 [.., m], see `epi_kernels.schema`. nonfinite: int64
+    [tensors]. refreshed, grad_factor, found_inf: float32, or None. If refreshed is given, it replaces ADVANCED: not 0
+    means True. UPDATE to SCALARS: from `constants_of`.
     """
     tensor, start = located(chunks, BLOCK * TILES)
     row = rows + tensor * _WIDTH
@@ -111,7 +111,7 @@ def _step_tile(
     importance_at = pointer(lock, start, tl.float32)
     lockable = lock != 0
 
-    # all reads before the first write, or the later ones would wait for the arithmetic
+    # all reads come before the first write, or later reads would wait for the arithmetic
     param = read(param_at, at, left, FULL)
     grad = read(pointer(tl.load(row + _GRAD), start, GRAD), at, left, FULL).to(tl.float32)
     kept = read_slots(row + _FIRST_SLOT, start, at, left, LOAD, SLOTS, REQUIRED, OPTIONAL, BLOCK, FULL, False)
@@ -129,7 +129,7 @@ def _step_tile(
         factor *= tl.load(grad_factor)
     grad *= factor
     if not FULL and grad_factor is not None:
-        # beyond the end zeros are read, and 0 times a factor that is not finite is NaN, which would be counted
+        # past the end zeros are read, and 0 times a factor that is not finite is NaN, which would be counted
         grad = tl.where(at < left, grad, 0.0)
     bad = tl.zeros([BLOCK], tl.int32)
     if (LOCK_IN == _IMPORTANCE or LOCK_IN == _SLOT) and not ADVANCED:
@@ -138,7 +138,7 @@ def _step_tile(
             counted = lockable & (tl.load(refreshed) == 0)
         bad += tl.where(counted & (is_finite(grad * grad) == 0), 1, 0)
 
-    # the importance, in a tensor of its own or in a slot
+    # advance the importance, which is in a tensor of its own or in a slot
     beta, one_minus_beta = tl.load(s + IMPORTANCE_BETA), tl.load(s + ONE_MINUS_IMPORTANCE_BETA)
     if LOCK_IN == _IMPORTANCE:
         locked = is_locked(importance)
@@ -159,7 +159,7 @@ def _step_tile(
                     if refreshed is not None:
                         after = tl.where(tl.load(refreshed) == 0, after, value)
                     value = tl.where(lockable, after, value)
-            # where it does not serve, lock bits may be left from a time when it did
+            # a slot that does not serve as the importance may have lock bits from a time when it did
             value = magnitude(value)
         slots = slots + (value,)
 
@@ -170,7 +170,7 @@ def _step_tile(
     theta = theta.to(PARAM)
 
     if LOCK_IN != _NONE:
-        # a selection of bits, never a product with 0: 0 * inf is NaN
+        # a choice between bits, never a product with 0: 0 * inf is NaN
         theta = tl.where(locked, param, theta)
     write(param_at, at, theta, left, FULL)
     stored = ()
@@ -184,7 +184,7 @@ def _step_tile(
 
 
 def _variant(rule: Rule, budget: Budget) -> Variant:
-    """Return a variant: p, g and the slots are read, p and the slots written, and what the lock adds."""
+    """Return a variant that reads p, g and the slots and writes p and the slots, plus the accesses for the lock."""
     advanced = budget.changes.get("ADVANCED", False)
     param, grad = getattr(tl, budget.param), getattr(tl, budget.grad)
     param_bits, grad_bits = (min(128, 4 * dtype.primitive_bitwidth) for dtype in (param, grad))
@@ -254,14 +254,14 @@ class Sweep:
     ) -> bool:
         """Take the step."""
         table, flat, grads = self._table, None, tensors.grads
-        if moved or self._strided:  # copies are somewhere else in each step
+        if moved or self._strided:  # the copies have new addresses in each step
             flat = Flat(written=list(tensors.written()), read=[grads], strided=self._strided)
             self._point(tensors, flat)
             grads = flat.read[0]
         table.point("grad", grads)
         table.set("scalars", rows)
         if table.chunks.numel():
-            # float32: computed on the device, where the clocks are
+            # float32: the scalars were computed on the device, where the clocks are
             there = scalars if scalars.dtype == torch.float32 else on_device(scalars.float(), self._device)
             known, refreshed = (advanced, None) if isinstance(advanced, bool) else (False, advanced)
             tiles.launch(
@@ -280,10 +280,10 @@ class Sweep:
             )
         if flat is not None:
             flat.write_back()
-        return True  # the device alone knows
+        return True  # only the device knows
 
     def _point(self, tensors: Tensors, flat: Flat) -> None:
-        """Write the addresses of what a step writes."""
+        """Write into the table the addresses of the tensors that a step writes."""
         params, *slots, locks = flat.written
         columns = {"param": params, "lock": locks}
         columns |= {self._words[name]: of_slot for name, of_slot in zip(tensors.slots, slots, strict=True)}

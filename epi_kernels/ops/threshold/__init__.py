@@ -1,1 +1,1 @@
-"""Threshold: the k-th largest score from histograms of its bits, and the lock it decides."""
+"""Threshold: the k-th largest score, found from histograms of the scores' bits, and the locks that it decides."""

@@ -1,6 +1,6 @@
 """Histograms of score keys in CUDA, in the shared memory of a block; kernel: csrc/cuda/threshold.cu.
 
-Triton has no shared memory of its own: its atomics go to global memory, and its `histogram` is slower yet.
+Triton has no shared memory of its own: its atomics go to global memory, and its `histogram` is even slower.
 """
 
 import functools
@@ -19,7 +19,7 @@ class Histogram(Scored):
     """The histograms of a fixed list of importances; contract: `epi_kernels.ops.prepared_histogram`."""
 
     def chunk(self) -> int:
-        """Return the entries of a chunk."""
+        """Return the number of entries in a chunk."""
         return cuda.histogram_chunk()
 
     def count(
@@ -46,13 +46,13 @@ class Histogram(Scored):
             bins.bit_length() - 1,
             counts,
         )
-        del flat  # whose copies have lived until now
+        del flat  # the copies that it holds had to live until now
         return counts
 
 
 @functools.cache
 def obstacle(device: torch.device) -> str:
-    """Return why the kernel cannot be used on a GPU; empty if it can. Counts some scores and compares, once."""
+    """Return why the kernel cannot be used on a GPU; empty if it can. Tries the kernel on a few scores, once."""
     if cuda.obstacle(device):
         return cuda.obstacle(device)
     values = 10 ** torch.linspace(-12, 0, 3 * cuda.histogram_chunk() // 2, dtype=torch.float32, device="cpu")

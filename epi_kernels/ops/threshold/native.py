@@ -16,7 +16,7 @@ from epi_kernels.ops.flat import Flat
 class _Scored:
     """A fixed list of importances as a table."""
 
-    _function: str  # of the library
+    _function: str  # the name of the library's function
 
     def __init__(
         self, importances: Sequence[Tensor], layers: Sequence[int], budgets: Sequence[int], device: torch.device
@@ -28,7 +28,7 @@ class _Scored:
         self._table["budget"] = np.asarray(budgets, np.int32)
 
     def _placed(self, importances: Sequence[Tensor], ranges: Tensor | None) -> Flat | None:
-        """Write what differs between two calls into the table, and return the copies that it has, if there are any."""
+        """Write into the table what changes from call to call; return the copies that it points to, or None."""
         table, flat = self._table, None
         table["normalized"] = ranges is not None
         if ranges is not None:
@@ -61,12 +61,12 @@ class Histogram(_Scored):
         table, prefixes, threads = self._table, selection[:, 0].contiguous(), torch.get_num_threads()
         digit_bits = bins.bit_length() - 1
         self._run(table.ctypes.data, len(table), prefixes.data_ptr(), shift, digit_bits, counts.data_ptr(), threads)
-        del flat  # whose copies have lived until now
+        del flat  # the copies that it holds had to live until now
         return counts
 
 
 def select_digit_(counts: Tensor, selection: Tensor, shift: int) -> Tensor:
-    """Find the digit that holds each rank; contract: `epi_kernels.ops.select_digit_`."""
+    """Find one digit of each k-th largest score; contract: `epi_kernels.ops.select_digit_`."""
     parts, budgets, bins = counts.shape
     thresholds = torch.empty(budgets, dtype=torch.float32, device="cpu")
     _select()(selection.data_ptr(), budgets, counts.data_ptr(), parts, bins, shift, thresholds.data_ptr())
@@ -98,5 +98,5 @@ class Lock(_Scored):
         return torch.from_numpy(np.stack([table[name] for name in _COUNTS], 1))
 
 
-# the results of a lock
+# the fields with the results of a lock
 _COUNTS = ("locked", "newly_locked", "released")

@@ -1,4 +1,4 @@
-"""The threshold in plain torch: count score keys digit by digit, then lock what reaches the k-th largest."""
+"""The threshold in plain torch: count score keys digit by digit, then lock entries from the k-th largest up."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from epi_kernels import lock
 from epi_kernels.ops.equations import score, selected
 
-# entries scored at a time: the working memory is some MB whatever the size of the model
+# entries scored at a time: this limits the working memory to some MB for a model of any size
 CHUNK = 1 << 20
 
 
@@ -47,7 +47,7 @@ class Histogram(_Scored):
 
 
 def select_digit_(counts: Tensor, selection: Tensor, shift: int) -> Tensor:
-    """Find the digit that holds each rank; contract: `epi_kernels.ops.select_digit_`."""
+    """Find one digit of each k-th largest score; contract: `epi_kernels.ops.select_digit_`."""
     found, thresholds = selected(counts, selection, shift)
     selection.copy_(found)
     return thresholds

@@ -1,4 +1,4 @@
-"""What the backends on a GPU share: the table of importances."""
+"""The table of importances, which the backends on a GPU share."""
 
 from collections.abc import Sequence
 
@@ -26,10 +26,10 @@ def table_of(
 
 
 class Scored:
-    """A fixed list of importances as a table on a GPU; of copies where the entries of one do not lie side by side."""
+    """A fixed list of importances as a table on a GPU; copies replace those whose entries do not lie side by side."""
 
     def chunk(self) -> int:
-        """Return the entries of a chunk."""
+        """Return the number of entries in a chunk."""
         raise NotImplementedError
 
     def __init__(
@@ -40,7 +40,7 @@ class Scored:
         self.table = table_of(flat.written[0], layers, budgets, self.chunk(), device)
 
     def placed(self, importances: Sequence[Tensor]) -> Flat | None:
-        """Return the copies to which the table points now, to be written back; None if there are none."""
+        """Point the table to new copies and return them, to be written back; None if no copies are needed."""
         if not self._strided:
             return None
         flat = Flat(written=[importances], strided=self._strided)

@@ -1,4 +1,4 @@
-"""The threshold in Triton: histograms of score keys, the digit they decide, and the locks; no host in between."""
+"""The threshold in Triton: histograms of score keys, the digit that they decide, and the locks, without the host."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,8 +18,8 @@ from epi_kernels.schema import SCORE
 _WIDTH = tl.constexpr(len(SCORE.words))
 _IMPORTANCE, _LAYER, _BUDGET, _ALIGNED = words(SCORE, "importance", "layer", "budget", "aligned")
 
-# Histograms of each budget among which the programs are shared out: equal scores meet at one address, and an atomic
-# there is one at a time. The host adds nothing up, `select_kernel` does.
+# The number of histograms for each budget, among which the programs are divided: atomics on equal scores go to one
+# address and wait for one another. `select_kernel` adds the histograms up, not the host.
 COPIES = 32
 
 
@@ -48,10 +48,10 @@ def score_histogram_kernel(
     budget = tl.load(row + _BUDGET)
     prefix = tl.load(selection + 2 * budget).to(tl.int32)
     histogram = counts + ((tl.program_id(0) % COPIES) * BUDGETS + budget) * (1 << DIGIT_BITS)
-    # 32 bits at a time: with 128, the atomics had each tile move through shared memory, at 11 barriers
+    # 32 bits at a time: with 128, the compiler moved each tile through shared memory for the atomics, with 11 barriers
     at = scattered(tl.load(row + _IMPORTANCE), start, tl.float32)
     low, high = _range(ranges, tl.load(row + _LAYER))
-    # most scores may be 0, and all of a constant layer are: counted apart, they do not queue for one address
+    # most scores may be 0, and in a constant layer all are: they are counted apart, not to queue for one address
     zeros = tl.zeros([BLOCK], tl.int32)
     one = tl.full([BLOCK], 1, tl.int64)
     for tile in range(tl.cdiv(left, BLOCK)):
@@ -70,7 +70,7 @@ def score_histogram_kernel(
 
 @triton.jit
 def _range(ranges, layer):
-    """Return (low, high) of a layer; without ranges two numbers that nothing uses."""
+    """Return (low, high) of a layer; without ranges, two numbers that are not used."""
     if ranges is None:
         low, high = 0.0, 0.0
     else:
@@ -88,7 +88,7 @@ def select_kernel(counts, selection, thresholds, BUDGETS, COPIES, SHIFT: tl.cons
     for _ in range(COPIES):
         count += tl.load(copy + bins)
         copy += BUDGETS * BINS
-    reached = tl.cumsum(count, 0, reverse=True)  # scores in this bin and above
+    reached = tl.cumsum(count, 0, reverse=True)  # number of scores in this bin and above
     prefix = tl.load(selection + 2 * budget)
     remaining = tl.load(selection + 2 * budget + 1)
     skipped = tl.minimum(tl.sum((reached < remaining).to(tl.int32)), BINS - 1)
@@ -105,7 +105,7 @@ def lock_kernel(rows, chunks, ranges, thresholds, counts, BLOCK: tl.constexpr, T
     """Lock one chunk of one tensor.
 
     rows: int64 [tensors, words of SCORE]. ranges: float32 [layers, 2], or None. thresholds: float32 [budgets]. counts:
-    int64 [tensors, 3], added to.
+    int64 [tensors, 3]; the kernel adds to them.
     """
     tensor, start = located(chunks, BLOCK * TILES)
     row = rows + tensor * _WIDTH
@@ -126,7 +126,7 @@ def lock_kernel(rows, chunks, ranges, thresholds, counts, BLOCK: tl.constexpr, T
             locked, newly, released = _lock_tile(
                 at, low, high, threshold, tile * BLOCK, left, locked, newly, released, ranges is not None, BLOCK, False
             )
-    # most chunks have nothing to add, and where nothing is due none has: all of a tensor would queue for three words
+    # most chunks have nothing to add, and none has where nothing is due: else all would queue for three words
     _add(counts + 3 * tensor, tl.sum(locked))
     _add(counts + 3 * tensor + 1, tl.sum(newly))
     _add(counts + 3 * tensor + 2, tl.sum(released))
@@ -144,12 +144,12 @@ def _lock_tile(
     at, low, high, threshold, first, left, locked, newly, released,
     NORMALIZED: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Lock one tile; return the counts with it, entry by entry."""
+    """Lock one tile; return the counts updated with it, entry by entry."""
     offsets = first + tl.arange(0, BLOCK)
     importance = read(at, offsets, left, FULL)
     value = score(importance, low, high, NORMALIZED)
     before = is_locked(importance)
-    # beyond the end zeros are read: not locked before, and with a score of 0 not now
+    # past the end zeros are read: they were not locked before, and their score of 0 is not locked now
     after = (value >= threshold) & (value > 0)
     write(at, offsets, with_lock(importance, after), left, FULL)
     locked += after.to(tl.int32)
@@ -163,15 +163,15 @@ _TABLES = {"rows": "*i64", "chunks": "*i64", "ranges": "*fp32"}
 
 def _histogram(name: str, shift: int, bits: int, **changes: Any) -> Variant:
     arguments = {**_TABLES, "selection": "*i64", "counts": "*i64", "BUDGETS": "i32", "COPIES": COPIES, **changes}
-    # 32 bits at a time, see there. A division and an atomic for each entry are more than 4 bytes pay for: it takes
-    # 1.3 to 1.4 times as long as memory would (51 instructions with Triton 3.7, 56 with 3.6). csrc/cuda has one that
-    # does not
+    # 32 bits at a time, see the kernel. A division and an atomic for each entry take 1.3 to 1.4 times as long as
+    # reading its 4 bytes (51 instructions with Triton 3.7, 56 with 3.6). The histogram in csrc/cuda does not exceed
+    # that time
     return Variant(name, score_histogram_kernel, {**arguments, "SHIFT": shift, "DIGIT_BITS": bits}, 4, 57, {}, {})
 
 
 def _select(bins: int, registers: int) -> Variant:
     arguments = {"counts": "*i64", "selection": "*i64", "thresholds": "*fp32", "BUDGETS": "i32", "COPIES": "i32"}
-    # one program for each budget, a few thousand numbers
+    # one program for each budget, which reads a few thousand numbers
     return Variant(
         f"digit of {bins}", select_kernel, {**arguments, "SHIFT": 0, "BINS": bins}, 0, None, {}, {}, registers
     )
@@ -199,7 +199,7 @@ class Histogram(Scored):
     """The histograms of a fixed list of importances; contract: `epi_kernels.ops.prepared_histogram`."""
 
     def chunk(self) -> int:
-        """Return the entries of a chunk."""
+        """Return the number of entries in a chunk."""
         return tiles.CHUNK
 
     def count(
@@ -213,7 +213,7 @@ class Histogram(Scored):
     ) -> Tensor:
         """Count the scores of each budget by one digit of their bits."""
         table, flat = self.table, self.placed(importances)
-        # several budgets share the entries out by themselves, and each copy costs 32 KiB for each of them
+        # several budgets already spread the entries over addresses, and each copy costs 32 KiB for each budget
         copies = max(1, COPIES // max(1, len(selection)))
         counts = zeros((copies, len(selection), bins), torch.int64, selection.device)
         tiles.launch(
@@ -232,12 +232,12 @@ class Histogram(Scored):
             tiles.BLOCK,
             tiles.TILES,
         )
-        del flat  # whose copies have lived until now
+        del flat  # the copies that it holds had to live until now
         return counts
 
 
 def select_digit_(counts: Tensor, selection: Tensor, shift: int) -> Tensor:
-    """Find the digit that holds each rank; contract: `epi_kernels.ops.select_digit_`."""
+    """Find one digit of each k-th largest score; contract: `epi_kernels.ops.select_digit_`."""
     copies, budgets, bins = counts.shape
     thresholds = torch.empty(budgets, dtype=torch.float32, device=counts.device)
     tiles.launch(select_kernel, budgets, counts.device, counts, selection, thresholds, budgets, copies, shift, bins)
@@ -248,7 +248,7 @@ class Lock(Scored):
     """The lock of a fixed list of importances; contract: `epi_kernels.ops.prepared_lock`."""
 
     def chunk(self) -> int:
-        """Return the entries of a chunk."""
+        """Return the number of entries in a chunk."""
         return tiles.CHUNK
 
     def lock_(
