@@ -186,3 +186,12 @@ def test_fisher_of_single_examples_keeps_no_sum_of_gradients(monkeypatch: pytest
     model = torch.nn.Linear(4, 2)
     fisher(model, [torch.randn(8, 4)], lambda model, batch: model(batch).square().mean(), progress=False)
     assert sum(kept) == 0
+
+
+def test_a_square_of_a_gradient_that_some_hardware_flushes_adds_nothing(backend: str) -> None:
+    below, above = 2.0**-63, 2.0**-62  # squares of 2^-126, the smallest normal number, and of 2^-124
+    grad = torch.tensor([below, above, -below])
+    sums, squares = [torch.zeros(3)], [torch.zeros(3)]
+    ops.gradient_sums_(sums, squares, [grad], backend)
+    assert torch.equal(sums[0], grad)
+    assert squares[0].tolist() == [0.0, above * above, 0.0]
