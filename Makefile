@@ -39,7 +39,7 @@ fuzz: $(VENV)/.test
 
 # with the torch and triton that are there, in no environment of its own: a GPU machine may have no network
 GPU_PYTHON ?= python3
-# where results go: a folder that comes back from a machine that is lent
+# the folder for logs and JSON
 RESULTS ?= bench/results
 gpu:
 	@status=0; for part in gpu-test gpu-bench; do $(MAKE) --no-print-directory $$part || status=1; done; exit $$status

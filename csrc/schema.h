@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#define EPI_VERSION 960864355
+#define EPI_VERSION 91234966
 
 #define EPI_SLOTS 3
 #define EPI_SCALARS 11
@@ -138,7 +138,7 @@ typedef struct {
 typedef struct {
     /* entries */
     int64_t size;
-    /* written */
+    /* written; NULL: only the squares are summed */
     float* sum;
     /* written */
     float* square_sum;

@@ -4,7 +4,7 @@ Backends import this module and nothing above it. A check stands here once; a ba
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -76,20 +76,25 @@ def shares_memory(tensor: Tensor) -> bool:
     return len(offsets.unique()) < tensor.numel()
 
 
-def check_lists(**lists: Sequence[Tensor | None]) -> None:
+def check_lists(
+    optional: Mapping[str, Sequence[Tensor | None]] | None = None, /, **lists: Sequence[Tensor | None]
+) -> None:
     """Check that the tensors of an operation belong together; the first list decides.
 
     Args:
-        lists: name -> tensors. An empty list is absent; a None in a list skips its position. Entry i of each list
-            must have the shape and the device of entry i of the first list.
+        optional: name -> tensors, like `lists`; an empty list is absent.
+        lists: name -> tensors. Entry i of each list must have the shape and the device of entry i of the first list; a
+            None skips its position.
 
     Raises:
         ValueError: lengths, shapes or devices differ; the message names the list, the position and both values.
         TypeError: a tensor is neither floating point nor int8.
     """
-    (first, owners), *others = lists.items()
-    for name, tensors in others:
-        if tensors and len(tensors) != len(owners):
+    first, owners = next(iter(lists.items()))
+    absent = {name for name, tensors in (optional or {}).items() if not tensors}
+    lists = {**lists, **(optional or {})}
+    for name, tensors in lists.items():
+        if name not in absent and len(tensors) != len(owners):
             raise ValueError(f"{name} has {len(tensors)} tensors but {first} has {len(owners)}; pass one for each")
     # every step of an optimizer comes through here: a shape is read once for each tensor
     kinds = [None if owner is None else (owner.shape, owner.device) for owner in owners]

@@ -42,15 +42,16 @@ def fisher(
         batches: of the new task: each is any nesting of lists, tuples and dicts of tensors whose first dimension counts
             the examples; anything else in it is handed on.
         loss_fn: (model, batch) -> the mean loss over the examples of a batch, 0-d.
-        method: how to get a gradient for each example. "loop" takes one example at a time; its memory is the two
+        method: how to get a gradient for each example. "loop" takes one example at a time; its memory is the
             accumulators, and each gradient until it is added. "vmap" takes many at a time, 64 MB of gradients and their
             intermediate results, and needs a model that torch.func can take. "auto" is vmap for models of up to a
             million parameters (16 gradients in 64 MB), else loop; if torch.func fails on a batch, loop scores the rest.
         microbatch: B examples to a gradient, for speed: an approximation. The mean of squares of such gradients is too
             small, since noise cancels within each; for independent examples of equal weight
             ``F = B E[g^2] - (B - 1) E[g]^2`` corrects that, and is returned. 1: exact.
-        dtype: the dtype of the two accumulators: float32, or bfloat16, rounded stochastically, for half the memory
-            until the scores, in float32, take their place.
+        dtype: the dtype of the accumulators: float32, or bfloat16, rounded stochastically, for half the memory until
+            the scores, in float32, take their place. There is one accumulator for each entry, the sum of squares, and a
+            second one, the sum of gradients, with a microbatch above 1.
         progress: show a progress bar, if tqdm is installed.
         backend: what accumulates: "auto", or the name of a backend, which then runs or raises.
 
@@ -73,11 +74,11 @@ def fisher(
         >>> fisher(model, [x], lambda model, batch: model(batch).mean(), progress=False)
         {'weight': tensor([[70., 85.]])}
     """
-    sums = gradient_sums(model, batches, loss_fn, method, microbatch, dtype, progress, backend)
+    sums = gradient_sums(model, batches, loss_fn, method, microbatch, False, dtype, progress, backend)
     scores = {}
     for name in list(sums.squares):
         scores[name] = sums.as_parameter(name, sums.second_moment(name))
-        del sums.sums[name]
+        sums.sums.pop(name, None)
     return scores
 
 
@@ -107,7 +108,7 @@ def second_order(
             released code, ``|sum g| / sqrt(sum g^2 + 1)``.
         method: as in `fisher`.
         microbatch: as in `fisher`.
-        dtype: as in `fisher`.
+        dtype: as in `fisher`; both accumulators are kept.
         progress: as in `fisher`.
         backend: as in `fisher`.
 
@@ -120,7 +121,7 @@ def second_order(
     """
     if xi is not None and not xi > 0.0:
         raise ValueError(f"Invalid xi: {xi!r}; a number > 0, or None for 1/N")
-    sums = gradient_sums(model, batches, loss_fn, method, microbatch, dtype, progress, backend)
+    sums = gradient_sums(model, batches, loss_fn, method, microbatch, True, dtype, progress, backend)
     offset = 1.0 / sums.examples if xi is None else xi
     scores = {}
     for name in list(sums.sums):

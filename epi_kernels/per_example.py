@@ -30,12 +30,25 @@ Method = Literal["auto", "vmap", "loop"]
 
 
 class Sums:
-    """Sums of gradients and of their squares by name, and the moments that follow from them."""
+    """Sums of gradients and of their squares by name, and the moments that follow from them.
 
-    def __init__(self, params: Mapping[str, Tensor], microbatch: int, dtype: torch.dtype, backend: str) -> None:
-        # of this rank's shards
-        self.sums = {name: torch.zeros_like(local(param), dtype=dtype) for name, param in params.items()}
-        self.squares = {name: torch.zeros_like(local(param), dtype=dtype) for name, param in params.items()}
+    Args:
+        params: by name.
+        microbatch: how many examples there are to a gradient.
+        means: whether `mean` will be called. Without it, and with one example to a gradient, only squares are summed.
+        dtype: of the sums, float32 or bfloat16.
+        backend: what accumulates.
+    """
+
+    def __init__(
+        self, params: Mapping[str, Tensor], microbatch: int, means: bool, dtype: torch.dtype, backend: str
+    ) -> None:
+        def zeros() -> dict[str, Tensor]:  # of this rank's shards
+            return {name: torch.zeros_like(local(param), dtype=dtype) for name, param in params.items()}
+
+        self.squares = zeros()
+        # the second moment of single examples reads no sum of gradients
+        self.sums = zeros() if means or microbatch > 1 else {}
         self._params = params
         self.gradients = 0
         self.microbatch = microbatch
@@ -49,15 +62,17 @@ class Sums:
 
     def add(self, grads: Mapping[str, Tensor]) -> None:
         """Add one gradient of some parameters."""
-        sums, squares = ([of[name] for name in grads] for of in (self.sums, self.squares))
-        if sums[0].dtype == torch.float32:
+        squares = [self.squares[name] for name in grads]
+        if squares[0].dtype == torch.float32:
+            sums = [self.sums[name] for name in grads] if self.sums else []
             ops.gradient_sums_(sums, squares, list(grads.values()), self._backend)
             return
-        for total, square, grad in zip(sums, squares, grads.values(), strict=True):
+        for name, grad in grads.items():
             wide = grad.float()
-            self._round_into(total, wide)
+            if self.sums:
+                self._round_into(self.sums[name], wide)
             # not square_(): two parameters may share one gradient tensor
-            self._round_into(square, wide.square())
+            self._round_into(self.squares[name], wide.square())
 
     def add_many(self, grads: Mapping[str, Tensor]) -> None:
         """Add gradients of all parameters; the first dimension counts the examples."""
@@ -100,11 +115,12 @@ def gradient_sums(
     loss_fn: LossFunction,
     method: Method,
     microbatch: int,
+    means: bool,
     dtype: torch.dtype,
     progress: bool,
     backend: str,
 ) -> Sums:
-    """Return the sums over all gradients of all batches."""
+    """Return the sums over all gradients of all batches; `means` as in `Sums`, the others as in `importance.fisher`."""
     if method not in ("auto", "vmap", "loop"):
         raise ValueError(f"Invalid method: {method!r}; choose one of ('auto', 'vmap', 'loop')")
     if not isinstance(microbatch, int) or microbatch < 1:
@@ -120,7 +136,7 @@ def gradient_sums(
     params = {name: param for name, param in model.named_parameters() if param.requires_grad}
     sharded = any(is_dtensor(param) for param in params.values())
     _check(params, method, sharded)
-    sums = Sums(params, microbatch, dtype, backend)
+    sums = Sums(params, microbatch, means, dtype, backend)
     at_once = _AT_ONCE // max(1, sum(param.numel() for param in params.values()))
     many = microbatch == 1 and at_once >= _WORTH_VMAP and not sharded
     way = method if method != "auto" else "vmap" if many else "loop"

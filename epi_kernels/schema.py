@@ -158,7 +158,7 @@ IMPORTANCE = Row(
 SUMS = Row(
     "sums",
     _SIZE,
-    Field("sum", "float*", _BOTH, "written"),
+    Field("sum", "float*", _BOTH, "written; NULL: only the squares are summed"),
     Field("square_sum", "float*", _BOTH, "written"),
     Field("grad", "const void*", _BOTH),
     _GRAD_DTYPE,

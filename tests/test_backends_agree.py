@@ -343,6 +343,9 @@ def test_gradient_sums(backend: str, dtype: torch.dtype) -> None:
     for result, name in zip(results, (backend, "reference"), strict=True):
         ops.gradient_sums_(**result, grads=grads, backend=name)
     assert_same(*results)
+    squares = clones(lists)["square_sums"]
+    ops.gradient_sums_([], squares, grads, backend)
+    assert_same({"squares alone": squares}, {"squares alone": results[1]["square_sums"]})
 
 
 def test_the_comparison_sees_one_ulp() -> None:

@@ -24,7 +24,11 @@ def test_budget_of_a_whole_share_is_that_share(per_mille: int, thousands: int) -
 
 def test_lists_that_do_not_belong_together() -> None:
     ones = torch.ones(2)
-    check_lists(params=[ones], grads=[None], locks=[])
+    check_lists({"locks": []}, params=[ones], grads=[None])
+    with pytest.raises(ValueError, match="grads has 0 tensors but params has 1"):
+        check_lists(params=[ones], grads=[])
+    with pytest.raises(ValueError, match="locks has 2 tensors but params has 1"):
+        check_lists({"locks": [ones, ones]}, params=[ones])
     with pytest.raises(ValueError, match="grads has 2 tensors but params has 1"):
         check_lists(params=[ones], grads=[ones, ones])
     with pytest.raises(ValueError, match=r"grads\[1\] has shape \(3,\) but params\[1\] has \(2,\)"):

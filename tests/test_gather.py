@@ -102,6 +102,7 @@ def test_positions_are_row_major_whatever_the_strides(backend: str) -> None:
 def test_arguments_that_do_not_belong_together() -> None:
     call = arguments("auto", [torch.ones(4)], [torch.ones(4)], [torch.tensor([1, 3])])
     for changes, message in (
+        ({"grads": []}, "grads has 0 tensors but params has 1"),
         ({"indices": []}, "indices has 0 tensors but params has 1"),
         ({"indices": [torch.tensor([[1, 3]])]}, r"indices\[0\] has shape \(1, 2\); pass one dimension"),
         ({"indices": [torch.tensor([1, 4])]}, r"indices\[0\] goes from 1 to 4 but params\[0\] has 4 entries"),

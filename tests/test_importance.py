@@ -125,6 +125,30 @@ def test_gradient_sums_by_hand(backend: str, dtype: torch.dtype) -> None:
     assert square_sums[0].tolist() == [18.5, 0.125]
 
 
+def test_squares_alone_are_summed_where_there_are_no_sums(backend: str) -> None:
+    square_sums = [torch.tensor([0.5, 0.0])]
+    ops.gradient_sums_([], square_sums, [torch.tensor([3.0, -0.25])], backend)
+    assert square_sums[0].tolist() == [9.5, 0.0625]
+
+
+@pytest.mark.parametrize("missing", ["square_sums", "grads", "some sums"])
+def test_gradient_sums_without_a_list_that_it_needs_is_refused(backend: str, missing: str) -> None:
+    lists = {name: [torch.ones(2), torch.ones(2)] for name in ("sums", "square_sums", "grads")}
+    lists = {name: tensors if name != missing else [] for name, tensors in lists.items()}
+    if missing == "some sums":
+        lists["sums"].pop()
+    with pytest.raises(ValueError, match=r"(grads|sums) has [01] tensors but square_sums has 2|grads has 2 .* has 0"):
+        ops.gradient_sums_(**lists, backend=backend)
+    assert all(torch.equal(tensor, torch.ones(2)) for tensors in lists.values() for tensor in tensors)
+
+
+def test_importance_without_a_list_of_gradients_is_refused(backend: str) -> None:
+    importances = [torch.ones(2)]
+    with pytest.raises(ValueError, match="grads has 0 tensors but importances has 1"):
+        run(backend, importances, [])
+    assert torch.equal(importances[0], torch.ones(2))
+
+
 def test_gradient_sums_opcheck(backend: str) -> None:
     lists = [[torch.rand(4), torch.rand(2, 3)] for _ in range(3)]
     torch.library.opcheck(torch.ops.epi_kernels.gradient_sums_.default, (*lists, backend))
@@ -169,23 +193,31 @@ def test_under_a_factor_that_is_not_finite_the_entries_of_a_tensor_are_counted_a
     assert all(map(torch.equal, importances, before))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="issue 16: one operation keeps both sums, and fisher reads the squares alone",
-)
-def test_fisher_of_single_examples_keeps_no_sum_of_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("microbatch", "entries"), [(1, 0), (2, 10)])
+@pytest.mark.parametrize("method", ["vmap", "loop"])
+def test_fisher_keeps_a_sum_of_gradients_only_for_the_correction_of_micro_batches(
+    monkeypatch: pytest.MonkeyPatch, method: Any, microbatch: int, entries: int
+) -> None:
     kept: list[int] = []
     gradient_sums_ = ops.gradient_sums_
 
-    def spy(sums: list[Tensor], *others: Any) -> None:
+    def spy(sums: list[Tensor], square_sums: list[Tensor], *others: Any) -> None:
         kept.append(sum(total.numel() for total in sums))
-        gradient_sums_(sums, *others)
+        gradient_sums_(sums, square_sums, *others)
 
     monkeypatch.setattr(ops, "gradient_sums_", spy)
-    model = torch.nn.Linear(4, 2)
-    fisher(model, [torch.randn(8, 4)], lambda model, batch: model(batch).square().mean(), progress=False)
-    assert sum(kept) == 0
+    model, batches = torch.nn.Linear(4, 2), [torch.randn(16, 4)]
+    fisher(
+        model,
+        batches,
+        lambda model, batch: model(batch).square().mean(),
+        method=method,
+        microbatch=microbatch,
+        progress=False,
+    )
+    gradients = 16 // microbatch
+    assert sum(kept) == gradients * entries
+    assert kept
 
 
 def test_a_square_of_a_gradient_that_some_hardware_flushes_adds_nothing(backend: str) -> None:

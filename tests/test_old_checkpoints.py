@@ -82,7 +82,7 @@ def test_an_old_checkpoint_loads_and_goes_on(archive: Path, name: str, folders: 
     with ranks(archive, name):
         record = read(folder, name)
         if backend != "reference" and "native" not in record["afterwards"]["parameters"]:
-            pytest.skip("this backend does not take parameters of this dtype: see test_dispatch.py")
+            pytest.skip("this backend does not take parameters of this dtype: see test_backends.py")
         optimizer, parameters = write.resumed(record, folder, backend)
         assert same_state(write.observed(optimizer, parameters), record["at save"])
         write.train(optimizer, parameters, record["seeds"])

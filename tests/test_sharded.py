@@ -69,6 +69,15 @@ def test_masks_are_those_of_one_process(rank: int, size: int, layout: str) -> No
     assert optimizer.telemetry()[-1]["protected"] == int(0.15 * eligible)
 
 
+def assert_protected_alike(model: nn.Module, optimizer: Any, whole: Net, reference: Any) -> None:
+    """Train both models by the same given gradients; check that their masks, parameters and telemetry are the same."""
+    for step in range(1, STEPS + 1):
+        give_both(model, optimizer, whole, reference, step)
+        assert_same_here(model, optimizer, whole, reference)
+    assert_same(model, optimizer, whole, reference)
+    assert any(reference.isolation_mask(param).any() for param in whole.parameters())
+
+
 OTHER_SETTINGS: dict[str, dict[str, Any]] = {
     "a budget for each layer": {"scope": "layer"},
     "raw scores": {"normalize": "none", "layers": "tensor"},
@@ -86,11 +95,7 @@ def test_masks_of_other_settings_are_those_of_one_process(
     model, whole, _ = pairs(layout)
     optimizer = EPIAdamW(model.named_parameters(), **SETTINGS, **settings)
     reference = EPIAdamW(whole.named_parameters(), **SETTINGS, **settings)
-    for step in range(1, STEPS + 1):
-        give_both(model, optimizer, whole, reference, step)
-        assert_same_here(model, optimizer, whole, reference)
-    assert_same(model, optimizer, whole, reference)
-    assert any(reference.isolation_mask(param).any() for param in whole.parameters())
+    assert_protected_alike(model, optimizer, whole, reference)
 
 
 @every_layout
@@ -102,11 +107,7 @@ def test_an_optimizer_that_is_wrapped_is_isolated_as_in_one_process(rank: int, s
         IsolatedOptimizer(torch.optim.SGD(one.named_parameters(), lr=0.05, momentum=0.9), **settings)
         for one in (model, whole)
     )
-    for step in range(1, STEPS + 1):
-        give_both(model, optimizer, whole, reference, step)
-        assert_same_here(model, optimizer, whole, reference)
-    assert_same(model, optimizer, whole, reference)
-    assert any(reference.isolation_mask(param).any() for param in whole.parameters())
+    assert_protected_alike(model, optimizer, whole, reference)
 
 
 @layouts(("fsdp", 1), ("fsdp", 3), ("tp+fsdp", 4))
@@ -115,11 +116,7 @@ def test_lion_is_isolated_as_in_one_process(rank: int, size: int, layout: str) -
     model, whole, _ = pairs(layout)
     optimizer = EPILion(model.named_parameters(), **SETTINGS)
     reference = EPILion(whole.named_parameters(), **SETTINGS)
-    for step in range(1, STEPS + 1):
-        give_both(model, optimizer, whole, reference, step)
-        assert_same_here(model, optimizer, whole, reference)
-    assert_same(model, optimizer, whole, reference)
-    assert any(reference.isolation_mask(param).any() for param in whole.parameters())
+    assert_protected_alike(model, optimizer, whole, reference)
 
 
 @every_layout

@@ -148,6 +148,8 @@ def test_arguments_that_do_not_belong_together() -> None:
     call = arguments("auto", [torch.ones(2)], [torch.ones(2)], [], "none")
     with pytest.raises(ValueError, match="Invalid lock_in: 'sign'"):
         ops.sweep_(**{**call, "lock_in": "sign"})
+    with pytest.raises(ValueError, match="grads has 0 tensors but params has 1"):
+        ops.sweep_(**{**call, "grads": []})
     static = {**call, "lock_in": "static", "lockable": [True]}
     with pytest.raises(ValueError, match=r"locks\[0\] is None with lock_in='static', lockable=True"):
         ops.sweep_(**static)

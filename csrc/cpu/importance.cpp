@@ -64,12 +64,12 @@ void gradient_sums(const epi_sums_tensor& tensor, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i += BLOCK) {
         const int64_t size = end - i < BLOCK ? end - i : BLOCK;
         const float* __restrict grad = as_float32(tensor.grad, tensor.grad_dtype, i, size, buffer);
-        float* __restrict sum = tensor.sum + i;
-        float* __restrict square_sum = tensor.square_sum + i;
-        for (int64_t j = 0; j < size; ++j) {
-            sum[j] += grad[j];
-            square_sum[j] += noticed(grad[j] * grad[j]);
+        if (tensor.sum) {
+            float* __restrict sum = tensor.sum + i;
+            for (int64_t j = 0; j < size; ++j) sum[j] += grad[j];
         }
+        float* __restrict square_sum = tensor.square_sum + i;
+        for (int64_t j = 0; j < size; ++j) square_sum[j] += noticed(grad[j] * grad[j]);
     }
 }
 

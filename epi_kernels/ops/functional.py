@@ -128,19 +128,19 @@ def gradient_sums_(
         sum <- sum + g,     square_sum <- square_sum + g^2                   PIECE (arXiv 2511.15375) Eq. 4 and 10
 
     Args:
-        sums: float32; written.
-        square_sums: float32, same shapes; written.
-        grads: same shapes, any floating dtype; read. Squared in float32 or wider.
+        sums: float32; written. An empty list where only the squares are wanted.
+        square_sums: float32, one for each gradient; written.
+        grads: the shapes of `square_sums` and of `sums`, any floating dtype; read. Squared in float32 or wider.
         backend: "auto" or the name of one.
 
     Raises:
         ValueError: lists do not belong together, or the backend is unknown.
         RuntimeError: the backend cannot run on these tensors.
     """
-    check_lists(sums=sums, square_sums=square_sums, grads=grads)
-    if sums:
+    check_lists({"sums": sums}, square_sums=square_sums, grads=grads)
+    if grads:
         states = dtypes_of(sums, square_sums)
-        chosen = choose(Spec("gradient_sums_", dtypes_of(grads), states), sums[0].device, backend)
+        chosen = choose(Spec("gradient_sums_", dtypes_of(grads), states), grads[0].device, backend)
         chosen.module.gradient_sums_(sums, square_sums, grads)
 
 

@@ -50,7 +50,7 @@ def prepared_sweep(rule: Rule, tensors: Tensors, lock_in: str, lockable: Sequenc
     """
     params, grads, locks = tensors.params, tensors.grads, tensors.locks
     _check_slots(rule, tensors)
-    check_lists(params=params, grads=grads, **tensors.slots, locks=locks)
+    check_lists({**tensors.slots, "locks": locks}, params=params, grads=grads)
     check_one_dtype(params=params, grads=grads)
     _check_locks(rule, locks, lock_in, lockable, len(params))
     if not params:

@@ -62,6 +62,6 @@ class Importance:
 def gradient_sums_(sums: Sequence[Tensor], square_sums: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     """Add g and g^2 in place; contract: `epi_kernels.ops.gradient_sums_`."""
     flat = Flat(written=[sums, square_sums], read=[grads])
-    table = native.table_of(schema.SUMS.struct, sum=flat.written[0], square_sum=flat.written[1], grad=flat.read[0])
+    table = native.table_of(schema.SUMS.struct, square_sum=flat.written[1], sum=flat.written[0], grad=flat.read[0])
     native.call("epi_gradient_sums", table)
     flat.write_back()

@@ -51,7 +51,8 @@ class Importance:
 
 def gradient_sums_(sums: Sequence[Tensor], square_sums: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     """Add g and g^2 in place; contract: `epi_kernels.ops.gradient_sums_`."""
-    for total, square_total, grad in zip(sums, square_sums, grads, strict=True):
-        wide = grad.to(torch.promote_types(grad.dtype, total.dtype))
-        total.add_(wide)
-        square_total.add_(noticed(wide * wide))
+    for i, (square_sum, grad) in enumerate(zip(square_sums, grads, strict=True)):
+        wide = grad.to(torch.promote_types(grad.dtype, square_sum.dtype))
+        if sums:
+            sums[i].add_(wide)
+        square_sum.add_(noticed(wide * wide))

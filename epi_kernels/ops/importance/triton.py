@@ -123,10 +123,11 @@ def gradient_sums_kernel(rows, chunks, BLOCK: tl.constexpr, TILES: tl.constexpr)
 @triton.jit
 def _add_tile(row, start, first, left, BLOCK: tl.constexpr, FULL: tl.constexpr):
     at = first + tl.arange(0, BLOCK)
-    sum_at = pointer(tl.load(row + _SUM), start, tl.float32)
     square_sum_at = pointer(tl.load(row + _SQUARE_SUM), start, tl.float32)
     grad = read_as_float32(tl.load(row + _SUMS_GRAD), tl.load(row + _SUMS_GRAD_DTYPE), start, at, left, FULL)
-    write(sum_at, at, read(sum_at, at, left, FULL) + grad, left, FULL)
+    if tl.load(row + _SUM) != 0:
+        sum_at = pointer(tl.load(row + _SUM), start, tl.float32)
+        write(sum_at, at, read(sum_at, at, left, FULL) + grad, left, FULL)
     write(square_sum_at, at, read(square_sum_at, at, left, FULL) + noticed(grad * grad), left, FULL)
 
 
@@ -206,7 +207,8 @@ def gradient_sums_(sums: Sequence[Tensor], square_sums: Sequence[Tensor], grads:
     """Add g and g^2 in place; contract: `epi_kernels.ops.gradient_sums_`."""
     flat = Flat(written=[sums, square_sums], read=[grads])
     table = Table(SUMS.words, [grad.numel() for grad in grads], tiles.CHUNK, grads[0].device)
-    table.point("sum", flat.written[0])
+    if sums:
+        table.point("sum", flat.written[0])
     table.point("square_sum", flat.written[1])
     table.point("grad", flat.read[0])
     table.set("grad_dtype", tiles.dtype_codes(grads))
