@@ -74,7 +74,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 def skip_unless_it_takes(backend: str, dtype: torch.dtype) -> None:
-    """Skip a test where `backend` refuses parameters of `dtype`; test_dispatch sees to it that it refuses them."""
+    """Skip a test where `backend` refuses parameters of `dtype`; test_backends sees to it that it refuses them."""
     try:
         registry.explain(torch.device("cpu"), backend, dtype)
     except RuntimeError as refusal:

@@ -383,4 +383,4 @@ def test_a_step_that_is_not_due_calls_as_little_as_with_clocks_on_the_host() -> 
         optimizer.step()
         sys.setprofile(None)
         calls.append(counted["calls"])
-    assert calls[1] <= 2 * calls[0]
+    assert 0 < calls[1] <= 2 * calls[0]

@@ -115,6 +115,41 @@ def test_a_differentiable_step_needs_a_second_moment_without_locks_and_float32()
         EPIAdamW([("h", half)], differentiable=True).step()
 
 
+def _leaf() -> Tensor:
+    return Parameter(torch.ones(3))
+
+
+def _expanded() -> Tensor:
+    return torch.ones(1, requires_grad=True).clone().expand(3)
+
+
+@pytest.mark.parametrize(
+    ("param", "grad", "state", "message"),
+    [
+        (_leaf, torch.ones(3), {}, "w is a leaf that requires a gradient"),
+        (_expanded, torch.ones(3), {}, "w is expanded"),
+        (lambda: _leaf().clone(), torch.ones(3).to_sparse(), {}, "does not support sparse gradients"),
+        (lambda: _leaf().clone(), torch.ones(3), {"importance": torch.ones(2)}, r"w has shape \(3,\) now"),
+        (lambda: _leaf().clone(), torch.ones(3), {"exp_avg": torch.ones(2)}, r"w has shape \(3,\) now"),
+    ],
+    ids=["leaf", "expanded", "sparse gradient", "importance", "exp_avg"],
+)
+def test_a_differentiable_step_that_is_refused_changes_nothing(
+    param: Any, grad: Tensor, state: dict[str, Tensor], message: str
+) -> None:
+    w = param()
+    other = Parameter(torch.ones(3)).clone()  # comes first, and could be stepped
+    optimizer = EPIAdamW([("v", other), ("w", w)], differentiable=True, isolation_ratio=0.5, mask_interval=1)
+    optimizer.state[w].update(state)
+    other.grad, w.grad = torch.ones(3), grad
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        optimizer.step()
+    assert torch.equal(other, torch.ones(3))
+    assert optimizer.param_groups[0]["isolation_clock"] == 0
+    assert not optimizer.state.get(other)
+    assert optimizer.state[w].keys() == state.keys()
+
+
 @pytest.mark.parametrize("importance_beta", [0.0, 0.9])
 def test_a_differentiable_step_protects_what_the_other_protects(importance_beta: float) -> None:
     results = []

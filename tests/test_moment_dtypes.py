@@ -166,7 +166,6 @@ def test_a_live_dtype_that_no_step_can_take_is_not_kept() -> None:
     train(optimizer, 3, 4)
 
 
-@pytest.mark.filterwarnings("error")
 def test_one_warning_names_a_parameter_and_the_cost() -> None:
     if registry.choose(Spec("sweep_"), torch.device("cpu"), "auto").backend == "reference":
         pytest.skip("there is no faster backend here")
@@ -178,11 +177,12 @@ def test_one_warning_names_a_parameter_and_the_cost() -> None:
     assert [w.filename for w in caught] == [__file__]
 
 
-@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP64])
 def test_moments_of_the_optimizers_own_are_no_reason_to_warn(dtype: torch.dtype) -> None:
-    train(EPIAdamW([("w", parameter(dtype))]), 1, 2)
     with warnings.catch_warnings():
+        # not a mark: that of the module, which ignores this warning, would come first
+        warnings.filterwarnings("error", message="the moments of")
+        train(EPIAdamW([("w", parameter(dtype))]), 1, 2)
         asked = EPIAdamW([("w", parameter(FP32))], backend="reference")
         fill(asked)
         train(asked, 1, 2)

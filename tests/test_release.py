@@ -16,7 +16,7 @@ from states import same_state
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from epi_kernels import EPIAdamW, MaskedAdamW
+from epi_kernels import EPIAdamW, EPILion, MaskedAdamW
 from epi_kernels.optim import release_gradients
 
 
@@ -40,6 +40,7 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: range
 BUILD: dict[str, Any] = {
     "isolation off": lambda m: EPIAdamW(m.named_parameters(), lr=0.01, isolation_ratio=0.0),
     "amsgrad": lambda m: EPIAdamW(m.named_parameters(), lr=0.01, isolation_ratio=0.0, amsgrad=True, fused=True),
+    "EPILion": lambda m: EPILion(m.named_parameters(), lr=0.01, isolation_ratio=0.0),
     "MaskedAdamW": lambda m: MaskedAdamW(
         m.named_parameters(), lr=0.01, frozen={"1.weight": torch.arange(144).view(12, 12) % 5 == 0}
     ),

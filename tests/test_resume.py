@@ -1,7 +1,4 @@
-"""50 steps, saved, loaded in a new process, and 50 more are 100 straight: bit for bit, in every mode and dtype.
-
-Rounding has one mode in this version, "nearest"; the others are refused by name.
-"""
+"""50 steps, saved, loaded in a new process, and 50 more are 100 straight: bit for bit, in every mode and dtype."""
 
 from pathlib import Path
 

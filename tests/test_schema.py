@@ -70,7 +70,7 @@ def test_the_words_of_a_row_are_distinct_and_begin_with_the_size() -> None:
 
 @pytest.mark.parametrize(("stem", "module"), [("_native", native), ("_cuda", cuda)])
 def test_a_library_of_another_description_is_not_used(stem: str, module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not list(Path(library.__file__).parent.glob(f"{stem}*.so")):
+    if not list(Path(library.__file__).parents[1].glob(f"{stem}*.so")):
         pytest.skip("it was not built")
     load = getattr(module, "_load", None) or module.load
     assert isinstance(load(), ctypes.CDLL)
@@ -127,7 +127,6 @@ def test_a_rule_keeps_what_it_promises(rule: Any) -> None:
     named = {slot.name: slot for slot in rule.slots}
     assert len(named) == len(rule.slots)
     if rule.importance_slot is not None:
-        assert named[rule.importance_slot].nonnegative
         assert not named[rule.importance_slot].option
     for twin in (f"epi_kernels/rules/{rule.name}_triton.py", f"csrc/rules/{rule.name}.h"):
         assert (ROOT / twin).exists()

@@ -363,6 +363,25 @@ def test_masks_of_whole_parameters_follow_into_shards(rank: int, size: int, kind
 
 @pytest.mark.parametrize("kind", ["sparse", "masked"])
 @on_ranks(2)
+def test_masks_of_shards_follow_into_shards_that_replace_them(rank: int, size: int, kind: str) -> None:
+    model, whole = model_of(False), model_of(False)
+    optimizer, reference = optimizer_of_masks(kind, model), optimizer_of_masks(kind, whole)
+    into_shards(model, optimizer)
+    # the moments of a selection follow with it; those of other parameters start anew, as under torch.optim.AdamW
+    before = 3 if kind == "sparse" else 0
+    train_stage(names_of(model), optimizer, 1, before)
+    names = {param: name for name, param in names_of(model).items()}
+    params = {name: nn.Parameter(param.detach().clone()) for param, name in names.items()}
+    for group in optimizer.param_groups:
+        group["params"] = [params[names[param]] for param in group["params"]]
+    train_stage(params, optimizer, before + 1, 6)
+    train_stage(names_of(whole), reference, 1, 6)
+    for name, param in params.items():
+        assert torch.equal(full(param), names_of(whole)[name]), name
+
+
+@pytest.mark.parametrize("kind", ["sparse", "masked"])
+@on_ranks(2)
 def test_different_masks_of_whole_parameters_are_named_once_they_are_in_shards(rank: int, size: int, kind: str) -> None:
     model = model_of(False)
     masks = every_third(model)

@@ -12,7 +12,7 @@ Exceptions, with their reasons:
 
 - test_complex, test_complex_2d with isolation on: a mask goes by complex entry and a real tensor has two for each, so
   other entries are protected. What holds instead stands in test_drop_in.py.
-- differentiable inputs with S = exp_avg_sq: refused, see `epi_kernels.optim.differentiable`.
+- differentiable inputs with S = exp_avg_sq: refused, see `epi_kernels.engine.differentiable`.
 - amsgrad, differentiable and complex inputs with SparseAdamW: refused by name.
 - isolation on, against a loop of torch's: only what is not protected is compared.
 - test_*_cuda*, test_forloop_goes_right_direction_multigpu, test_mixed_device_dtype, test_cpu_load_state_dict,

@@ -36,13 +36,7 @@ class _Bundle(Bundle):
 class Gathering(Planner):
     """Steps of trainable entries by `epi_kernels.ops.Gather`; the method makes the state of a parameter."""
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what pickle and deepcopy keep: no plan."""
-        return {"rule": self.rule, "method": self.method}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take what `__getstate__` gave."""
-        self.__init__(**state)  # type: ignore[misc]
+    operation = "gather_"
 
     @property
     def _slots(self) -> tuple[str, ...]:

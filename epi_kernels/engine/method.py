@@ -29,9 +29,8 @@ class Method:
     optimizer has a copy of its method.
     """
 
-    # settings of a group that belong to the method; `shared` are those that must be equal in all groups, `counted`
-    # those that the step itself writes
-    settings: tuple[str, ...] = ()
+    # settings of a group that belong to the method: those that must be equal in all groups, and those that the step
+    # itself writes
     shared: tuple[str, ...] = ()
     counted: tuple[str, ...] = ()
 

@@ -444,7 +444,7 @@ class _Loading:
                 if dtype.is_complex:
                     continue
                 with named(f"{key} of {name_of(param, optimizer.param_groups)} is {dtype}"):
-                    spec = Spec("sweep_", frozenset({param.dtype}), frozenset({dtype}))
+                    spec = Spec(optimizer._planner.operation, frozenset({param.dtype}), frozenset({dtype}))
                     registry.choose(spec, param.device, optimizer._backend)
 
 

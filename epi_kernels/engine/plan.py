@@ -113,10 +113,21 @@ class Planner:
         method: says which entries move.
     """
 
+    # of `epi_kernels.ops`, which a step runs
+    operation: str
+
     def __init__(self, rule: Rule, method: Method) -> None:
         self.rule, self.method = rule, method
         self._told_of_moments = False
         self.forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what pickle and deepcopy keep: no plan, and nothing of a graph."""
+        return {"rule": self.rule, "method": self.method}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what `__getstate__` gave."""
+        self.__init__(**state)  # type: ignore[misc]
 
     def copied(self) -> "Planner":
         """Return the planner of a copy of the optimizer: the same rule, a copy of the method, and no plan."""
@@ -193,9 +204,11 @@ class Planner:
 
     def planned_alone(self, owner: Owner, param: Tensor, group: int) -> tuple[Plan, Present]:
         """Return the plan and the tensors of a step of one parameter; see `planned`."""
-        if len(self._alone) > 2 * len(params_of(owner.param_groups)):  # many have left
-            self._alone.clear()
-        plan = self._alone.setdefault(id(param), Plan())
+        plan = self._alone.get(id(param))
+        if plan is None:
+            if len(self._alone) > 2 * len(params_of(owner.param_groups)):  # many have left
+                self._alone.clear()
+            plan = self._alone[id(param)] = Plan()
         now = self._look(owner, [(group, [param])])
         return plan, self._up_to_date(owner, plan, now, capturing=False)
 
@@ -229,8 +242,7 @@ class Planner:
                     params.append(param)
                     grads.append(grad)
             now.groups += [i] * (len(params) - before)
-        if True in map(_is_sparse, grads):
-            raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
+        check_dense(grads)
         now.shards, now.plain = params, PLAIN.issuperset(map(type, params))
         if not now.plain:
             now.shards = list(map(local, params))
@@ -238,12 +250,7 @@ class Planner:
 
     def _identities(self, owner: Owner, plan: Plan, now: Present) -> list[object]:
         """Return a list that changes if groups, parameters or states do; look up the states in passing."""
-        state = owner.state
-        stored, of_params = list(state.values()), list(map(id, state))
-        if plan.stored == [list(map(id, stored)), of_params]:
-            entries = stored if plan.places is None else [stored[i] for i in plan.places]
-        else:  # slow: a tensor's hash is computed in Python, so that these lookups take longer than all the rest
-            entries = [state.get(param, _NOTHING) for param in now.params]
+        entries = self._entries(owner, plan, now)
         for key in plan.keys:
             try:
                 now.columns[key] = list(map(itemgetter(key), entries))
@@ -253,6 +260,16 @@ class Planner:
         scaler = getattr(owner, "found_inf", None)  # with a scaler, a device may have to count
         where = None if scaler is None else scaler.device
         return [where, now.groups, now.plain, list(map(_requires_grad, now.params)), values]
+
+    def _entries(self, owner: Owner, plan: Plan, now: Present) -> list[dict[str, Any]]:
+        """Return the state of each parameter of a step."""
+        state = owner.state
+        if len(now.params) > 1:  # for one parameter, as in a released step, a look at all states would take longer
+            stored, of_params = list(state.values()), list(map(id, state))
+            if plan.stored == [list(map(id, stored)), of_params]:
+                return stored if plan.places is None else [stored[i] for i in plan.places]
+        # slow: a tensor's hash is computed in Python, so that these lookups take longer than all the rest
+        return [state.get(param, _NOTHING) for param in now.params]
 
     # Planning --------------------------------------------------------------------------------------------------------
 
@@ -278,11 +295,12 @@ class Planner:
         slots = (*(slot.name for slot in self.rule.slots), *self.method.state_keys)
         states = [owner.state[param] for param in of_group]
         plan.keys = ("step", *(key for key in slots if any(key in state for state in states)))
-        of_params = list(map(id, owner.state))
-        place = {param: i for i, param in enumerate(of_params)}
-        places = [place[id(param)] for param in now.params]
-        plan.stored = [list(map(id, owner.state.values())), of_params]
-        plan.places = None if places == list(range(len(of_params))) else places
+        if len(now.params) > 1:
+            of_params = list(map(id, owner.state))
+            place = {param: i for i, param in enumerate(of_params)}
+            places = [place[id(param)] for param in now.params]
+            plan.stored = [list(map(id, owner.state.values())), of_params]
+            plan.places = None if places == list(range(len(of_params))) else places
         identities = self._identities(owner, plan, now)
         plan.memory = _memory_of(now)
         for members in bundles.values():
@@ -323,7 +341,7 @@ class Planner:
             registry.say_if_slow(param.device)
             moments = moment_dtypes(self.rule, owner.state.get(param, _NOTHING))
             other = [dtype for dtype in moments if dtype != torch.float32]
-            fast = registry.choose(Spec("sweep_"), param.device, "auto").backend
+            fast = registry.choose(Spec(self.operation), param.device, "auto").backend
             if other and fast != "reference" and not self._told_of_moments:
                 self._told_of_moments = True
                 warn(
@@ -363,7 +381,7 @@ def _memory_of(now: Present) -> list[object]:
         }
     states = list(chain.from_iterable(columns.values()))
     if not now.complete:
-        states = list(filter(_is_there, states))
+        states = list(filter(is_there, states))
     dtypes = list(map(_dtype, shards))
     seen: list[object] = [
         list(map(_address, shards)),
@@ -393,8 +411,19 @@ def _layouts(tensors: list[Tensor]) -> list[object]:
     return contiguous if all(contiguous) else [tensor.is_contiguous() or tensor.stride() for tensor in tensors]
 
 
-def _is_there(value: object) -> bool:
+def is_there(value: object) -> bool:
+    """Return whether a value is not None."""
     return value is not None
+
+
+def check_dense(grads: Iterable[Tensor | None]) -> None:
+    """Check that no gradient is sparse.
+
+    Raises:
+        RuntimeError: one is; the text is torch's.
+    """
+    if True in map(_is_sparse, grads):
+        raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
 
 
 def real_gradient(param: Tensor) -> Tensor:

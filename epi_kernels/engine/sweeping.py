@@ -17,7 +17,7 @@ from epi_kernels.engine.complex import PairLocks, as_real
 from epi_kernels.engine.groups import name_of
 from epi_kernels.engine.method import Method, Owner
 from epi_kernels.engine.nonfinite import NonfiniteCounts
-from epi_kernels.engine.plan import Bundle, Plan, Planner, Present
+from epi_kernels.engine.plan import Bundle, Plan, Planner, Present, check_dense, is_there
 from epi_kernels.engine.scaling import UNSCALED, Scaling, scaling_of
 from epi_kernels.engine.state import LOCK_STATE, check_memory, check_options, check_shapes, ensure_slots
 from epi_kernels.ops.table import Uploads
@@ -58,18 +58,12 @@ class Sweeping(Planner):
         method: says which entries move; it may count the gradients that are not finite.
     """
 
+    operation = "sweep_"
+
     def __init__(self, rule: Rule, method: Method) -> None:
         super().__init__(rule, method)
         self.nonfinite: NonfiniteCounts = getattr(method, "nonfinite", None) or NonfiniteCounts()
         self.uploads = Uploads()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what pickle and deepcopy keep: no plan, and nothing of a graph."""
-        return {"rule": self.rule, "method": self.method}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take what `__getstate__` gave."""
-        self.__init__(**state)  # type: ignore[misc]
 
     # The step --------------------------------------------------------------------------------------------------------
 
@@ -136,7 +130,7 @@ class Sweeping(Planner):
             bad = bundle.sweep.step_(tensors, bundle.counter, scalars, rows, so_far, factor, found_inf, moved)
             counted |= bad or bundle.pairs
             for written in (tensors.params, *tensors.slots.values(), tensors.locks):
-                increment_version(written if bundle.whole else filter(_is_there, written))
+                increment_version(written if bundle.whole else filter(is_there, written))
         return counted
 
     def _pair_locks(
@@ -161,8 +155,10 @@ class Sweeping(Planner):
         """Take a step that autograd can go back through: torch's own arithmetic, then locked entries are put back."""
         members = {param: group for group in owner.param_groups for param in group["params"] if param.grad is not None}
         lock_in = {param: self.method.lock_in(owner, param, group) for param, group in members.items()}
+        check_dense([param.grad for param in members])
         for param, group in members.items():
-            differentiable.check(name_of(param, owner.param_groups), param, lock_in[param])
+            self.check(owner, param, group)
+        for param, group in members.items():
             self.ensure_state(owner, param, group)
         if not members:
             self.method.idle_step(owner)
@@ -277,10 +273,6 @@ def _capturing(groups: Sequence[dict[str, Any]]) -> bool:
                     "it. Capture a step in which every parameter has one, or let it require none"
                 )
     return True
-
-
-def _is_there(value: object) -> bool:
-    return value is not None
 
 
 def _where(wanted: list[bool], tensors: list[Any]) -> list[Tensor | None]:

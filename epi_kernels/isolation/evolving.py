@@ -14,7 +14,7 @@ from epi_kernels.engine.state import new_state
 from epi_kernels.integrations import deepspeed
 from epi_kernels.isolation.isolation import Isolation
 from epi_kernels.isolation.layers import LayersArgument, check_saved
-from epi_kernels.isolation.settings import CLOCK, SETTINGS, SHARED, check_settings
+from epi_kernels.isolation.settings import CLOCK, SHARED, check_settings
 from epi_kernels.rules import Rule
 
 
@@ -26,7 +26,6 @@ class Evolving(Isolation, Method):
         rule: the optimizer's rule; one of its slots may serve as the importance.
     """
 
-    settings = (*SETTINGS, CLOCK)
     shared = SHARED
     counted = (CLOCK,)
     state_keys = ("importance",)

@@ -156,15 +156,15 @@ def stepping_of(owner: Owner) -> dict[Tensor, dict[str, Any]]:
         for param in group["params"] if group["isolation_ratio"] > 0 else ():
             if param.grad is None:
                 continue
-            name = name_of(param, owner.param_groups)
             if param.grad.is_sparse:
                 raise RuntimeError(
-                    f"{name} has a sparse gradient; importance needs dense ones. Give its group isolation_ratio=0"
+                    f"{name_of(param, owner.param_groups)} has a sparse gradient; importance needs dense ones. Give "
+                    "its group isolation_ratio=0"
                 )
             if param.is_meta:
                 raise RuntimeError(
-                    f"{name} is on the meta device and has no values; materialise the model first, by "
-                    'model.to_empty(device="cpu") for instance, and construct the optimizer then'
+                    f"{name_of(param, owner.param_groups)} is on the meta device and has no values; materialise the "
+                    'model first, by model.to_empty(device="cpu") for instance, and construct the optimizer then'
                 )
             stepping[param] = group
     return stepping

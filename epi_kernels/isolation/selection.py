@@ -181,7 +181,9 @@ class Selection(Following):
             entry = self.unpacked(state, param)
         new = taken(entry, param, {}, {})
         new["step"] = new_clock(new["step"], None, bool(group_of(param, owner.param_groups)["fused"]))
-        digest = digest_of(selected.positions) if is_dtensor(param) else None
+        digest = selected.digest  # of the positions of the whole parameter, of which a shard has a part
+        if is_dtensor(param) and not is_dtensor(place.param):
+            digest = digest_of(selected.positions)
         return _Selected(new[key_of(param)], param.shape, digest), new
 
     # Checkpoints -----------------------------------------------------------------------------------------------------

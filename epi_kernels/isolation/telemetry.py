@@ -100,11 +100,12 @@ class Record:
     def kept_where(self, due: Tensor, before: "Record | None") -> "Record":
         """Return this record if `due` is not 0, and else the record `before`; the device decides.
 
-        If `before` has the same layout, its tensors are written and it is returned. Otherwise this record is returned,
-        with step 0, which means no refresh, if `due` is 0.
+        If `before` has the same layout, and the same layer and budget for each row of counts, its tensors are written
+        and it is returned. Otherwise this record is returned, with step 0, which means no refresh, if `due` is 0.
         """
         assert isinstance(self.step, Tensor)
-        if before is None or before.layout != self.layout or not np.array_equal(before.layer_of, self.layer_of):
+        rows = [(of.layer_of.tolist(), of.budget_of.tolist()) for of in (self, before) if of is not None]
+        if before is None or before.layout != self.layout or rows[0] != rows[1]:
             return replace(self, step=self.step * (due != 0))
         for name in ("step", "ranges", "thresholds", "counts"):
             mine, theirs = getattr(self, name), getattr(before, name)

@@ -140,7 +140,7 @@ def release_gradients(model: torch.nn.Module, optimizer: FusedOptimizer) -> Grad
 
     Args:
         model: its parameters get the gradients.
-        optimizer: an `EPIAdamW`, `MaskedAdamW` or `SparseAdamW` of parameters of `model`.
+        optimizer: an `EPIAdamW`, `EPILion`, `MaskedAdamW` or `SparseAdamW` of parameters of `model`.
 
     Returns:
         The release; ``release.remove()`` ends it.
@@ -180,7 +180,8 @@ def _hooked(param: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
 def _check(model: torch.nn.Module, optimizer: FusedOptimizer) -> None:
     if not isinstance(optimizer, FusedOptimizer):
         raise TypeError(
-            f"{type(optimizer).__name__} cannot step a parameter alone; use EPIAdamW, MaskedAdamW or SparseAdamW"
+            f"{type(optimizer).__name__} cannot step a parameter alone; use EPIAdamW, EPILion, MaskedAdamW or "
+            "SparseAdamW"
         )
     if optimizer._released is not None:
         raise ValueError("the optimizer releases its gradients already; remove() that release first")

@@ -123,8 +123,8 @@ ADAMW = Rule(
     settings=("lr", "betas", "eps", "weight_decay", "amsgrad"),
     slots=(
         Slot("exp_avg"),
-        Slot("exp_avg_sq", nonnegative=True),
-        Slot("max_exp_avg_sq", nonnegative=True, option="amsgrad"),
+        Slot("exp_avg_sq"),
+        Slot("max_exp_avg_sq", option="amsgrad"),
     ),
     scalars=Scalars,
     update=update,

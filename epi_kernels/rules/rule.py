@@ -12,13 +12,11 @@ class Slot(NamedTuple):
 
     Attributes:
         name: the slot's key in an optimizer's state.
-        nonnegative: whether the values are never below 0, so that the sign bit is free.
         option: the flag in a parameter group that asks for the slot; None: every parameter has the slot. Optional slots
             come last, and a parameter has all optional slots of its rule or none.
     """
 
     name: str
-    nonnegative: bool = False
     option: str | None = None
 
     def wanted(self, group: Mapping[str, Any]) -> bool:
@@ -44,9 +42,9 @@ class Rule:
             the step). All tensors have one shape and one dtype, float32 or float64, and none is written. An optional
             slot that the parameter lacks is None, and stays None. With ``given=True`` the slot named by
             `importance_slot` already includes this step's gradient, and the rule uses that slot unchanged.
-        importance_slot: the slot that can serve as the importance of its parameter, or None. This slot is nonnegative,
-            and while it serves as the importance, its sign bits carry the lock. When it no longer serves, old lock bits
-            may be left: code that loads the slot clears them.
+        importance_slot: the slot that can serve as the importance of its parameter, or None. Its values are never
+            below 0, and while it serves as the importance, its sign bits carry the lock. When it no longer serves, old
+            lock bits may be left: code that loads the slot clears them.
     """
 
     name: str
