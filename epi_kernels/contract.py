@@ -118,7 +118,7 @@ def check_indices(params: Sequence[Tensor], indices: Sequence[Tensor], **states:
     accelerator would wait for it.
 
     Raises:
-        ValueError: lengths or shapes differ, or an index is out of range.
+        ValueError: lengths, shapes or devices differ, or an index is out of range.
         TypeError: indices are neither int64 nor int32.
     """
     if len(indices) != len(params):
@@ -137,11 +137,26 @@ def check_indices(params: Sequence[Tensor], indices: Sequence[Tensor], **states:
                     f"indices[{i}] goes from {first} to {last} but params[{i}] has {param.numel()} entries"
                 )
     for name, tensors in states.items():
+        for i, (param, tensor) in enumerate(zip(params, tensors, strict=False)):
+            if tensor is not None and tensor.device != param.device:
+                raise ValueError(f"{name}[{i}] is on {tensor.device} but params[{i}] is on {param.device}")
         shapes = [None if tensor is None else tuple(tensor.shape) for tensor in tensors]
         wanted = [tuple(chosen.shape) for chosen in indices]
         if len(shapes) != len(wanted) or any(s not in (None, w) for s, w in zip(shapes, wanted, strict=True)):
             raise ValueError(f"{name} has the shapes {shapes}; pass one value for each of the indices")
-    check_lists(**states)
+    if states:
+        check_lists(**states)
+
+
+def check_one_device(name: str, tensors: Sequence[Tensor], device: torch.device) -> None:
+    """Check that the tensors of a list are on one device, where a backend runs.
+
+    Raises:
+        ValueError: one is on another device; the message names its position and both devices.
+    """
+    for i, tensor in enumerate(tensors):
+        if tensor.device != device:
+            raise ValueError(f"{name}[{i}] is on {tensor.device}; pass it on {device}, or call once for each device")
 
 
 def check_one_dtype(**lists: Sequence[Tensor]) -> None:
@@ -183,8 +198,10 @@ def check_value(name: str, tensor: Tensor | None, device: torch.device) -> None:
         check_tensor(name, tensor, torch.float32, tensor.shape if tensor.numel() == 1 else (1,), device)
 
 
-def check_positions(name: str, positions: Sequence[int], count: int, of: str, length: int) -> None:
+def check_positions(name: str, positions: Sequence[int], count: int, of: str, length: int | None) -> None:
     """Check that each of `count` tensors has a position below `length`; `of` names what the positions are in.
+
+    With None as `length`, any position will do.
 
     Raises:
         ValueError: there are more or fewer positions than tensors, or one is out of range.
@@ -192,7 +209,7 @@ def check_positions(name: str, positions: Sequence[int], count: int, of: str, le
     if len(positions) != count:
         raise ValueError(f"{name} has {len(positions)} values for {count} tensors; pass one for each")
     for i, position in enumerate(positions):
-        if not 0 <= position < length:
+        if length is not None and not 0 <= position < length:
             raise ValueError(f"{name}[{i}] is {position}, and {of} has {length}; pass 0 to {length - 1}")
 
 
@@ -201,14 +218,11 @@ def check_rows(scalars: Tensor, rows: Sequence[int], count: int, width: int) -> 
 
     Raises:
         TypeError: the table is not float64.
-        ValueError: the shape is not [n, width], a tensor has no row in it, or it is not on the CPU.
+        ValueError: the shape is not [n, width], a tensor has no row in it, it is not on the CPU, or not contiguous.
     """
-    if scalars.dtype != torch.float64:
-        raise TypeError(f"scalars is {scalars.dtype}; pass torch.float64")
-    if scalars.device.type != "cpu":
-        raise ValueError(f"scalars is on {scalars.device}; pass it on cpu")
     if scalars.dim() != 2 or scalars.shape[1] != width:
         raise ValueError(f"scalars has shape {tuple(scalars.shape)}, not [n, {width}]")
+    check_tensor("scalars", scalars, torch.float64, scalars.shape, torch.device("cpu"))
     if len(rows) != count or not all(0 <= row < len(scalars) for row in rows):
         raise ValueError(
             f"rows is {list(rows)}; pass for each of {count} tensors one of {len(scalars)} rows of scalars"

@@ -62,10 +62,12 @@ class Sums:
 
     def add(self, grads: Mapping[str, Tensor]) -> None:
         """Add one gradient of some parameters."""
-        squares = [self.squares[name] for name in grads]
-        if squares[0].dtype == torch.float32:
-            sums = [self.sums[name] for name in grads] if self.sums else []
-            ops.gradient_sums_(sums, squares, list(grads.values()), self._backend)
+        if all(self.squares[name].dtype == torch.float32 for name in grads):
+            for device in dict.fromkeys(grad.device for grad in grads.values()):  # a model may be on several
+                here = {name: grad for name, grad in grads.items() if grad.device == device}
+                squares = [self.squares[name] for name in here]
+                sums = [self.sums[name] for name in here] if self.sums else []
+                ops.gradient_sums_(sums, squares, list(here.values()), self._backend)
             return
         for name, grad in grads.items():
             wide = grad.float()

@@ -13,6 +13,7 @@ from agreement import gradient, signed, step_arguments, step_lists
 from torch import Tensor
 
 from epi_kernels import ops
+from epi_kernels.rules import ADAMW
 
 Change = Callable[[dict[str, Any]], Any]
 
@@ -72,6 +73,10 @@ def gather_arguments() -> dict[str, Any]:
     }
 
 
+def sums_arguments() -> dict[str, Any]:
+    return {"sums": [torch.ones(5)], "square_sums": [torch.ones(5)], "grads": [gradient((5,))]}
+
+
 OPERATIONS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     "importance_": (ops.importance_, importance_arguments),
     "score_histogram": (ops.score_histogram, histogram_arguments),
@@ -79,6 +84,7 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] =
     "lock_": (ops.lock_, lock_arguments),
     "sweep_": (ops.sweep_, sweep_arguments),
     "gather_": (ops.gather_, gather_arguments),
+    "gradient_sums_": (ops.gradient_sums_, sums_arguments),
 }
 
 # operation -> its small tensors, and those of its numbers that are positions in one of them
@@ -126,8 +132,8 @@ def assert_refused(operation: str, arguments: dict[str, Any], backend: str, matc
         assert torch.equal(tensor.nan_to_num(), copy.nan_to_num())
 
 
-# what is no mistake: a threshold that no tensor asks for, digits of any number of values, and numbers that are copied
-RIGHT = {("thresholds", "longer"), ("counts", "longer"), ("counts", "shorter"), ("scalars", "not contiguous")}
+# what is no mistake: a threshold that no tensor asks for
+RIGHT = {("thresholds", "longer")}
 CASES = [
     (operation, name, wrong)
     for operation, names in TENSORS.items()
@@ -143,7 +149,67 @@ CASES = [
 def test_a_wrong_tensor_is_refused_and_nothing_is_written(operation: str, name: str, wrong: str, backend: str) -> None:
     arguments = OPERATIONS[operation][1]()
     arguments[name] = WRONG[wrong](arguments[name])
-    assert_refused(operation, arguments, backend, name)
+    assert_refused(operation, arguments, backend, f"{name}|bins" if name == "counts" else name)
+
+
+# operation -> its lists of tensors or numbers; without gradients a tensor's importance and its range stay
+LISTS = {
+    "importance_": ("importances", "grads", "layers"),
+    "score_histogram": ("importances", "layers", "budgets"),
+    "lock_": ("importances", "layers", "budgets"),
+    "sweep_": ("params", "grads", "slots", "locks", "rows", "lockable"),
+    "gather_": ("params", "grads", "indices", "slots", "rows"),
+    "gradient_sums_": ("square_sums", "grads"),
+}
+
+
+@pytest.mark.parametrize(
+    ("operation", "name"), [(o, n) for o, names in LISTS.items() for n in names], ids=lambda value: str(value)
+)
+def test_an_empty_list_in_the_place_of_one_that_is_needed_is_refused(operation: str, name: str, backend: str) -> None:
+    for changes in ({}, {"ranges": None}) if operation in ("score_histogram", "lock_") else ({},):
+        arguments = {**OPERATIONS[operation][1](), **changes, name: []}
+        assert_refused(operation, arguments, backend, "pass|lock_in")
+
+
+def test_tensors_on_two_devices_are_refused() -> None:
+    def lists(*devices: str) -> list[Tensor]:
+        return [torch.ones(2, device=device) for device in devices]
+
+    both = ("cpu", "meta")
+    for backend in ("auto", "reference"):
+        slots = {"exp_avg": lists(*both), "exp_avg_sq": lists(*both)}
+        with pytest.raises(ValueError, match=r"params\[1\] is on meta; pass it on cpu"):
+            ops.prepared_sweep(ADAMW, ops.Tensors(lists(*both), lists(*both), slots), "none", [False, False], backend)
+        indices = [torch.tensor([0, 1], device=device) for device in both]
+        with pytest.raises(ValueError, match=r"params\[1\] is on meta; pass it on cpu"):
+            ops.prepared_gather(ADAMW, ops.Tensors(lists(*both), lists(*both), slots), indices, backend)
+        elsewhere = {"exp_avg": lists("cpu"), "exp_avg_sq": lists("meta")}
+        with pytest.raises(ValueError, match=r"exp_avg_sq\[0\] is on meta but params\[0\] is on cpu"):
+            ops.prepared_gather(ADAMW, ops.Tensors(lists("cpu"), lists("cpu"), elsewhere), indices[:1], backend)
+        # past torch's dispatcher, which takes a meta tensor for a question about shapes
+        with pytest.raises(ValueError, match=r"grads\[1\] is on meta; pass it on cpu"):
+            ops.gradient_sums_._init_fn([], lists(*both), lists(*both), backend)
+
+
+@pytest.mark.parametrize(
+    ("operation", "name"),
+    [(o, n) for o, names in TENSORS.items() for n in names if n in ("grad_factor", "due", "found_inf")],
+    ids=lambda value: str(value),
+)
+def test_one_value_may_have_any_shape(operation: str, name: str, backend: str) -> None:
+    results = []
+    for shape in ((), (1,), (1, 1)):
+        torch.manual_seed(0)
+        call, make = OPERATIONS[operation]
+        arguments = make()
+        for key in arguments.keys() & {"params", "grads", "slots", "locks", "importances"}:
+            arguments[key] = [None if tensor is None else tensor.flatten()[0] for tensor in arguments[key]]
+        arguments[name] = arguments[name].reshape(shape)
+        result = call(**arguments, backend=backend)
+        results.append([tensor.flatten() for tensor in [*tensors_of(arguments), *tensors_of([result])]])
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
 
 
 @pytest.mark.parametrize(
@@ -165,9 +231,22 @@ def test_a_position_for_each_tensor(operation: str, name: str, backend: str) -> 
     assert_refused(operation, arguments, backend, name)
 
 
-@pytest.mark.parametrize(("bins", "shift"), [(4095, 19), (0, 19), (1 << 20, 0), (4096, -1), (4096, 31)])
+@pytest.mark.parametrize(
+    ("bins", "shift"),
+    [(4095, 19), (0, 19), (1, 19), (1 << 20, 0), (4096, -1), (4096, 20), (4096, 31), (2, 31), (4, 70)],
+)
 def test_digits_that_no_key_has_are_refused(bins: int, shift: int, backend: str) -> None:
     assert_refused("score_histogram", {**histogram_arguments(), "bins": bins, "shift": shift}, backend, "bins")
+    if bins <= 4096:
+        counts = torch.zeros(1, 2, bins, dtype=torch.int64)
+        assert_refused("select_digit_", {**digit_arguments(), "counts": counts, "shift": shift}, backend, "bins")
+
+
+def test_a_threshold_of_nan_locks_nothing(backend: str) -> None:
+    arguments = {**lock_arguments(), "thresholds": torch.tensor([torch.nan, 0.2])}
+    counts = ops.lock_(**arguments, backend=backend)
+    assert counts[0, 0] == 0 < counts[1, 0]
+    assert not arguments["importances"][0].signbit().any()
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

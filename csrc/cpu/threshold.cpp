@@ -83,9 +83,9 @@ void score_histogram(const epi_score_tensor& tensor, int64_t begin, int64_t end,
 }
 
 LockCounts lock(const epi_score_tensor& tensor, int64_t begin, int64_t end, float threshold) {
-    // a score of 0 is never locked, and no score is subnormal
+    // a score of 0 is never locked, and no score is subnormal; no score reaches NaN
     const float smallest = float_of(SMALLEST_NORMAL);
-    const uint32_t first = first_reaching(tensor, threshold > smallest ? threshold : smallest);
+    const uint32_t first = first_reaching(tensor, threshold < smallest ? smallest : threshold);
     LockCounts counts = {0, 0, 0};
     for (int64_t i = begin; i < end; i += BLOCK) {
         const int64_t size = end - i < BLOCK ? end - i : BLOCK;

@@ -13,7 +13,7 @@ from epi_kernels.contract import NEGLIGIBLE, SMALLEST_NORMAL, arithmetic_dtype
 
 def multiplied(grad: Tensor, factor: Tensor | None) -> Tensor:
     """Return factor * g, in float32 or wider; g itself without a factor."""
-    return grad if factor is None else grad.to(arithmetic_dtype(grad.dtype)) * factor
+    return grad if factor is None else grad.to(arithmetic_dtype(grad.dtype)) * factor.reshape(())
 
 
 def importance_average(importance: Tensor, grad: Tensor, beta: float, one_minus_beta: float) -> Tensor:

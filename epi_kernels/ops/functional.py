@@ -18,6 +18,7 @@ from epi_kernels.backends.support import Spec
 from epi_kernels.contract import (
     DIGITS,
     check_lists,
+    check_one_device,
     check_positions,
     check_tensor,
     check_value,
@@ -56,7 +57,7 @@ def prepared_importance(
         ValueError, TypeError, RuntimeError: as `importance_`.
     """
     check_lists(importances=importances, grads=grads)
-    _check_devices(importances, device)
+    check_one_device("importances", importances, device)
     check_tensor("betas", betas, torch.float64, (len(importances), 2), torch.device("cpu"))
     check_positions("layers", layers, len(importances), "ranges", layer_count)
     chosen = choose(Spec("importance_", dtypes_of(grads), dtypes_of(importances)), device, backend)
@@ -134,11 +135,13 @@ def gradient_sums_(
         backend: "auto" or the name of one.
 
     Raises:
-        ValueError: lists do not belong together, or the backend is unknown.
+        ValueError: lists do not belong together, their tensors are on several devices, or the backend is unknown.
+        TypeError: a tensor has a wrong dtype.
         RuntimeError: the backend cannot run on these tensors.
     """
     check_lists({"sums": sums}, square_sums=square_sums, grads=grads)
     if grads:
+        check_one_device("grads", grads, grads[0].device)
         states = dtypes_of(sums, square_sums)
         chosen = choose(Spec("gradient_sums_", dtypes_of(grads), states), grads[0].device, backend)
         chosen.module.gradient_sums_(sums, square_sums, grads)
@@ -215,8 +218,7 @@ def score_histogram(
     check_tensor("selection", selection, torch.int64, (len(selection), 2), device)
     layer_count = _rows_of(ranges, device)
     check_value("due", due, device)
-    if not (1 <= bins <= _MOST_BINS and bins & (bins - 1) == 0 and 0 <= shift < 31):
-        raise ValueError(f"bins is {bins} and shift {shift}; bins is a power of two up to {_MOST_BINS}, shift 0 to 30")
+    _check_digit(shift, bins)
     prepared = prepared_histogram(importances, layers, layer_count, budgets, len(selection), device, backend)
     return cast(Tensor, prepared.count(importances, ranges, selection, shift, bins, due))
 
@@ -265,12 +267,16 @@ def select_digit_(counts: Tensor, selection: Tensor, shift: int, backend: str) -
         infinity where k is 0.
 
     Raises:
-        ValueError, TypeError: `counts` or `selection` has another shape, layout, device or dtype.
+        ValueError: `counts` or `selection` has another shape, layout or device; `shift` and the bins do not describe a
+            digit of a key; or the backend is unknown.
+        TypeError: `counts` or `selection` has another dtype.
+        RuntimeError: the backend cannot run on the device.
     """
     check_tensor("selection", selection, torch.int64, (len(selection), 2), selection.device)
     if counts.dim() != 3:
         raise ValueError(f"counts has shape {tuple(counts.shape)}; pass [parts, budgets, bins]")
     parts, _, bins = counts.shape
+    _check_digit(shift, bins)
     check_tensor("counts", counts, torch.int64, (parts, len(selection), bins), selection.device)
     return prepared_digit(selection.device, backend)(counts, selection, shift)
 
@@ -355,10 +361,13 @@ def _(
     return torch.empty(len(importances), 3, dtype=torch.int64, device=thresholds.device)
 
 
-def _check_devices(importances: Sequence[Tensor], device: torch.device) -> None:
-    for i, importance in enumerate(importances):
-        if importance.device != device:
-            raise ValueError(f"importances[{i}] is on {importance.device}, and the numbers beside it on {device}")
+def _check_digit(shift: int, bins: int) -> None:
+    """Check that a key of 31 bits has a digit of `bins` values above its lowest `shift` bits."""
+    if not (2 <= bins <= _MOST_BINS and bins & (bins - 1) == 0 and 0 <= shift <= 32 - bins.bit_length()):
+        raise ValueError(
+            f"bins is {bins} and shift {shift}; bins is a power of two from 2 to {_MOST_BINS}, and the digit lies "
+            "within the 31 bits of a key"
+        )
 
 
 def _rows_of(ranges: Tensor | None, device: torch.device) -> int | None:
@@ -380,9 +389,8 @@ def _check_scored(
 ) -> None:
     """Check what the histogram and the lock have in common; `of_budgets` has a row for each budget."""
     check_lists(importances=importances)
-    _check_devices(importances, device)
-    if layer_count is not None:
-        check_positions("layers", layers, len(importances), "ranges", layer_count)
+    check_one_device("importances", importances, device)
+    check_positions("layers", layers, len(importances), "ranges", layer_count)
     check_positions("budgets", budgets, len(importances), of_budgets, budget_count)
 
 

@@ -15,6 +15,7 @@ from epi_kernels.backends.support import Spec
 from epi_kernels.contract import (
     check_indices,
     check_lists,
+    check_one_device,
     check_one_dtype,
     check_rows,
     check_tensor,
@@ -55,6 +56,7 @@ def prepared_sweep(rule: Rule, tensors: Tensors, lock_in: str, lockable: Sequenc
     _check_locks(rule, locks, lock_in, lockable, len(params))
     if not params:
         return None
+    check_one_device("params", params, params[0].device)
     states = dtypes_of(*tensors.slots.values(), [] if lock_in == "static" else locks)
     chosen = choose(Spec("sweep_", dtypes_of(params, grads), states), params[0].device, backend)
     where = "slot" if lock_in == rule.importance_slot else lock_in
@@ -157,6 +159,7 @@ def prepared_gather(rule: Rule, tensors: Tensors, indices: Sequence[Tensor], bac
     check_indices(params, indices, **tensors.slots)
     if not params:
         return None
+    check_one_device("params", params, params[0].device)
     states = dtypes_of(*tensors.slots.values())
     chosen = choose(Spec("gather_", dtypes_of(params, grads), states), params[0].device, backend)
     return chosen.module.Gather(rule, tensors, indices)

@@ -77,7 +77,7 @@ class Table:
         if due is None:
             return self._there
         rows = self._there.clone()
-        rows[:, self._columns["size"]] *= (due != 0).to(rows.dtype)
+        rows[:, self._columns["size"]] *= (due != 0).to(rows.dtype).reshape(())
         return rows
 
 

@@ -46,7 +46,7 @@ class Sweep:
             self._point(tensors, flat)
             grads = flat.read[0]  # type: ignore[assignment]
         table["grad"] = list(map(_address, grads))
-        values = scalars.float().numpy()
+        values = scalars.to(torch.float32, copy=True).numpy()
         if grad_factor is not None:
             values[:, 0] *= grad_factor.item()  # the gradient's sign, a factor of the gradient wherever it is used
         table["scalars"][:, : values.shape[1]] = values if len(values) == 1 else values[rows]
