@@ -800,7 +800,6 @@ class Case:
             if self.sparse and not torch.equal(masks[j], self.masks_of(self.ours, j)):
                 self.finding(f"{names[j]}, which required no gradient, has lost its selection")
             self.twin.optimizer.state.pop(q, None)
-            getattr(self.twin.optimizer, "_importances", {}).pop(q, None)
             if self.sparse:
                 state = {k: whole(v).clone() for k, v in self.ours.optimizer.state[p].items()}
                 state["indices"] = state.pop("trainable", state.get("indices"))  # of a DTensor's shard

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.optim.lbfgs import LBFGS
 from torch.optim.optimizer import Optimizer
 
-from epi_kernels import ops
 from epi_kernels.backends import registry
 from epi_kernels.distributed import given, local, local_gradient
 from epi_kernels.engine.checkpoint import check_form, in_our_order, pairs_of
@@ -22,6 +21,7 @@ from epi_kernels.engine.complex import squared_by_importance
 from epi_kernels.engine.groups import params_of
 from epi_kernels.engine.optimizer import FusedOptimizer
 from epi_kernels.engine.settings import check_shared, check_written, plain_settings
+from epi_kernels.isolation.advance import Advance
 from epi_kernels.isolation.based import as_before, checked_entries, clock_of, in_torchs_form, own_form
 from epi_kernels.isolation.guest import Guest, stepping_of
 from epi_kernels.isolation.isolating import Isolating
@@ -112,7 +112,7 @@ class IsolatedOptimizer(Isolating, Optimizer):
         self._settings = plain_settings(self._settings)
         self._backend, self._process_group = backend, process_group
         self._method = Isolation(layers)
-        self._guest, self._entries = Guest(), Protected()
+        self._guest, self._entries, self._advances = Guest(), Protected(), Advance()
         self._own_state: defaultdict[Tensor, Any] = defaultdict(dict)
         # torch's constructor makes the hooks; the groups, state and defaults that it assigns are dropped, since they
         # are the base's, and there is no base yet
@@ -334,17 +334,11 @@ class IsolatedOptimizer(Isolating, Optimizer):
             if self._backend == "auto" and any(param.dtype in DTYPES for param in here):
                 registry.say_if_slow(device)
             signed = [self.state[param]["importance"] for param in here]
-            betas = [stepping[param]["importance_beta"] for param in here]
-            ops.importance_(
+            self._advances.step_(
                 [local(one) for one in signed],
                 [squared_by_importance(local_gradient(param)) for param in here],
-                torch.zeros(1, 2, dtype=torch.float32, device=device),  # a range is needed only at a refresh
+                [stepping[param]["importance_beta"] for param in here],
                 self._isolation.nonfinite.counter(here),
-                torch.tensor([(beta, 1.0 - beta) for beta in betas], dtype=torch.float64, device="cpu"),
-                [0] * len(here),
-                True,
-                None,
-                None,
                 self._backend,
             )
             for param, one in zip(here, signed, strict=True):
@@ -462,6 +456,7 @@ class IsolatedOptimizer(Isolating, Optimizer):
         copied = state.pop("_copied", {})
         super().__setstate__(state)
         self._method = copy.copy(self._method)  # a shallow copy would share it with the original
+        self._advances = Advance()
         for param, signed in copied.items():
             self._guest.put(self, param, signed)
         self._isolation.iteration.parameters = len(params_of(self.param_groups))

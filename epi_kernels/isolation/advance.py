@@ -1,0 +1,45 @@
+"""The advance of importances in a step whose update is not ours."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from epi_kernels import ops
+from epi_kernels.engine.plan import form_of
+
+
+class Advance:
+    """EPI Eq. 5, ``S <- beta S + (1 - beta) g^2``, prepared once on each device and anew where anything has changed."""
+
+    def __init__(self) -> None:
+        self._prepared: dict[torch.device, tuple[list[object], Any]] = {}  # what it was made from, and the object
+
+    def step_(
+        self, signed: list[Tensor], grads: list[Tensor], betas: Sequence[float], nonfinite: Tensor, backend: str
+    ) -> None:
+        """Advance the importances of some parameters on one device.
+
+        Args:
+            signed: the signed S of each parameter, float32; written, except the sign bits.
+            grads: real gradients of the same shapes; read.
+            betas: the smoothing of each S.
+            nonfinite: int64, one value for each parameter; the number of entries whose g^2 was NaN or infinite is
+                added.
+            backend: "auto" or the name of one.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: as `epi_kernels.ops.importance_`.
+        """
+        device = nonfinite.device
+        seen = [list(betas), list(map(Tensor.data_ptr, signed)), *form_of(signed), *form_of(grads), backend]
+        if device not in self._prepared or self._prepared[device][0] != seen:
+            pairs = torch.tensor([(beta, 1.0 - beta) for beta in betas], dtype=torch.float64, device="cpu")
+            layers = [0] * len(signed)
+            made = ops.prepared_importance(signed, grads, pairs, layers, 1, True, device, backend)
+            self._prepared[device] = seen, made
+        ranges = torch.zeros(1, 2, dtype=torch.float32, device=device)  # a range is needed only at a refresh
+        self._prepared[device][1].advance_(signed, grads, ranges, nonfinite, None, None)
+        increment_version(signed)
