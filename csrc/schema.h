@@ -4,16 +4,17 @@
 
 #include <stdint.h>
 
-#define EPI_VERSION 91234966
+#define EPI_VERSION 1297270949
 
 #define EPI_SLOTS 3
-#define EPI_SCALARS 11
+#define EPI_SCALARS 12
 #define EPI_CHUNK_BITS 40
 
 enum epi_dtype {
     EPI_FLOAT32,
     EPI_BFLOAT16,
     EPI_FLOAT16,
+    EPI_BLOCK8,
 };
 
 enum epi_lock_in {
@@ -33,6 +34,7 @@ typedef struct {
     float sign;
     float importance_beta;
     float one_minus_importance_beta;
+    float step;
 } epi_sweep_scalars;
 
 /* Of a rule: the positions of its slots; how many there are, and how many of them every parameter has; the
@@ -84,14 +86,38 @@ typedef struct {
     const void* grad;
     /* of the rule, written; NULL: an optional one that is not there */
     void* slots[EPI_SLOTS];
-    /* signed float importance, written; with EPI_LOCK_STATIC int8, read; else NULL */
+    /* signed importance, written; with EPI_LOCK_STATIC int8, read; else NULL */
     void* lock;
+    /* of a slot in blocks of 8 bits, written; else NULL */
+    float* scales[EPI_SLOTS];
+    /* of an importance in blocks of 8 bits, written; else NULL */
+    float* lock_scales;
+    /* of a bfloat16 parameter whose weight has more bits, written; else NULL */
+    void* rest;
+    /* of the noise */
+    int64_t key;
+    /* offset of the first entry in the whole tensor */
+    int64_t first;
+    /* entries that lie side by side in the whole tensor; 0: all is rounded to nearest */
+    int64_t run;
+    /* entries of the whole tensor between two runs */
+    int64_t gap;
+    /* entries of a row, whose blocks share scales; at least 1 */
+    int64_t row;
     /* result: entries whose squared gradient is NaN or infinite */
     int64_t nonfinite;
     /* enum epi_dtype */
     int32_t param_dtype;
     /* enum epi_dtype */
     int32_t grad_dtype;
+    /* enum epi_dtype of each slot */
+    int32_t slot_dtypes[EPI_SLOTS];
+    /* enum epi_dtype of an importance */
+    int32_t lock_dtype;
+    /* of an entry of the rest: 16 or 8 */
+    int32_t rest_bits;
+    /* 1: round the parameter stochastically */
+    int32_t stochastic;
     /* enum epi_lock_in */
     int32_t lock_in;
     /* epi_sweep_scalars, then the rule's */
@@ -109,10 +135,28 @@ typedef struct {
     const void* grad_offsets;
     /* of the rule, [size] each, written */
     void* slots[EPI_SLOTS];
+    /* [size], of a bfloat16 parameter whose weight has more bits, written; else NULL */
+    void* rest;
+    /* of the selected entries in row-major order, for the noise */
+    const void* positions;
+    /* of the noise */
+    int64_t key;
+    /* offset of the first entry in the whole tensor */
+    int64_t first;
+    /* entries that lie side by side in the whole tensor; 0: all is rounded to nearest */
+    int64_t run;
+    /* entries of the whole tensor between two runs */
+    int64_t gap;
     /* enum epi_dtype */
     int32_t param_dtype;
     /* enum epi_dtype */
     int32_t grad_dtype;
+    /* enum epi_dtype of each slot */
+    int32_t slot_dtypes[EPI_SLOTS];
+    /* of an entry of the rest: 16 or 8 */
+    int32_t rest_bits;
+    /* 1: round the parameter stochastically */
+    int32_t stochastic;
     /* 1: int64, 0: int32 */
     int32_t wide_offsets;
     /* epi_sweep_scalars, then the rule's */
@@ -123,16 +167,32 @@ typedef struct {
     /* entries */
     int64_t size;
     /* signed; written where there is a gradient */
-    float* importance;
+    void* importance;
     /* NULL: the range alone */
     const void* grad;
+    /* of an importance in blocks of 8 bits; else NULL */
+    float* scales;
+    /* of the noise */
+    int64_t key;
+    /* offset of the first entry in the whole tensor */
+    int64_t first;
+    /* entries that lie side by side in the whole tensor; 0: all is rounded to nearest */
+    int64_t run;
+    /* entries of the whole tensor between two runs */
+    int64_t gap;
+    /* entries of a row, whose blocks share scales; at least 1 */
+    int64_t row;
     /* result: entries whose squared gradient is NaN or infinite */
     int64_t nonfinite;
     /* enum epi_dtype */
     int32_t grad_dtype;
+    /* enum epi_dtype */
+    int32_t importance_dtype;
     int32_t layer;
     float beta;
     float one_minus_beta;
+    /* the parameter's clock, for the noise */
+    float step;
 } epi_importance_tensor;
 
 typedef struct {
@@ -151,7 +211,11 @@ typedef struct {
     /* entries */
     int64_t size;
     /* signed; sign bits written by epi_lock */
-    float* importance;
+    void* importance;
+    /* of an importance in blocks of 8 bits; else NULL */
+    const float* scales;
+    /* entries of a row, whose blocks share scales; at least 1 */
+    int64_t row;
     /* results of epi_lock */
     int64_t locked;
     int64_t newly_locked;
@@ -162,6 +226,8 @@ typedef struct {
     /* 0: the score is S itself */
     int32_t normalized;
     int32_t budget;
+    /* enum epi_dtype */
+    int32_t importance_dtype;
 } epi_score_tensor;
 
 /* A row of a device's table of scores. */
@@ -169,8 +235,11 @@ typedef struct {
 typedef struct {
     int64_t size;
     int64_t importance;
+    int64_t scales;
+    int64_t row;
     int64_t layer;
     int64_t budget;
+    int64_t importance_dtype;
     int64_t aligned;
 } epi_score_row;
 

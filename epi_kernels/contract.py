@@ -11,8 +11,9 @@ from torch import Tensor
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-# the dtypes of tensors in an operation; int8 is that of a static lock
-_DTYPES = frozenset({*FLOATING, torch.int8})
+# the dtypes of tensors in an operation; int8 is that of a static lock and of 8 bits of a rest, int16 that of 16 bits of
+# a rest, and uint8 that of codes in blocks
+_DTYPES = frozenset({*FLOATING, torch.int8, torch.int16, torch.uint8})
 
 # A score is a non-negative float32, so its bits, read as an integer, order as its value does. The 31 bits below the
 # sign are cut into digits, highest first; the first one alone has 16 bins for each factor of two (see `threshold`).

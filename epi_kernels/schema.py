@@ -20,6 +20,7 @@ class SweepScalars(NamedTuple):
     sign: float  # of the gradient: -1 maximizes
     importance_beta: float
     one_minus_importance_beta: float
+    step: float  # the parameter's clock, on which the noise of stochastic rounding depends
 
 
 def width_of(rule: Rule) -> int:
@@ -28,7 +29,7 @@ def width_of(rule: Rule) -> int:
 
 
 # raised when a function of csrc/epi_native.h or csrc/epi_cuda.h changes
-_INTERFACE = 5
+_INTERFACE = 6
 
 # where the lock bit of a tensor is; the position in this tuple is the number in compiled code
 LOCK_IN = ("none", "importance", "slot", "static")
@@ -107,6 +108,21 @@ _GRAD_DTYPE = Field("grad_dtype", "int32_t", _BOTH, "enum epi_dtype")
 _SLOTS = Field(
     "slots", "void*", _BOTH, "of the rule, written; NULL: an optional one that is not there", ("EPI_SLOTS", SLOTS)
 )
+_SCALES = Field("scales", "float*", _BOTH, "of a slot in blocks of 8 bits, written; else NULL", ("EPI_SLOTS", SLOTS))
+_SLOT_DTYPES = Field("slot_dtypes", "int32_t", _HOST, "enum epi_dtype of each slot", ("EPI_SLOTS", SLOTS))
+_REST = Field("rest", "void*", _BOTH, "of a bfloat16 parameter whose weight has more bits, written; else NULL")
+_REST_BITS = Field("rest_bits", "int32_t", _HOST, "of an entry of the rest: 16 or 8")
+_STOCHASTIC = Field("stochastic", "int32_t", _HOST, "1: round the parameter stochastically")
+# where the entries lie in the whole tensor: see `epi_kernels.storage.noise.Place`
+_PLACE = (
+    Field("key", "int64_t", _BOTH, "of the noise"),
+    Field("first", "int64_t", _BOTH, "offset of the first entry in the whole tensor"),
+    Field("run", "int64_t", _BOTH, "entries that lie side by side in the whole tensor; 0: all is rounded to nearest"),
+    Field("gap", "int64_t", _BOTH, "entries of the whole tensor between two runs"),
+)
+_ROW = Field("row", "int64_t", _BOTH, "entries of a row, whose blocks share scales; at least 1")
+_IMPORTANCE_SCALES = Field("scales", "float*", _BOTH, "of an importance in blocks of 8 bits; else NULL")
+_IMPORTANCE_DTYPE = Field("importance_dtype", "int32_t", _BOTH, "enum epi_dtype")
 _SCALARS = (
     Field("scalars", "int64_t", _DEVICE, "row of the scalars"),
     Field("scalars", "float", _HOST, "epi_sweep_scalars, then the rule's", ("EPI_SCALARS", SCALARS)),
@@ -119,10 +135,19 @@ SWEEP = Row(
     Field("grad", "const void*", _BOTH),
     _SLOTS,
     # on a device any number but 0 says that the tensor has a lock, wherever its lock bits are
-    Field("lock", "void*", _BOTH, "signed float importance, written; with EPI_LOCK_STATIC int8, read; else NULL"),
+    Field("lock", "void*", _BOTH, "signed importance, written; with EPI_LOCK_STATIC int8, read; else NULL"),
+    _SCALES,
+    Field("lock_scales", "float*", _BOTH, "of an importance in blocks of 8 bits, written; else NULL"),
+    _REST,
+    *_PLACE,
+    _ROW,
     _NONFINITE,
     Field("param_dtype", "int32_t", _HOST, "enum epi_dtype"),
     _GRAD_DTYPE._replace(where=_HOST),
+    _SLOT_DTYPES,
+    Field("lock_dtype", "int32_t", _HOST, "enum epi_dtype of an importance"),
+    _REST_BITS,
+    _STOCHASTIC,
     Field("lock_in", "int32_t", _HOST, "enum epi_lock_in"),
     *_SCALARS,
     _ALIGNED,
@@ -136,8 +161,14 @@ GATHER = Row(
     Field("param_offsets", "const void*", _BOTH, "of the selected entries from `param`, in entries; distinct"),
     Field("grad_offsets", "const void*", _BOTH),
     _SLOTS._replace(meaning="of the rule, [size] each, written"),
+    _REST._replace(meaning="[size], of a bfloat16 parameter whose weight has more bits, written; else NULL"),
+    Field("positions", "const void*", _BOTH, "of the selected entries in row-major order, for the noise"),
+    *_PLACE,
     Field("param_dtype", "int32_t", _HOST, "enum epi_dtype"),
     _GRAD_DTYPE._replace(where=_HOST),
+    _SLOT_DTYPES,
+    _REST_BITS,
+    _STOCHASTIC,
     Field("wide_offsets", "int32_t", _HOST, "1: int64, 0: int32"),
     *_SCALARS,
 )
@@ -145,13 +176,18 @@ GATHER = Row(
 IMPORTANCE = Row(
     "importance",
     _SIZE,
-    Field("importance", "float*", _BOTH, "signed; written where there is a gradient"),
+    Field("importance", "void*", _BOTH, "signed; written where there is a gradient"),
     Field("grad", "const void*", _BOTH, "NULL: the range alone"),
+    _IMPORTANCE_SCALES,
+    *_PLACE,
+    _ROW,
     _NONFINITE,
     _GRAD_DTYPE,
+    _IMPORTANCE_DTYPE,
     Field("layer", "int32_t", _BOTH),
     Field("beta", "float", _HOST),
     Field("one_minus_beta", "float", _HOST),
+    Field("step", "float", _HOST, "the parameter's clock, for the noise"),
     _ALIGNED,
 )
 
@@ -168,7 +204,9 @@ SUMS = Row(
 SCORE = Row(
     "score",
     _SIZE,
-    Field("importance", "float*", _BOTH, "signed; sign bits written by epi_lock"),
+    Field("importance", "void*", _BOTH, "signed; sign bits written by epi_lock"),
+    _IMPORTANCE_SCALES._replace(ctype="const float*"),
+    _ROW,
     Field("locked", "int64_t", _HOST, "results of epi_lock"),
     Field("newly_locked", "int64_t", _HOST),
     Field("released", "int64_t", _HOST),
@@ -177,6 +215,7 @@ SCORE = Row(
     Field("normalized", "int32_t", _HOST, "0: the score is S itself"),
     Field("layer", "int64_t", _DEVICE),
     Field("budget", "int32_t", _BOTH),
+    _IMPORTANCE_DTYPE,
     _ALIGNED,
 )
 

@@ -13,7 +13,7 @@ from epi_kernels.backends import library, nvidia
 from epi_kernels.backends.support import FLOAT32, Spec, Support
 from epi_kernels.backends.target import Target
 from epi_kernels.schema import VERSION
-from epi_kernels.storage import DTYPES
+from epi_kernels.storage import VALUES
 
 # only the histogram, which Triton cannot keep in shared memory
 OPERATIONS = ("score_histogram",)
@@ -38,7 +38,7 @@ def supports(spec: Spec, target: Target) -> Support:
         return Support.no(f"it has no {spec.operation}")
     loaded = load()
     library_there = Support.unless(loaded if isinstance(loaded, str) else "")
-    return spec.within(DTYPES.keys(), FLOAT32) and nvidia.runs_on(target) and library_there
+    return spec.within(VALUES, FLOAT32) and nvidia.runs_on(target) and library_there
 
 
 @functools.cache

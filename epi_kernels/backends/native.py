@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from epi_kernels.backends import library
-from epi_kernels.backends.support import FLOAT32, Spec, Support
+from epi_kernels.backends.support import Spec, Support
 from epi_kernels.backends.target import Target
 from epi_kernels.schema import VERSION
-from epi_kernels.storage import DTYPES
+from epi_kernels.storage import CODES, STATES, VALUES
 
 _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
@@ -33,7 +33,7 @@ _FUNCTIONS = {
 
 def supports(spec: Spec, target: Target) -> Support:
     """Return whether the library runs what `spec` says on `target`."""
-    return spec.within(DTYPES.keys(), FLOAT32) and _runs_on(target) and Support.unless(obstacle())
+    return spec.within(VALUES, STATES) and _runs_on(target) and Support.unless(obstacle())
 
 
 def _runs_on(target: Target) -> Support:
@@ -92,7 +92,7 @@ def table_of(struct: "np.dtype[Any]", **columns: Sequence[Tensor | None]) -> "np
         if tensors:
             table[name] = addresses(tensors)
             if f"{name}_dtype" in struct.fields:  # type: ignore[operator]
-                table[f"{name}_dtype"] = [0 if tensor is None else DTYPES[tensor.dtype] for tensor in tensors]
+                table[f"{name}_dtype"] = [0 if tensor is None else CODES[tensor.dtype] for tensor in tensors]
     return table
 
 

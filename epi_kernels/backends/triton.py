@@ -4,14 +4,14 @@ import importlib.util
 import os
 
 from epi_kernels.backends import nvidia
-from epi_kernels.backends.support import FLOAT32, Spec, Support
+from epi_kernels.backends.support import Spec, Support
 from epi_kernels.backends.target import Target
-from epi_kernels.storage import DTYPES
+from epi_kernels.storage import STATES, VALUES
 
 
 def supports(spec: Spec, target: Target) -> Support:
     """Return whether the kernels run what `spec` says on `target`."""
-    return spec.within(DTYPES.keys(), FLOAT32) and _runs_on(target) and _installed()
+    return spec.within(VALUES, STATES) and _runs_on(target) and _installed()
 
 
 def interpreted() -> bool:

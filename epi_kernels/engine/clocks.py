@@ -168,13 +168,13 @@ def scalars_of(rule: Rule, group: dict[str, Any], step: Any) -> tuple[Any, ...]:
         >>> from epi_kernels.rules import ADAMW
         >>> group = {"lr": 0.5, "betas": (0.5, 0.75), "eps": 0.0, "weight_decay": 0.0, "maximize": False}
         >>> scalars_of(ADAMW, group, 1)
-        (1.0, 0.0, 1.0, 1.0, 0.5, 0.5, 0.75, 0.25, 1.0, 0.5, 0.0)
+        (1.0, 0.0, 1.0, 1, 1.0, 0.5, 0.5, 0.75, 0.25, 1.0, 0.5, 0.0)
     """
     in_slot = rule.importance_slot is not None and group.get("importance") == rule.importance_slot
     beta = group["betas"][1] if in_slot else group.get("importance_beta", 0.0)
     if not isinstance(step, Tensor):
         beta = float(beta)
-    own = SweepScalars(-1.0 if group["maximize"] else 1.0, beta, 1.0 - beta)
+    own = SweepScalars(-1.0 if group["maximize"] else 1.0, beta, 1.0 - beta, step)
     return (*own, *rule.scalars.of(group, step))
 
 

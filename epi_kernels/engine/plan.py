@@ -29,7 +29,7 @@ from epi_kernels.engine.releases import releases_of
 from epi_kernels.engine.state import moment_dtypes, new_clock
 from epi_kernels.notices import warn
 from epi_kernels.rules import Rule
-from epi_kernels.storage import DTYPES
+from epi_kernels.storage import VALUES
 
 _NOTHING: dict[str, Any] = {}
 
@@ -336,7 +336,7 @@ class Planner:
     def _say_what_is_slow(self, owner: Owner, params: Iterable[Tensor]) -> None:
         """Warn where "auto" takes the reference backend for parameters that have a faster one on a usual machine."""
         for param in params if owner._backend == "auto" else ():
-            if param.dtype not in DTYPES:
+            if param.dtype not in VALUES:
                 continue
             registry.say_if_slow(param.device)
             moments = moment_dtypes(self.rule, owner.state.get(param, _NOTHING))

@@ -23,8 +23,10 @@ from epi_kernels.contract import (
     check_tensor,
     check_value,
 )
+from epi_kernels.ops.storages import check_scales
 from epi_kernels.ops.table import on_device
 from epi_kernels.ops.tensors import dtypes_of
+from epi_kernels.storage.noise import Place
 
 # the most bins of a histogram: a digit has at most this many values
 _MOST_BINS = max(bins for _, bins in DIGITS)
@@ -39,19 +41,24 @@ def prepared_importance(
     keep_finite: bool,
     device: torch.device,
     backend: str,
+    scales: Sequence[Tensor | None] = (),
+    places: Sequence[Place] = (),
 ) -> Any:
     """Return a backend's `importance_` of these tensors, with all prepared that stays the same from call to call.
 
     The returned object keeps no tensor of the lists. Its one function takes the lists again on each call::
 
-        advance_(importances, grads, ranges, nonfinite, grad_factor, due)
+        advance_(importances, grads, ranges, nonfinite, grad_factor, due, scales, steps)
 
     Those tensors must have the same shapes, strides, dtypes and devices as the tensors given here, gradients must be
     missing in the same places, and all but the gradients must lie at the same addresses. That is not checked again. The
     caller tells autograd what was written.
 
     The arguments are those of `importance_`; `layer_count` is the number of rows of `ranges`, and `device` is the
-    device of all tensors except `betas`.
+    device of all tensors except `betas`. Importances may also be bfloat16, or in blocks of 8 bits, uint8: `scales` are
+    then theirs, written, and None for the others. With `places`, where the entries of each tensor lie in the whole
+    tensor, such importances are rounded stochastically; `steps` are then the parameters' clocks, float32 [tensors] on
+    `device`. Without, bfloat16 is rounded to nearest.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `importance_`.
@@ -60,8 +67,11 @@ def prepared_importance(
     check_one_device("importances", importances, device)
     check_tensor("betas", betas, torch.float64, (len(importances), 2), torch.device("cpu"))
     check_positions("layers", layers, len(importances), "ranges", layer_count)
+    check_scales("importances", importances, scales)
+    if not places and torch.uint8 in dtypes_of(importances):
+        raise ValueError("places is empty, and importances are rounded stochastically; pass the place of each tensor")
     chosen = choose(Spec("importance_", dtypes_of(grads), dtypes_of(importances)), device, backend)
-    return chosen.module.Importance(importances, grads, betas, layers, keep_finite, device)
+    return chosen.module.Importance(importances, grads, betas, layers, keep_finite, device, scales, places)
 
 
 @torch.library.custom_op("epi_kernels::importance_", mutates_args=("importances", "ranges", "nonfinite"))
@@ -112,7 +122,7 @@ def importance_(
     check_value("grad_factor", grad_factor, device)
     check_value("due", due, device)
     prepared = prepared_importance(importances, grads, betas, layers, len(ranges), keep_finite, device, backend)
-    prepared.advance_(importances, grads, ranges, nonfinite, grad_factor, due)
+    prepared.advance_(importances, grads, ranges, nonfinite, grad_factor, due, (), None)
 
 
 importance_.register_fake(lambda *_: None)
@@ -158,23 +168,25 @@ def prepared_histogram(
     budget_count: int,
     device: torch.device,
     backend: str,
+    scales: Sequence[Tensor | None] = (),
 ) -> Any:
     """Return a backend's `score_histogram` of these tensors, with all prepared that stays the same between calls.
 
     The returned object keeps no tensor of the list. Its one function takes the list again, under the conditions of
     `prepared_importance`::
 
-        count(importances, ranges, selection, shift, bins, due) -> counts
+        count(importances, ranges, selection, shift, bins, due, scales) -> counts
 
     The arguments are those of `score_histogram`; `layer_count` is the number of rows of `ranges` (None without ranges),
-    `budget_count` the number of rows of `selection`, and `device` the device of all tensors.
+    `budget_count` the number of rows of `selection`, and `device` the device of all tensors. Importances and `scales`
+    are as in `prepared_importance`.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `score_histogram`.
     """
-    _check_scored(importances, layers, layer_count, budgets, "selection", budget_count, device)
+    _check_scored(importances, scales, layers, layer_count, budgets, "selection", budget_count, device)
     chosen = choose(Spec("score_histogram", states=dtypes_of(importances)), device, backend)
-    return chosen.module.Histogram(importances, layers, budgets, device)
+    return chosen.module.Histogram(importances, layers, budgets, device, scales)
 
 
 @torch.library.custom_op("epi_kernels::score_histogram", mutates_args=())
@@ -220,7 +232,7 @@ def score_histogram(
     check_value("due", due, device)
     _check_digit(shift, bins)
     prepared = prepared_histogram(importances, layers, layer_count, budgets, len(selection), device, backend)
-    return cast(Tensor, prepared.count(importances, ranges, selection, shift, bins, due))
+    return cast(Tensor, prepared.count(importances, ranges, selection, shift, bins, due, ()))
 
 
 @score_histogram.register_fake
@@ -294,23 +306,25 @@ def prepared_lock(
     budget_count: int,
     device: torch.device,
     backend: str,
+    scales: Sequence[Tensor | None] = (),
 ) -> Any:
     """Return a backend's `lock_` of these tensors, with all prepared that stays the same from call to call.
 
     The returned object keeps no tensor of the list. Its one function takes the list again, under the conditions of
     `prepared_importance`::
 
-        lock_(importances, ranges, thresholds, due) -> counts
+        lock_(importances, ranges, thresholds, due, scales) -> counts
 
     The arguments are those of `lock_`; `layer_count` is the number of rows of `ranges` (None without ranges),
-    `budget_count` the number of thresholds, and `device` the device of all tensors.
+    `budget_count` the number of thresholds, and `device` the device of all tensors. Importances and `scales` are as in
+    `prepared_importance`; scales are read.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `lock_`.
     """
-    _check_scored(importances, layers, layer_count, budgets, "thresholds", budget_count, device)
+    _check_scored(importances, scales, layers, layer_count, budgets, "thresholds", budget_count, device)
     chosen = choose(Spec("lock_", states=dtypes_of(importances)), device, backend)
-    return chosen.module.Lock(importances, layers, budgets, device)
+    return chosen.module.Lock(importances, layers, budgets, device, scales)
 
 
 @torch.library.custom_op("epi_kernels::lock_", mutates_args=("importances",))
@@ -345,7 +359,7 @@ def lock_(
     layer_count = _rows_of(ranges, device)
     check_value("due", due, device)
     prepared = prepared_lock(importances, layers, layer_count, budgets, len(thresholds), device, backend)
-    return cast(Tensor, prepared.lock_(importances, ranges, thresholds, due))
+    return cast(Tensor, prepared.lock_(importances, ranges, thresholds, due, ()))
 
 
 @lock_.register_fake
@@ -380,6 +394,7 @@ def _rows_of(ranges: Tensor | None, device: torch.device) -> int | None:
 
 def _check_scored(
     importances: Sequence[Tensor],
+    scales: Sequence[Tensor | None],
     layers: Sequence[int],
     layer_count: int | None,
     budgets: Sequence[int],
@@ -389,6 +404,7 @@ def _check_scored(
 ) -> None:
     """Check what the histogram and the lock have in common; `of_budgets` has a row for each budget."""
     check_lists(importances=importances)
+    check_scales("importances", importances, scales)
     check_one_device("importances", importances, device)
     check_positions("layers", layers, len(importances), "ranges", layer_count)
     check_positions("budgets", budgets, len(importances), of_budgets, budget_count)

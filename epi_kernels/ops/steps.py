@@ -21,6 +21,7 @@ from epi_kernels.contract import (
     check_tensor,
     check_value,
 )
+from epi_kernels.ops.storages import check_storages
 from epi_kernels.ops.tensors import Tensors, dtypes_of
 from epi_kernels.rules import Rule, rule_of
 from epi_kernels.schema import width_of
@@ -51,12 +52,13 @@ def prepared_sweep(rule: Rule, tensors: Tensors, lock_in: str, lockable: Sequenc
     """
     params, grads, locks = tensors.params, tensors.grads, tensors.locks
     _check_slots(rule, tensors)
-    check_lists({**tensors.slots, "locks": locks}, params=params, grads=grads)
+    check_lists({**tensors.slots, "locks": locks, "rests": tensors.rests}, params=params, grads=grads)
     check_one_dtype(params=params, grads=grads)
     _check_locks(rule, locks, lock_in, lockable, len(params))
     if not params:
         return None
     check_one_device("params", params, params[0].device)
+    check_storages(rule, tensors, [] if lock_in == "static" else locks)
     states = dtypes_of(*tensors.slots.values(), [] if lock_in == "static" else locks)
     chosen = choose(Spec("sweep_", dtypes_of(params, grads), states), params[0].device, backend)
     where = "slot" if lock_in == rule.importance_slot else lock_in
@@ -114,6 +116,9 @@ def sweep_(
         found_inf: float32, one value on the tensors' device. Where it is not 0 nothing changes at all.
         backend: "auto" or the name of one.
 
+    Here every tensor is rounded to nearest. Tensors in blocks of 8 bits, parameters with rests and stochastic rounding
+    need more than this operation takes: see `prepared_sweep` and `epi_kernels.ops.Tensors`.
+
     Raises:
         ValueError: lists do not belong together, or `rule`, `lock_in` or the backend is unknown.
         TypeError: params or grads have several dtypes; a lock with ``lock_in="static"`` is not int8.
@@ -156,11 +161,14 @@ def prepared_gather(rule: Rule, tensors: Tensors, indices: Sequence[Tensor], bac
     check_lists(params=params, grads=grads)
     check_one_dtype(params=params, grads=grads)
     _check_slots(rule, tensors)
-    check_indices(params, indices, **tensors.slots)
+    check_indices(params, indices, **tensors.slots, **({"rests": tensors.rests} if tensors.rests else {}))
     if not params:
         return None
     check_one_device("params", params, params[0].device)
+    check_storages(rule, tensors, [])
     states = dtypes_of(*tensors.slots.values())
+    if torch.uint8 in states:
+        raise TypeError("a slot of selected entries is uint8: those are not kept in blocks of 8 bits; pass bfloat16")
     chosen = choose(Spec("gather_", dtypes_of(params, grads), states), params[0].device, backend)
     return chosen.module.Gather(rule, tensors, indices)
 
@@ -192,6 +200,8 @@ def gather_(
         scalars: float64 [n, m] on the CPU; each row is from `epi_kernels.engine.clocks.scalars_of`.
         rows: the row of `scalars` that each tensor uses.
         backend: "auto" or the name of one.
+
+    Every tensor is rounded to nearest, as in `sweep_`.
 
     Raises:
         ValueError: lists do not belong together, or the rule or the backend is unknown. On the CPU also: the first or
@@ -274,7 +284,7 @@ def _check_slots(rule: Rule, tensors: Tensors) -> None:
 
 def _say_written(tensors: Tensors) -> None:
     """Tell autograd what a step has written."""
-    written = [tensor for tensors_of in tensors.written() for tensor in tensors_of if tensor is not None]
+    written = [tensor for tensors_of in tensors.all_written() for tensor in tensors_of if tensor is not None]
     torch.autograd.graph.increment_version(written)
 
 

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from epi_kernels.ops.table import ALIGNMENT, current
 from epi_kernels.schema import CHUNK_BITS, Row
-from epi_kernels.storage import DTYPES as CODES
-from epi_kernels.storage import STORAGES
+from epi_kernels.storage import CODES, STORAGES, VALUES
 
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -66,7 +65,7 @@ class Budget(NamedTuple):
 
 
 # the dtypes of parameters and gradients
-DTYPES = {storage.dtype: getattr(tl, storage.name) for storage in STORAGES}
+DTYPES = {storage.dtype: getattr(tl, storage.name) for storage in STORAGES if storage.dtype in VALUES}
 
 _CHUNK_BITS = tl.constexpr(CHUNK_BITS)
 _CHUNK_MASK = tl.constexpr((1 << CHUNK_BITS) - 1)

@@ -29,7 +29,7 @@ from epi_kernels.isolation.isolation import Isolation
 from epi_kernels.isolation.layers import LayersArgument
 from epi_kernels.isolation.protected import Protected, lock_again, put_back
 from epi_kernels.isolation.settings import CLOCK, SETTINGS, SHARED, check_settings
-from epi_kernels.storage import DTYPES
+from epi_kernels.storage import VALUES
 
 
 class IsolatedOptimizer(Isolating, Optimizer):
@@ -331,7 +331,7 @@ class IsolatedOptimizer(Isolating, Optimizer):
         """Advance the importance with the gradients."""
         for device in dict.fromkeys(param.device for param in stepping):
             here = [param for param in stepping if param.device == device]
-            if self._backend == "auto" and any(param.dtype in DTYPES for param in here):
+            if self._backend == "auto" and any(param.dtype in VALUES for param in here):
                 registry.say_if_slow(device)
             signed = [self.state[param]["importance"] for param in here]
             self._advances.step_(

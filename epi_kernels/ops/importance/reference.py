@@ -6,7 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from epi_kernels.contract import arithmetic_dtype
 from epi_kernels.ops.equations import advanced_importance, multiplied, noticed, usable
+from epi_kernels.ops.storages import noise_of, read, write_
+from epi_kernels.storage.noise import IMPORTANCE, OF_SLOT, Place
 
 
 class Importance:
@@ -20,8 +23,10 @@ class Importance:
         layers: Sequence[int],
         keep_finite: bool,
         device: torch.device,
+        scales: Sequence[Tensor | None],
+        places: Sequence[Place],
     ) -> None:
-        self._betas, self._layers, self._keep_finite = betas.tolist(), layers, keep_finite
+        self._betas, self._layers, self._keep_finite, self._places = betas.tolist(), layers, keep_finite, places
 
     def advance_(
         self,
@@ -31,18 +36,28 @@ class Importance:
         nonfinite: Tensor,
         grad_factor: Tensor | None,
         due: Tensor | None,
+        scales: Sequence[Tensor | None],
+        steps: Tensor | None,
     ) -> None:
         """Advance where there is a gradient, extend the ranges."""
         if due is not None and not due:
             return
+        slot = IMPORTANCE if self._keep_finite else OF_SLOT[1]
+        clocks = None if steps is None else steps.tolist()
         for i, (importance, grad, layer) in enumerate(zip(importances, grads, self._layers, strict=True)):
+            own = scales[i] if scales else None
+            signed = read(importance, own, arithmetic_dtype(importance.dtype))
             if grad is not None:
                 grad = multiplied(grad, grad_factor)
-                after, bad = advanced_importance(importance, grad, *self._betas[i], keep_finite=self._keep_finite)
-                importance.copy_(after)
+                signed, bad = advanced_importance(signed, grad, *self._betas[i], keep_finite=self._keep_finite)
+                noise = None
+                if self._places and clocks is not None:
+                    noise = noise_of(self._places[i], clocks[i], importance.shape, importance.device)
+                write_(importance, own, signed, noise, slot, positive=not self._keep_finite)
+                signed = read(importance, own, signed.dtype)
                 nonfinite[i] += bad
             if importance.numel():
-                value, valid = usable(importance)
+                value, valid = usable(signed)
                 low = torch.where(valid, value, math.inf).amin()
                 high = torch.where(valid, value, -math.inf).amax()
                 ranges[layer, 0] = torch.minimum(ranges[layer, 0], low)
