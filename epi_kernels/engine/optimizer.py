@@ -11,7 +11,7 @@ from epi_kernels.backends import registry
 from epi_kernels.backends.support import Spec
 from epi_kernels.contract import FLOATING
 from epi_kernels.distributed import is_dtensor, shard_of
-from epi_kernels.engine import compiled
+from epi_kernels.engine import compiled, storages
 from epi_kernels.engine.checkpoint import (
     check_form,
     check_state,
@@ -95,6 +95,7 @@ class FusedOptimizer(Optimizer):
         self._written: list[list[Any]] | None = None  # settings of the groups when `_take_written` last looked
         super().__init__(params, **torchs)
         self._given = {}  # the defaults have them now
+        storages.check_parameters(self.param_groups, lambda param: name_of(param, self.param_groups))
         self._settle()
 
     @property
@@ -202,6 +203,7 @@ class FusedOptimizer(Optimizer):
             self._check_settings(group, self.defaults)
             for param in group["params"]:
                 self._check_kind(param)
+                storages.check_parameter(param, name_of(param, self.param_groups), group)
             self._method.admit(self, group)
         except Exception:
             self.param_groups.pop()
@@ -229,6 +231,7 @@ class FusedOptimizer(Optimizer):
                 torch's settings.
         """
         self._method.check_settings(group)
+        storages.check_settings(group)
         check_clip_grad_norm(group.get("clip_grad_norm"))
         check_torchs(group)
         check_shared(self._shared, group, shared)
