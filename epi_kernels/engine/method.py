@@ -158,6 +158,10 @@ class Method:
         """Return a parameter's saved state as `state` has it; None: its tensors as they are, or this rank's shards."""
         return None
 
+    def joined(self, entry: dict[str, Any], param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """Return a parameter's saved state, as `unpacked` gives it, with what belongs together in one tensor."""
+        return entry
+
     def state_shape(self, key: str, param: Tensor, entry: dict[str, Any]) -> tuple[int, ...]:
         """Return the shape that `key` of a parameter's state has in a saved `entry`."""
         return tuple(param.shape)

@@ -117,7 +117,7 @@ def ensure(state: dict[str, Any], name: str, param: Tensor, setting: Any, *, pos
         put(state, name, made, new_scales(param, made.device) if dtype == torch.uint8 else None)
     elif (scales is not None) if dtype is None else (tensor.dtype != dtype):
         # without a setting, values that a framework has made in bfloat16 stay so
-        put(state, name, *converted(tensor, scales, dtype or torch.float32, param, positive=positive))
+        put(state, name, *converted(tensor, scales, dtype or torch.float32, positive=positive))
 
 
 def storages_of(rule: Rule, state: Mapping[str, Any]) -> tuple[tuple[str, torch.dtype], ...]:

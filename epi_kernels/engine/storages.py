@@ -227,31 +227,117 @@ def new_scales(param: Tensor, device: torch.device) -> Tensor:
 
 
 def converted(
-    tensor: Tensor, scales: Tensor | None, dtype: torch.dtype, param: Tensor, *, positive: bool
+    tensor: Tensor, scales: Tensor | None, dtype: torch.dtype, *, positive: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return a state of a parameter in another storage, rounded to nearest, with its sign bits.
 
     Args:
-        tensor: values, or codes with `scales`; a DTensor if the parameter is one.
+        tensor: values, or codes with `scales`.
         scales: of codes, else None.
         dtype: of the result; uint8: codes.
-        param: the parameter.
         positive: see `epi_kernels.storage.block8.encoded`.
     """
     shard = local(tensor)
     values = shard if scales is None else block8.decoded(shard, local(scales))
     if dtype != torch.uint8:
-        return wrapped(values.to(dtype), param), None
+        return wrapped(values.to(dtype), tensor), None
     middle = torch.full(values.shape, 1 << 15, dtype=torch.int64, device=values.device)
     codes, made = block8.encoded(values.float().contiguous(), middle, positive=positive)
-    whole = torch.Size(block8.scales_shape(param.shape))
-    return wrapped(codes, param), wrapped(made, param, whole) if is_dtensor(param) else made
+    return wrapped(codes, tensor), wrapped(made, tensor, torch.Size(block8.scales_shape(tensor.shape)))
 
 
 def rounds(param: Tensor, group: Mapping[str, Any]) -> bool:
     """Return whether the parameter itself, or its weight of 24 bits, is rounded stochastically."""
     halves = (torch.bfloat16, torch.float16)
     return group.get("rounding") == "stochastic" and param.dtype in halves
+
+
+# Checkpoints ---------------------------------------------------------------------------------------------------------
+
+# settings that say how this optimizer keeps its numbers, which a checkpoint does not change
+OWN = ("state_dtype", "importance_dtype", "rounding", "master_weight_bits")
+
+
+def is_compact(key: str) -> bool:
+    """Return whether a key of a state has codes, scales or rests, which are not values."""
+    return key == REST or key.endswith(("_codes", "_scales"))
+
+
+def narrowed(key: str, tensor: Tensor) -> Tensor:
+    """Return codes, scales or a rest in their own dtype, where another loader has cast them and nothing is lost.
+
+    Raises:
+        ValueError: the cast has lost bits, or the values are none that this key can have.
+    """
+    value = local(tensor)
+    if key.endswith("_scales"):
+        if value.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"it is {value.dtype}, and scales are float32: a loader has cast them, and lost bits")
+        return wrapped(value.float(), tensor, tensor.shape)
+    dtypes = (torch.uint8,) if key.endswith("_codes") else (torch.int16, torch.int8)
+    if value.dtype in dtypes:
+        return tensor
+    # the integers that bfloat16, float16 and float32 tell apart end at 2^8, 2^11 and 2^24
+    exact = {torch.bfloat16: 1 << 8, torch.float16: 1 << 11}.get(value.dtype, 1 << 24)
+    if value.dtype == torch.bool or value.is_complex():
+        raise ValueError(f"it is {value.dtype}; it is {' or '.join(map(str, dtypes))}")
+    small = [dtype for dtype in dtypes if torch.iinfo(dtype).max < exact]
+    whole = value.to(torch.int64)
+    for dtype in reversed(small):
+        limits = torch.iinfo(dtype)
+        if bool(((whole == value) & (whole >= limits.min) & (whole <= limits.max)).all()):
+            return wrapped(whole.to(dtype), tensor)
+    raise ValueError(
+        f"it is {value.dtype}, and {' or '.join(map(str, dtypes))} here: a loader has cast it, and lost bits. Load the "
+        "state by load_state_dict of this optimizer, or by torch.distributed.checkpoint"
+    )
+
+
+def asked_for(
+    entry: dict[str, Any], names: Sequence[str], param: Tensor, group: Mapping[str, Any], positive: str | None
+) -> tuple[dict[str, Any], list[str]]:
+    """Return a saved state in the storages that a group asks for, and the names of what was converted.
+
+    Args:
+        entry: of the parameter; its tensors are this rank's shards if the parameter is a DTensor.
+        names: of the slots, and "importance" where the optimizer has one.
+        param: the parameter.
+        group: its group.
+        positive: the slot whose positive values must not become 0.
+    """
+    found = {key: narrowed(key, value) if is_compact(key) else value for key, value in entry.items()}
+    changed = []
+    in_slot = group.get("importance", "ema") != "ema"
+    for name in names:
+        if name == "importance" and in_slot:
+            continue  # a second name of the slot, for its locks
+        setting = importance_setting(group) if name == "importance" else group.get("state_dtype")
+        tensor, scales = stored(found, name)
+        dtype = wanted_dtype(setting, param)
+        if tensor is None:
+            continue
+        other = tensor.dtype != dtype
+        if dtype is None:
+            # a moment in bfloat16 may have been made so by a framework, and `taken` decides
+            other = scales is not None or (name == "importance" and tensor.dtype == torch.bfloat16)
+        if other:
+            put(found, name, *converted(tensor, scales, dtype or torch.float32, positive=name == positive))
+            changed.append(name)
+    return found, changed
+
+
+def check_bits(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Check that a saved group has no weights of other bits than this optimizer's.
+
+    Raises:
+        ValueError: it has.
+    """
+    theirs, ours = saved.get("master_weight_bits"), own.get("master_weight_bits")
+    if theirs is not None and theirs != ours:
+        raise ValueError(
+            f"master_weight_bits={theirs!r} in the state, and {ours!r} here: the rests of the weights go with no "
+            f"other bits; construct the optimizer with master_weight_bits={theirs!r}"
+        )
 
 
 # Noise ---------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from epi_kernels import lock
@@ -10,7 +11,7 @@ from epi_kernels.distributed import Lost, given, local, wrapped
 from epi_kernels.engine.checkpoint import named
 from epi_kernels.engine.groups import group_of, name_of, params_of
 from epi_kernels.engine.method import Method, Owner
-from epi_kernels.engine.storages import importance_setting, keys_of
+from epi_kernels.engine.storages import importance_setting, keys_of, wanted_dtype
 from epi_kernels.integrations import deepspeed
 from epi_kernels.isolation.isolation import Isolation
 from epi_kernels.isolation.layers import LayersArgument, check_saved
@@ -166,6 +167,14 @@ class Evolving(Isolation, Method):
             },
         }
 
+    def joined(self, entry: dict[str, Any], param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """Return a saved state with the locks in the second moment, where that is to be kept in codes with locks."""
+        coded = wanted_dtype(group["state_dtype"], param) == torch.uint8
+        if group["importance"] != "exp_avg_sq" or not coded or not {"importance", "exp_avg_sq"} <= entry.keys():
+            return entry
+        signed = _signed_like(entry["exp_avg_sq"], entry["importance"])
+        return {**{key: value for key, value in entry.items() if key != "importance"}, "exp_avg_sq": signed}
+
     def captured(self, owner: Owner, state: dict[str, Any]) -> dict[str, Any]:
         """Return the state without an importance that is the second moment: `loaded` puts the loaded locks in."""
         if owner.param_groups[0]["importance"] != "exp_avg_sq":
@@ -195,6 +204,8 @@ class Evolving(Isolation, Method):
         self.keep_clock(groups, int(groups[0][CLOCK]))
         if groups[0]["importance"] == "exp_avg_sq":
             for param, state in owner.state.items():
+                if "exp_avg_sq" not in state:
+                    continue  # codes, with the locks in them
                 own, loaded = state["exp_avg_sq"], state.pop("importance", None)
                 # locks from the importance, values from the second moment: the importance was loaded as float32
                 self._take_signed(owner, param, own if loaded is None else _signed_like(own, loaded))
