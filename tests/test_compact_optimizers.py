@@ -43,7 +43,9 @@ STORAGES: dict[str, dict[str, Any]] = {
 
 def weights(dtype: torch.dtype = BF16, seed: int = 0) -> dict[str, Parameter]:
     generator = torch.Generator().manual_seed(seed)
-    return {name: Parameter(torch.randn(shape, generator=generator).to(dtype)) for name, shape in SHAPES.items()}
+    return {
+        name: Parameter(torch.randn(shape, generator=generator).to(BF16).to(dtype)) for name, shape in SHAPES.items()
+    }
 
 
 def gradients(step: int) -> Iterator[Tensor]:
