@@ -57,14 +57,35 @@ def local_gradient(param: Tensor) -> Tensor:
     return local(grad)
 
 
-def wrapped(shard: Tensor, like: Tensor) -> Tensor:
-    """Return a shard as a DTensor of the shape and placements of `like`; as it is where `like` is no DTensor."""
+def wrapped(shard: Tensor, like: Tensor, shape: torch.Size | None = None) -> Tensor:
+    """Return a shard as a DTensor with the placements of `like`; as it is where `like` is no DTensor.
+
+    Args:
+        shard: this rank's.
+        like: a parameter.
+        shape: of the whole tensor, which is contiguous; None: shape and strides of `like`.
+    """
     if not is_dtensor(like):
         return shard
     from torch.distributed.tensor import DTensor
 
     mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
-    return DTensor.from_local(shard, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
+    stride = like.stride()
+    if shape is not None:
+        stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(shard, mesh, placements, run_check=False, shape=shape or like.shape, stride=stride)
+
+
+def offsets_of(tensor: Tensor) -> list[int]:
+    """Return, for each dimension, where this rank's shard of a DTensor starts in the whole tensor; 0 if it is whole."""
+    if not is_dtensor(tensor):
+        return [0] * tensor.dim()
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    _, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+    # a rank without entries may get the end of the tensor
+    return [int(offset) for offset in offsets]
 
 
 def shard_of(whole: Tensor, like: Tensor) -> Tensor:
@@ -367,6 +388,14 @@ def group_of(params: Sequence[Tensor], asked: Any) -> Any | None:
     if dist.is_available() and dist.is_initialized() and any(map(is_sharded, params)):
         return dist.group.WORLD
     return None
+
+
+def rank_in(asked: Any) -> int | None:
+    """Return this rank in the process group that a user gave, else in the default group; None without ranks."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = asked.group if isinstance(asked, Given) else asked
+    return dist.get_rank(None if isinstance(group, Lost) else group)
 
 
 def _on_cuda(group: Any) -> bool:

@@ -1,8 +1,9 @@
 """The lock: one sign bit per entry says whether it is protected.
 
 An importance is never negative (S >= 0), so its sign bit is free. A protected entry stores ``-S``, ``-0.0`` included;
-a free entry stores ``+S``. In blocks of 8 bits it is the top bit of the byte. The mask therefore needs no tensor of its own, has the parameter's shape, and is sharded,
-saved and resharded together with the importance. A static mask has no importance and keeps the same rule in one byte.
+a free entry stores ``+S``. In blocks of 8 bits the lock is the top bit of the byte. The mask therefore needs no tensor
+of its own, has the parameter's shape, and is sharded, saved and resharded together with the importance. A static mask
+has no importance and keeps the same rule in one byte.
 
 Python code reads and writes the bit only here, kernels in csrc/importance.h and ops/equations_triton.py. The *bit*
 counts, not ``S < 0``: -0.0 and NaN carry it too.

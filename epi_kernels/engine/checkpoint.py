@@ -16,7 +16,9 @@ from epi_kernels.distributed import is_dtensor, local
 from epi_kernels.engine.groups import name_of, without_wrappers
 from epi_kernels.engine.settings import Groups, is_number, plain_settings
 from epi_kernels.engine.state import FIXED_DTYPES
+from epi_kernels.engine.storages import REST, is_compact, keys_of, narrowed
 from epi_kernels.rules import Rule
+from epi_kernels.storage import block8
 
 # settings of a group, torch's and ours, that are flags, and numbers of torch's, which may be in a tensor
 _FLAGS = ("amsgrad", "maximize", "capturable", "differentiable", "decoupled_weight_decay", "layers_auto")
@@ -239,7 +241,12 @@ def check_state(
 
 def _check_keys(entry: dict[str, Any], name: str, rule: Rule, group: dict[str, Any], known: Sequence[str]) -> None:
     wanted = [slot for slot in rule.slots if slot.wanted(group)]
-    missing = [key for key in ("step", *(slot.name for slot in wanted)) if key not in entry]
+    missing = [] if "step" in entry else ["step"]
+    for slot in wanted:
+        values, codes, scales = keys_of(slot.name)
+        missing += [
+            key for key in ((codes, scales) if {codes, scales} & entry.keys() else (values,)) if key not in entry
+        ]
     if missing:
         options = [slot.option for slot in wanted if slot.option is not None]
         raise ValueError(
@@ -273,6 +280,12 @@ def check_tensor(key: str, value: Any, param: Tensor, name: str, shape: tuple[in
     check_place(key, value, param, name, shape)
     if key == "frozen" and not value.dtype.is_signed:
         raise ValueError(f"frozen of {name} is {value.dtype} in the state, which has no sign; it is int8, -1 = frozen")
+    if is_compact(key):
+        if key == REST and param.dtype != torch.bfloat16:
+            raise ValueError(f"rest of {name} is in the state, and the parameter is {param.dtype} here, not bfloat16")
+        with named(f"{key} of {name} in the state"):
+            narrowed(key, value)
+        return
     wanted = _dtype_of(key, param, value, {})
     if value.is_complex() != wanted.is_complex or (wanted.is_floating_point and not value.is_floating_point()):
         raise ValueError(f"{key} of {name} is {value.dtype} in the state, and {wanted} here")
@@ -289,7 +302,8 @@ def check_place(key: str, value: Tensor, param: Tensor, name: str, shape: tuple[
             f"{key} of {name} is {value.layout} on {value.device} in the state; a step needs all its values"
         )
     if tuple(value.shape) != shape:
-        raise ValueError(f"{key} of {name} has shape {tuple(value.shape)} in the state, and {shape} here")
+        blocks = f": blocks of 8 bits have {block8.BLOCK} entries of a row here" if key.endswith("_scales") else ""
+        raise ValueError(f"{key} of {name} has shape {tuple(value.shape)} in the state, and {shape} here{blocks}")
     if is_dtensor(value) and not placed_alike(value, param):
         theirs, ours = (_placements(tensor) for tensor in (value, param))
         raise ValueError(
@@ -366,7 +380,9 @@ def _dtype_of(key: str, param: Tensor, value: Tensor, live: Mapping[str, torch.d
     """
     if key == "indices":
         return value.dtype
-    fixed, usual = FIXED_DTYPES.get(key), arithmetic_dtype(param.dtype)
+    if is_compact(key) or (key == "importance" and value.dtype == torch.bfloat16):
+        return value.dtype
+    fixed, usual = {"importance": torch.float32, **FIXED_DTYPES}.get(key), arithmetic_dtype(param.dtype)
     if fixed is not None:
         return fixed
     if live.get(key) in (*FLOATING, usual) and live[key].is_complex == usual.is_complex:

@@ -12,6 +12,8 @@ from epi_kernels.engine.groups import name_of
 from epi_kernels.engine.method import Owner
 from epi_kernels.engine.plan import Bundle, Planner, Present
 from epi_kernels.engine.state import check_memory
+from epi_kernels.engine.storages import REST, check_parameter, check_rest, rounds
+from epi_kernels.storage.noise import Place
 
 # flags of AdamW that compact states do not support yet
 REFUSED = ("amsgrad", "capturable", "differentiable")
@@ -23,14 +25,18 @@ _POSITIONS = ("indices", "trainable")
 @dataclass(slots=True)
 class _Bundle(Bundle):
     gather: Any = field(init=False)  # of a backend; see `epi_kernels.ops.prepared_gather`
+    rests: bool  # whether the weights have more bits than the parameters
+    places: list[Place]  # see `Planner.places`
+    rounds: bool  # whether the weights are rounded stochastically
 
     def tensors(self, slots: tuple[str, ...], now: Present) -> tuple[ops.Tensors, list[Tensor]]:
         """Return the lists that the operation takes, and the positions."""
         columns = [self.column(now, key) for key in _POSITIONS if key in now.columns]
         positions = [next(one for one in each if one is not None) for each in zip(*columns, strict=True)]
-        return ops.Tensors(
-            self.params(now), self.grads(now), {slot: self.column(now, slot) for slot in slots}, []
-        ), positions
+        of_slots = {slot: self.column(now, slot) for slot in slots}
+        rests = self.column(now, REST) if self.rests else []
+        params, grads, rounds = self.params(now), self.grads(now), self.rounds
+        return ops.Tensors(params, grads, of_slots, rests=rests, places=self.places, stochastic=rounds), positions
 
 
 class Gathering(Planner):
@@ -59,7 +65,7 @@ class Gathering(Planner):
             scalars, rows = plan.clocks.scalars(number, bundle.groups, owner.param_groups, self.rule)
             tensors, positions = bundle.tensors(self._slots, now)
             bundle.gather.step_(tensors, positions, scalars, rows)
-            for written in (tensors.params, *tensors.slots.values()):
+            for written in tensors.all_written():
                 increment_version(written)
 
     def _kind(self, owner: Owner, param: Tensor) -> tuple[object, ...]:
@@ -81,7 +87,10 @@ class Gathering(Planner):
         """
         check_flags(group)
         self.method.before_check(owner, param, group)
-        check_memory(param, name_of(param, owner.param_groups))
+        name = name_of(param, owner.param_groups)
+        check_memory(param, name)
+        check_parameter(param, name, group)
+        check_rest(owner.state.get(param, {}), name, group)
 
     def check_options(self, owner: Owner, param: Tensor, group: dict[str, Any]) -> None:
         """Check nothing: a saved group that asks for an option of a dense step is refused by `check_flags`."""
@@ -91,7 +100,13 @@ class Gathering(Planner):
         self.method.state_made(owner, param, group)
 
     def _bundle(self, owner: Owner, now: Present, bundle: Bundle) -> _Bundle:
-        made = _Bundle(bundle.where, bundle.groups, bundle.plain)
+        param, group = now.params[bundle.where[0]], owner.param_groups[bundle.groups[0]]
+        made = _Bundle(
+            *(bundle.where, bundle.groups, bundle.plain),
+            rests=REST in owner.state[param],
+            places=self.places(owner, [now.params[i] for i in bundle.where], bundle.groups),
+            rounds=rounds(param, group),
+        )
         tensors, positions = made.tensors(self._slots, now)
         made.gather = ops.prepared_gather(self.rule, tensors, positions, owner._backend)
         return made

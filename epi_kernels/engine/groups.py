@@ -86,6 +86,14 @@ def name_of(param: Tensor, groups: Groups) -> str:
     return str(groups[i]["param_names"][j]) if has_names(groups[i]) else f"{i}.{j}"
 
 
+def noise_name(param: Tensor, groups: Groups) -> str:
+    """Return what noise knows a parameter by: its name without what wrappers add, or its position across all groups."""
+    i, j = position_of(param, groups)
+    if has_names(groups[i]):
+        return without_wrappers(str(groups[i]["param_names"][j]))
+    return str(sum(len(group["params"]) for group in groups[:i]) + j)
+
+
 def names_of(groups: Groups) -> dict[int, str]:
     """Return {id of a parameter: its name, as `name_of` returns it}."""
     return {id(param): name_of(param, groups) for param in params_of(groups)}

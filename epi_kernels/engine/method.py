@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from epi_kernels.distributed import is_dtensor, is_slice, rank_in
+from epi_kernels.engine.groups import has_names
 from epi_kernels.engine.scaling import Scaling
 
 
@@ -20,6 +22,20 @@ class Owner(Protocol):
     defaults: dict[str, Any]
     _backend: str
     _process_group: Any
+
+
+def rank_of(owner: Owner, param: Tensor) -> tuple[int | None, int]:
+    """Return what tells this rank's entries of a parameter from those of other ranks, for the noise of rounding.
+
+    Returns:
+        (rank, offset of the first entry in the whole). The rank is None where the place of the entries is known, or
+        where all ranks have the same ones; the placements of a DTensor tell its place.
+    """
+    parted = owner._process_group is not None and not any("param_names" in group for group in owner.param_groups)
+    replaced = any("param_names" in group and not has_names(group) for group in owner.param_groups)
+    if is_slice(param) or ((parted or replaced) and not is_dtensor(param)):
+        return rank_in(owner._process_group), 0
+    return None, 0
 
 
 class Method:
@@ -111,6 +127,14 @@ class Method:
         """
         return False
 
+    def rank_of(self, owner: Owner, param: Tensor) -> tuple[int | None, int]:
+        """Return what tells this rank's entries of a parameter from those of other ranks; see `rank_of`."""
+        return rank_of(owner, param)
+
+    def importance_dtype(self, group: dict[str, Any]) -> Any:
+        """Return the setting that says how the importance of a group is kept, where it is a tensor of its own."""
+        return None
+
     def idle_step(self, owner: Owner) -> None:
         """Do what a step does where no parameter has a gradient: count it, and what other ranks do in this step."""
 
@@ -133,6 +157,10 @@ class Method:
     def unpacked(self, entry: dict[str, Any], param: Tensor) -> dict[str, Any] | None:
         """Return a parameter's saved state as `state` has it; None: its tensors as they are, or this rank's shards."""
         return None
+
+    def joined(self, entry: dict[str, Any], param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """Return a parameter's saved state, as `unpacked` gives it, with what belongs together in one tensor."""
+        return entry
 
     def state_shape(self, key: str, param: Tensor, entry: dict[str, Any]) -> tuple[int, ...]:
         """Return the shape that `key` of a parameter's state has in a saved `entry`."""

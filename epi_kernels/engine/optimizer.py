@@ -1,6 +1,7 @@
 """torch's contract: groups, state, checkpoints, hooks and compilation of an optimizer whose step is ours."""
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -11,7 +12,7 @@ from epi_kernels.backends import registry
 from epi_kernels.backends.support import Spec
 from epi_kernels.contract import FLOATING
 from epi_kernels.distributed import is_dtensor, shard_of
-from epi_kernels.engine import compiled
+from epi_kernels.engine import compiled, storages
 from epi_kernels.engine.checkpoint import (
     check_form,
     check_state,
@@ -34,6 +35,8 @@ from epi_kernels.engine.settings import (
     plain_settings,
 )
 from epi_kernels.engine.state import OPTIONS
+from epi_kernels.notices import warn
+from epi_kernels.storage import block8
 
 # torch's complaint about a capture that its own flags do not allow; the first name is that of torch >= 2.11
 _HEALTH_CHECK = next(
@@ -95,6 +98,7 @@ class FusedOptimizer(Optimizer):
         self._written: list[list[Any]] | None = None  # settings of the groups when `_take_written` last looked
         super().__init__(params, **torchs)
         self._given = {}  # the defaults have them now
+        storages.check_parameters(self.param_groups, lambda param: name_of(param, self.param_groups))
         self._settle()
 
     @property
@@ -202,6 +206,7 @@ class FusedOptimizer(Optimizer):
             self._check_settings(group, self.defaults)
             for param in group["params"]:
                 self._check_kind(param)
+                storages.check_parameter(param, name_of(param, self.param_groups), group)
             self._method.admit(self, group)
         except Exception:
             self.param_groups.pop()
@@ -229,6 +234,7 @@ class FusedOptimizer(Optimizer):
                 torch's settings.
         """
         self._method.check_settings(group)
+        storages.check_settings(group)
         check_clip_grad_norm(group.get("clip_grad_norm"))
         check_torchs(group)
         check_shared(self._shared, group, shared)
@@ -371,11 +377,20 @@ class _Loading:
             return given  # its groups are others: torch raises its own error
         given = {**given, "param_groups": checked_groups(given["param_groups"], rule)}
         given = in_our_order(given, own_groups, method.grouping)
-        known = (*(slot.name for slot in rule.slots), *method.state_keys)
-        check_state(given, own_groups, rule, known, method.state_shape, method.check_entry, complete=method.complete)
+        known = (*chain.from_iterable(storages.keys_of(slot.name) for slot in rule.slots), *method.state_keys)
+        if "master_weight_bits" in optimizer._ours:
+            known = (*known, storages.REST)
+        check_state(given, own_groups, rule, known, self._shape_of, method.check_entry, complete=method.complete)
         own = [{key: group[key] for key in optimizer._ours} for group in own_groups]
         lacking = method.lacking(given)
-        groups = [{**ours, **lacking, **theirs} for ours, theirs in zip(own, given["param_groups"], strict=True)]
+        kept = [{key: ours[key] for key in storages.OWN if key in ours} for ours in own]
+        groups = [
+            {**ours, **lacking, **theirs, **stay}
+            for ours, theirs, stay in zip(own, given["param_groups"], kept, strict=True)
+        ]
+        for i, (theirs, ours) in enumerate(zip(given["param_groups"], own_groups, strict=True)):
+            with named(f"parameter group {i} of the state"):
+                storages.check_bits(theirs, ours)
         # for settings that a state of an old torch lacks
         usual = {key: optimizer.defaults[key] for key in optimizer._shared}
         for i, group in enumerate(groups):
@@ -385,16 +400,23 @@ class _Loading:
         method.check_loaded(optimizer, groups)
         numbers = dict(pairs_of(groups, own_groups))
         self._entries = {numbers[number]: entry for number, entry in given["state"].items() if entry}
+        for param, entry in self._entries.items():
+            storages.check_rest(entry, name_of(param, own_groups), group_of(param, own_groups))
         self._check_moments()
         return {**given, "state": {}, "param_groups": groups}
 
     def take(self) -> None:
         """Take the tensors, once torch has the groups."""
-        optimizer, method = self._optimizer, self._method
+        optimizer, method, rule = self._optimizer, self._method, self._optimizer._planner.rule
+        converted: list[str] = []
         for param in dict.fromkeys((*self._entries, *self._before)):
-            entry = self._unpacked(self._entries[param], param) if param in self._entries else {}
-            state = taken(entry, param, self._before.get(param, {}), self._live.get(param, {}))
             group = group_of(param, optimizer.param_groups)
+            entry = self._unpacked(self._entries[param], param) if param in self._entries else {}
+            entry, changed = storages.asked_for(
+                method.joined(entry, param, group), self._names, param, group, rule.importance_slot
+            )
+            converted += [f"{name} of {name_of(param, optimizer.param_groups)}" for name in changed]
+            state = taken(entry, param, self._before.get(param, {}), self._live.get(param, {}))
             state["step"] = optimizer._planner.clock(optimizer, state["step"], param, group)
             optimizer.state[param] = state
         for group, old in zip(optimizer.param_groups, self._settings, strict=True):
@@ -409,6 +431,24 @@ class _Loading:
         optimizer.defaults.update({key: first[key] for key in optimizer._shared})
         optimizer._settle()
         method.loaded(optimizer)
+        if converted:
+            more = f" and {len(converted) - 1} others" if len(converted) > 1 else ""
+            warn(
+                f"the state was kept otherwise than this optimizer keeps its own: {converted[0]}{more} were converted, "
+                "rounded to nearest"
+            )
+
+    @property
+    def _names(self) -> list[str]:
+        """Return the names of the slots, and "importance" where the method keeps one."""
+        own = ["importance"] if "importance" in self._method.state_keys else []
+        return [*(slot.name for slot in self._optimizer._planner.rule.slots), *own]
+
+    def _shape_of(self, key: str, param: Tensor, entry: dict[str, Any]) -> tuple[int, ...]:
+        """Return the shape that `key` of a parameter's state must have in a saved entry."""
+        if key.endswith("_scales"):
+            return block8.scales_shape(param.shape) if param.dim() > 1 else ()
+        return self._method.state_shape(key, param, entry)
 
     def _unpacked(self, entry: dict[str, Any], param: Tensor) -> dict[str, Any]:
         unpacked = self._method.unpacked(entry, param)

@@ -23,13 +23,15 @@ from epi_kernels.contract import check_lists
 from epi_kernels.distributed import local, local_gradient
 from epi_kernels.engine.clocks import DeviceClocks, HostClocks
 from epi_kernels.engine.complex import as_real
-from epi_kernels.engine.groups import name_of, params_of
+from epi_kernels.engine.groups import name_of, noise_name, params_of
 from epi_kernels.engine.method import Method, Owner
 from epi_kernels.engine.releases import releases_of
-from epi_kernels.engine.state import moment_dtypes, new_clock
+from epi_kernels.engine.state import new_clock, storages_of
+from epi_kernels.engine.storages import REST, check_parameters, keys_of, place_of, rounds
 from epi_kernels.notices import warn
 from epi_kernels.rules import Rule
-from epi_kernels.storage import VALUES
+from epi_kernels.storage import STATES, VALUES
+from epi_kernels.storage.noise import Place
 
 _NOTHING: dict[str, Any] = {}
 
@@ -176,6 +178,27 @@ class Planner:
         """Return a ``state["step"]`` of `value`, where and in which dtype torch has it."""
         return new_clock(value, self.clock_device(owner, param, group), bool(group["fused"]))
 
+    def places(self, owner: Owner, params: Sequence[Tensor], groups: Sequence[int]) -> list[Place]:
+        """Return where the entries of parameters of one bundle lie in the whole tensors; empty if no noise is needed.
+
+        Args:
+            owner: the optimizer.
+            params: of one bundle.
+            groups: the position of each parameter's group.
+
+        Raises:
+            NotImplementedError: see `epi_kernels.engine.storages.place_of`.
+        """
+        kept = {dtype for name, dtype in storages_of(self.rule, owner.state[params[0]]) if name != REST}
+        if not kept & {torch.bfloat16, torch.uint8} and not rounds(params[0], owner.param_groups[groups[0]]):
+            return []
+        return [self.place(owner, param, i) for param, i in zip(params, groups, strict=True)]
+
+    def place(self, owner: Owner, param: Tensor, group: int) -> Place:
+        """Return where the entries of a parameter of the group at position `group` lie in the whole tensor."""
+        name = noise_name(param, owner.param_groups)
+        return place_of(param, name, owner.param_groups[group], *self.method.rank_of(owner, param))
+
     # A step ----------------------------------------------------------------------------------------------------------
 
     def planned(
@@ -281,18 +304,23 @@ class Planner:
         for param, i in zip(now.params, now.groups, strict=True):
             of_group.setdefault(param, i)
         check_lists(params=list(map(as_real, of_group)), grads=list(map(real_gradient, of_group)))
+        check_parameters(owner.param_groups, lambda param: name_of(param, owner.param_groups))
         for param, i in of_group.items():
             self.check(owner, param, owner.param_groups[i])
         self._say_what_is_slow(owner, of_group)
         bundles: defaultdict[tuple[object, ...], dict[Tensor, int]] = defaultdict(dict)
         for position, param in enumerate(now.params):
             self.ensure_state(owner, param, owner.param_groups[now.groups[position]])
-            moments = moment_dtypes(self.rule, owner.state[param])
+            storages = storages_of(self.rule, owner.state[param])
             grad_dtype = now.grads[position].dtype
-            kind = (param.device, param.dtype, grad_dtype, moments, *self._kind(owner, param))
+            group = owner.param_groups[now.groups[position]]
+            kind = (
+                *(param.device, param.dtype, grad_dtype, storages, rounds(param, group)),
+                *self._kind(owner, param),
+            )
             bundles[kind].setdefault(param, position)
         self._gather_clocks(owner, plan, list(map(list, bundles.values())), of_group)
-        slots = (*(slot.name for slot in self.rule.slots), *self.method.state_keys)
+        slots = (*chain.from_iterable(keys_of(slot.name) for slot in self.rule.slots), *self.method.state_keys, REST)
         states = [owner.state[param] for param in of_group]
         plan.keys = ("step", *(key for key in slots if any(key in state for state in states)))
         if len(now.params) > 1:
@@ -339,16 +367,16 @@ class Planner:
             if param.dtype not in VALUES:
                 continue
             registry.say_if_slow(param.device)
-            moments = moment_dtypes(self.rule, owner.state.get(param, _NOTHING))
-            other = [dtype for dtype in moments if dtype != torch.float32]
+            storages = storages_of(self.rule, owner.state.get(param, _NOTHING))
+            other = [dtype for name, dtype in storages if name != REST and dtype not in STATES]
             fast = registry.choose(Spec(self.operation), param.device, "auto").backend
             if other and fast != "reference" and not self._told_of_moments:
                 self._told_of_moments = True
                 warn(
-                    f"the moments of {name_of(param, owner.param_groups)} are {other[0]}, and backend {fast!r} takes "
-                    "float32 alone: its step, and that of all parameters like it, runs on plain torch, several times "
-                    "slower. Let the optimizer make the moments, or cast those in its state to float32. Said once for "
-                    "each optimizer"
+                    f"the moments of {name_of(param, owner.param_groups)} are {other[0]}, which backend {fast!r} does "
+                    "not take: its step, and that of all parameters like it, runs on plain torch, several times "
+                    "slower. Let the optimizer make the moments, or cast those in its state to float32 or bfloat16. "
+                    "Said once for each optimizer"
                 )
 
     def _gather_clocks(self, owner: Owner, plan: Plan, bundles: list[list[Tensor]], members: dict[Tensor, int]) -> None:

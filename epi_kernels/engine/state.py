@@ -10,12 +10,23 @@ from torch.optim.optimizer import _device_dtype_check_for_fused, _get_capturable
 from epi_kernels.contract import arithmetic_dtype, shares_memory
 from epi_kernels.distributed import is_sharded, local
 from epi_kernels.engine import differentiable
+from epi_kernels.engine.storages import (
+    REST,
+    check_parameter,
+    converted,
+    dtypes_of,
+    new_scales,
+    put,
+    stored,
+    wanted_dtype,
+)
 from epi_kernels.rules import Rule
+from epi_kernels.storage import split
 
-# states with a fixed dtype, loaded or new; the slots of a rule have the dtype of the arithmetic
-FIXED_DTYPES = {"importance": torch.float32, "frozen": torch.int8, "trainable": torch.uint8}
+# states with a fixed dtype, loaded or new
+FIXED_DTYPES = {"frozen": torch.int8, "trainable": torch.uint8}
 
-# where the lock bit is -> the key of the state that has it, for locks with a state of their own
+# where the lock bit is -> the name of the state that has it, for locks with a state of their own
 LOCK_STATE = {"importance": "importance", "static": "frozen"}
 
 # options that say how a step is taken, which not every parameter can have
@@ -28,25 +39,30 @@ _NOT_SHARDED = {
     "clip_grad_norm": "; clip before the step, by torch.nn.utils.clip_grad_norm_ or what the wrapper has for it",
 }
 
-# a state of this many entries or more is staggered: each starts STAGGER entries (832 bytes) after the one before
+# a state of this many entries or more is staggered: each starts STAGGER bytes after the one before
 STAGGER_FROM = 1 << 14
-STAGGER = 208
-_STAGGERED = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "importance", "frozen")
+STAGGER = 832
+_STAGGERED = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "importance", "frozen", REST)
 
 
-def new_state(param: Tensor, name: str) -> Tensor:
-    """Return zeros laid out like `param` for the state `name`, in the dtype in which this package keeps it.
+def new_state(param: Tensor, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    """Return zeros for the state `name` of a parameter.
+
+    They have the given dtype and are contiguous, as stochastic rounding and codes need them; without a dtype, they have
+    that in which this package keeps such a state, and lie as `param` does.
 
     On the CPU the states of a large parameter start at different offsets within a page. Large allocations all start at
     the same offset, so that a sweep through five of them finds their lines in the same cache sets: staggered, it took
     2 to 5% less time. (Huge pages brought nothing beyond that.)
     """
-    dtype = FIXED_DTYPES.get(name) or arithmetic_dtype(param.dtype)
+    form = torch.preserve_format if dtype is None else torch.contiguous_format
+    if dtype is None:
+        dtype = torch.float32 if name == "importance" else FIXED_DTYPES.get(name) or arithmetic_dtype(param.dtype)
     with torch.inference_mode(False):  # else the state could not be written outside of it
         if local(param) is not param or param.device.type != "cpu" or param.numel() < STAGGER_FROM:
-            return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-        strides = torch.empty_like(param, device="meta", memory_format=torch.preserve_format).stride()
-        offset = STAGGER * (1 + (_STAGGERED.index(name) if name in _STAGGERED else len(_STAGGERED)))
+            return torch.zeros_like(param, dtype=dtype, memory_format=form)
+        strides = torch.empty_like(param, device="meta", memory_format=form).stride()
+        offset = STAGGER * (1 + (_STAGGERED.index(name) if name in _STAGGERED else len(_STAGGERED))) // dtype.itemsize
         memory = torch.zeros(param.numel() + offset, dtype=dtype, device=param.device)
         return memory.as_strided(param.shape, strides, offset)
 
@@ -72,16 +88,45 @@ def new_clock(value: float | Tensor, device: torch.device | None, fused: bool) -
 
 
 def ensure_slots(rule: Rule, state: dict[str, Any], param: Tensor, group: Mapping[str, Any]) -> None:
-    """Create the slots of a rule that the state of a parameter lacks; the clock is the caller's."""
+    """Create the slots of a rule that a state lacks, and a rest; convert those that are kept otherwise than asked.
+
+    The clock is the caller's.
+    """
     for slot in rule.slots:
-        if slot.name not in state and slot.wanted(group):
-            state[slot.name] = new_state(param, slot.name)
+        if slot.wanted(group):
+            ensure(state, slot.name, param, group.get("state_dtype"), positive=slot.name == rule.importance_slot)
+    dtype = split.RESTS.get(group.get("master_weight_bits") or 0) if param.dtype == torch.bfloat16 else None
+    if dtype is not None and REST not in state:
+        state[REST] = new_state(param, REST, dtype)
 
 
-def moment_dtypes(rule: Rule, state: Mapping[str, Any]) -> frozenset[torch.dtype]:
-    """Return the dtypes of all slots in a parameter's state: one launch takes them all, the optional ones included."""
-    moments = [state.get(slot.name) for slot in rule.slots]
-    return frozenset(moment.dtype for moment in moments if isinstance(moment, Tensor))
+def ensure(state: dict[str, Any], name: str, param: Tensor, setting: Any, *, positive: bool = False) -> None:
+    """Let a state have a slot or an importance, kept as `setting` asks; what is there is converted.
+
+    Args:
+        state: the parameter's; written.
+        name: of the slot.
+        param: the parameter.
+        setting: a ``state_dtype`` or ``importance_dtype``.
+        positive: see `epi_kernels.storage.block8.encoded`.
+    """
+    tensor, scales = stored(state, name)
+    dtype = wanted_dtype(setting, param)
+    if tensor is None:
+        made = new_state(param, name, dtype)
+        put(state, name, made, new_scales(param, made.device) if dtype == torch.uint8 else None)
+    elif (scales is not None) if dtype is None else (tensor.dtype != dtype):
+        # without a setting, values that a framework has made in bfloat16 stay so
+        put(state, name, *converted(tensor, scales, dtype or torch.float32, positive=positive))
+
+
+def storages_of(rule: Rule, state: Mapping[str, Any]) -> tuple[tuple[str, torch.dtype], ...]:
+    """Return the slots, importance and rest of a state that are not float32, with their dtypes; uint8 for codes.
+
+    One launch takes parameters for which this is equal.
+    """
+    kept = [(name, dtype) for name, dtype in dtypes_of(rule, state, ("importance", REST)) if dtype != torch.float32]
+    return tuple(kept)
 
 
 def check_memory(param: Tensor, name: str) -> None:
@@ -118,7 +163,9 @@ def check_shapes(state: Mapping[str, Any], keys: tuple[str, ...], param: Tensor,
     shard = local(param)
     for key in keys:
         value = state.get(key)
-        if isinstance(value, Tensor) and local(value).shape != shard.shape:
+        if not isinstance(value, Tensor) or key.endswith("_scales"):
+            continue
+        if local(value).shape != shard.shape:
             raise ValueError(
                 f"{name} has shape {tuple(shard.shape)} now, and {key} in its state "
                 f"{tuple(local(value).shape)}. If you resized or replaced the parameter, give every tensor of "
@@ -142,6 +189,7 @@ def check_options(param: Tensor, name: str, group: Mapping[str, Any], lock_in: s
         NotImplementedError: ``capturable`` and a complex parameter; or an option is refused for sharded parameters.
         AssertionError: ``capturable`` on a device that has no graphs, in torch's words.
     """
+    check_parameter(param, name, group)
     if group.get("differentiable"):
         differentiable.check(name, param, lock_in)
         if param.is_leaf and param.requires_grad:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,9 +20,19 @@ from epi_kernels.engine.method import Method, Owner
 from epi_kernels.engine.nonfinite import NonfiniteCounts
 from epi_kernels.engine.plan import Bundle, Plan, Planner, Present, check_dense, is_there
 from epi_kernels.engine.scaling import UNSCALED, Scaling, scaling_of
-from epi_kernels.engine.state import LOCK_STATE, check_memory, check_options, check_shapes, ensure_slots
+from epi_kernels.engine.state import (
+    LOCK_STATE,
+    check_memory,
+    check_options,
+    check_shapes,
+    ensure,
+    ensure_slots,
+    storages_of,
+)
+from epi_kernels.engine.storages import REST, check_rest, keys_of, rounds
 from epi_kernels.ops.table import Uploads
 from epi_kernels.rules import Rule
+from epi_kernels.storage.noise import Place
 
 
 @dataclass(slots=True)
@@ -32,22 +43,38 @@ class _Bundle(Bundle):
     lockable: list[bool]
     options: dict[str, list[bool]]  # optional slot -> which parameters step with it
     pairs: bool  # whether the parameters are complex, and their locks repeated for both parts
+    codes: frozenset[str]  # the slots, and the importance, that are in blocks of 8 bits
+    rests: bool  # whether the weights have more bits than the parameters
+    places: list[Place]  # see `Planner.places`
+    rounds: bool  # whether the weights are rounded stochastically
     whole: bool = field(init=False)  # no parameter lacks a lock or a slot that others of the bundle have
 
     def tensors(self, rule: Rule, now: Present) -> ops.Tensors:
         """Return the lists that the sweep takes."""
         slots: dict[str, list[Tensor | None]] = {}
+        scales: dict[str, list[Tensor | None]] = {}
         for slot in rule.slots:
             wanted = self.options.get(slot.name)
-            if wanted is None:
-                slots[slot.name] = self.column(now, slot.name)
-            else:
+            if wanted is not None:
                 slots[slot.name] = _where(wanted, self.column(now, slot.name)) if any(wanted) else []
+            elif slot.name in self.codes:
+                _, codes, of_codes = keys_of(slot.name)
+                slots[slot.name], scales[slot.name] = self.column(now, codes), self.column(now, of_codes)
+            else:
+                slots[slot.name] = self.column(now, slot.name)
         locks: list[Tensor | None] = []
+        lock_scales: list[Tensor | None] = []
         if self.lock_in in LOCK_STATE:
-            locks = self.column(now, LOCK_STATE[self.lock_in])
-            locks = locks if all(self.lockable) else _where(self.lockable, locks)
-        return ops.Tensors(self.params(now), self.grads(now), slots, locks)
+            name = LOCK_STATE[self.lock_in]
+            values, codes, of_codes = keys_of(name)
+            locks = self.column(now, codes if name in self.codes else values)
+            lock_scales = self.column(now, of_codes) if name in self.codes else []
+            if not all(self.lockable):
+                locks = _where(self.lockable, locks)
+                lock_scales = _where(self.lockable, lock_scales) if lock_scales else []
+        rests = self.column(now, REST) if self.rests else []
+        params, grads = self.params(now), self.grads(now)
+        return ops.Tensors(params, grads, slots, locks, scales, lock_scales, rests, self.places, self.rounds)
 
 
 class Sweeping(Planner):
@@ -129,7 +156,7 @@ class Sweeping(Planner):
             found_inf, moved = scaling.found_inf.get(device), bundle.pairs  # the pairs are made for this step
             bad = bundle.sweep.step_(tensors, bundle.counter, scalars, rows, so_far, factor, found_inf, moved)
             counted |= bad or bundle.pairs
-            for written in (tensors.params, *tensors.slots.values(), tensors.locks):
+            for written in tensors.all_written():
                 increment_version(written if bundle.whole else filter(is_there, written))
         return counted
 
@@ -207,8 +234,9 @@ class Sweeping(Planner):
         name = name_of(param, owner.param_groups)
         self.method.before_check(owner, param, group)
         check_memory(param, name)
-        keys = (*(slot.name for slot in self.rule.slots), *self.method.state_keys)
+        keys = (*chain.from_iterable(keys_of(slot.name) for slot in self.rule.slots), *self.method.state_keys, REST)
         check_shapes(owner.state.get(param, {}), keys, param, name)
+        check_rest(owner.state.get(param, {}), name, group)
         self.check_options(owner, param, group)
 
     def check_options(self, owner: Owner, param: Tensor, group: dict[str, Any]) -> None:
@@ -224,7 +252,9 @@ class Sweeping(Planner):
             state["step"] = self.clock(owner, 0.0, param, group)
         ensure_slots(self.rule, state, param, group)
         lock_state = LOCK_STATE.get(self.method.lock_in(owner, param, group))
-        if lock_state is not None and lock_state not in state:
+        if lock_state == "importance":
+            ensure(state, lock_state, param, self.method.importance_dtype(group))
+        elif lock_state is not None and lock_state not in state:
             state[lock_state] = self.method.new_lock(owner, param)
         self.method.state_made(owner, param, group)
 
@@ -237,7 +267,14 @@ class Sweeping(Planner):
         lockable = [kind != "none" for kind in kinds]
         options = {slot.name: [slot.wanted(group) for group in groups] for slot in self.rule.slots if slot.option}
         counter, pairs = self.nonfinite.counter(params), params[0].is_complex()
-        made = _Bundle(bundle.where, bundle.groups, bundle.plain, counter, lock_in, lockable, options, pairs)
+        kept = dict(storages_of(self.rule, owner.state[params[0]]))
+        made = _Bundle(
+            *(bundle.where, bundle.groups, bundle.plain, counter, lock_in, lockable, options, pairs),
+            codes=frozenset(name for name, dtype in kept.items() if dtype == torch.uint8),
+            rests=REST in kept,
+            places=self.places(owner, params, bundle.groups),
+            rounds=rounds(params[0], groups[0]),
+        )
         made.whole = all(lockable) and all(all(of_slot) or not any(of_slot) for of_slot in options.values())
         tensors = made.tensors(self.rule, now)
         if pairs and tensors.locks:

@@ -41,5 +41,5 @@ class Advance:
             made = ops.prepared_importance(signed, grads, pairs, layers, 1, True, device, backend)
             self._prepared[device] = seen, made
         ranges = torch.zeros(1, 2, dtype=torch.float32, device=device)  # a range is needed only at a refresh
-        self._prepared[device][1].advance_(signed, grads, ranges, nonfinite, None, None)
+        self._prepared[device][1].advance_(signed, grads, ranges, nonfinite, None, None, (), None)
         increment_version(signed)

@@ -28,9 +28,13 @@ from epi_kernels.integrations.deepspeed import Segment
 from epi_kernels.isolation.layers import Grouping
 from epi_kernels.isolation.refresh import Candidate
 from epi_kernels.isolation.settings import SETTINGS
+from epi_kernels.storage.noise import Place
 
 # (parameter, group) -> the tensor whose sign bits are the mask; None: the parameter has no mask
 Signed = Callable[[Tensor, dict[str, Any]], Tensor | None]
+
+# the scales of an importance in blocks of 8 bits, else None; and where the parameter's entries lie, for the noise
+Compact = tuple[Tensor | None, Place]
 
 
 @dataclass
@@ -128,7 +132,12 @@ class Competition:
     # Competitors -----------------------------------------------------------------------------------------------------
 
     def competitors(
-        self, owner: Owner, signed_of: Signed, grads: dict[Tensor, Tensor], clock: int | Tensor
+        self,
+        owner: Owner,
+        signed_of: Signed,
+        compact_of: Callable[[Tensor, dict[str, Any]], Compact],
+        grads: dict[Tensor, Tensor],
+        clock: int | Tensor,
     ) -> Competitors:
         """Return who competes for protection, in which layer and for which budget."""
         shard_of = dict(self._held(owner)) if self.segments is None else {}
@@ -149,8 +158,10 @@ class Competition:
             beta = group["importance_beta"] if group["importance"] == "ema" else float(group["betas"][1])
             found.params.append(param)
             counted = shard.name in found.agreed.owned
+            compact = compact_of(param, group) if signed.dtype in (torch.bfloat16, torch.uint8) else (None, None)
+            budget = budgets[shard.budget]
             found.candidates.append(
-                Candidate(local(signed), grads.get(param), beta, 1.0 - beta, layer, budgets[shard.budget], counted)
+                Candidate(local(signed), grads.get(param), beta, 1.0 - beta, layer, budget, counted, *compact)
             )
         return found
 

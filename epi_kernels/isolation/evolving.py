@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from epi_kernels import lock
@@ -10,7 +11,7 @@ from epi_kernels.distributed import Lost, given, local, wrapped
 from epi_kernels.engine.checkpoint import named
 from epi_kernels.engine.groups import group_of, name_of, params_of
 from epi_kernels.engine.method import Method, Owner
-from epi_kernels.engine.state import new_state
+from epi_kernels.engine.storages import importance_setting, keys_of, wanted_dtype
 from epi_kernels.integrations import deepspeed
 from epi_kernels.isolation.isolation import Isolation
 from epi_kernels.isolation.layers import LayersArgument, check_saved
@@ -28,7 +29,7 @@ class Evolving(Isolation, Method):
 
     shared = SHARED
     counted = (CLOCK,)
-    state_keys = ("importance",)
+    state_keys = keys_of("importance")
 
     def __init__(self, layers: LayersArgument, rule: Rule) -> None:
         super().__init__(layers)
@@ -74,9 +75,16 @@ class Evolving(Isolation, Method):
             return "none"
         return "importance" if group["importance"] == "ema" else "exp_avg_sq"
 
-    def new_lock(self, owner: Owner, param: Tensor) -> Tensor:
-        """Return an importance of 0, with nothing protected."""
-        return new_state(param, "importance")
+    def importance_dtype(self, group: dict[str, Any]) -> Any:
+        """Return the setting that says how the importance of a group is kept."""
+        return importance_setting(group)
+
+    def rank_of(self, owner: Owner, param: Tensor) -> tuple[int | None, int]:
+        """Return what tells this rank's entries from those of others; in bound flat partitions, their offset."""
+        rank, first = super().rank_of(owner, param)
+        if rank is not None and self.competition.segments is not None:
+            return None, rank * param.numel()  # ranks have equal parts of one flat tensor
+        return rank, first
 
     # The step --------------------------------------------------------------------------------------------------------
 
@@ -99,6 +107,7 @@ class Evolving(Isolation, Method):
     def before_check(self, owner: Owner, param: Tensor, group: dict[str, Any]) -> None:
         """Make the importance the second moment again, if only one name of that tensor was given another shape."""
         state = owner.state.get(param, {})
+        # (codes of 8 bits have one name)
         shared = group["importance"] == "exp_avg_sq" and {"importance", "exp_avg_sq"} <= state.keys()
         # code that reshapes a parameter and its moments need not know that one of the moments has two names
         if shared and local(state["importance"]).shape != local(state["exp_avg_sq"]).shape == local(param).shape:
@@ -109,6 +118,9 @@ class Evolving(Isolation, Method):
         state = owner.state[param]
         exempt = group["isolation_ratio"] == 0 and "importance" not in state
         if group["importance"] != "exp_avg_sq" or exempt:
+            return
+        if "exp_avg_sq" not in state:  # codes, with the locks in them
+            state.pop("importance", None)
             return
         # Code that writes into `state` without load_state_dict may have made two tensors of the one: a checkpoint
         # loader, or an offloader that moved each to the host and back. The importance is the one with the locks.
@@ -155,6 +167,14 @@ class Evolving(Isolation, Method):
             },
         }
 
+    def joined(self, entry: dict[str, Any], param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """Return a saved state with the locks in the second moment, where that is to be kept in codes with locks."""
+        coded = wanted_dtype(group["state_dtype"], param) == torch.uint8
+        if group["importance"] != "exp_avg_sq" or not coded or not {"importance", "exp_avg_sq"} <= entry.keys():
+            return entry
+        signed = _signed_like(entry["exp_avg_sq"], entry["importance"])
+        return {**{key: value for key, value in entry.items() if key != "importance"}, "exp_avg_sq": signed}
+
     def captured(self, owner: Owner, state: dict[str, Any]) -> dict[str, Any]:
         """Return the state without an importance that is the second moment: `loaded` puts the loaded locks in."""
         if owner.param_groups[0]["importance"] != "exp_avg_sq":
@@ -184,6 +204,8 @@ class Evolving(Isolation, Method):
         self.keep_clock(groups, int(groups[0][CLOCK]))
         if groups[0]["importance"] == "exp_avg_sq":
             for param, state in owner.state.items():
+                if "exp_avg_sq" not in state:
+                    continue  # codes, with the locks in them
                 own, loaded = state["exp_avg_sq"], state.pop("importance", None)
                 # locks from the importance, values from the second moment: the importance was loaded as float32
                 self._take_signed(owner, param, own if loaded is None else _signed_like(own, loaded))

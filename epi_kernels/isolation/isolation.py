@@ -20,19 +20,22 @@ from epi_kernels import contract, lock
 from epi_kernels.backends import registry
 from epi_kernels.distributed import AgreeAgain, Ranks, local, local_gradient
 from epi_kernels.engine.complex import as_real, squared_by_importance
-from epi_kernels.engine.groups import group_of, has_names, params_of
-from epi_kernels.engine.method import Owner
+from epi_kernels.engine.groups import group_of, has_names, noise_name, params_of
+from epi_kernels.engine.method import Owner, rank_of
 from epi_kernels.engine.nonfinite import NonfiniteCounts
 from epi_kernels.engine.plan import PLAIN, form_of
 from epi_kernels.engine.scaling import UNSCALED, Scaling
 from epi_kernels.engine.settings import Groups
-from epi_kernels.isolation.competition import Competition, Signed
+from epi_kernels.engine.storages import place_of, stored
+from epi_kernels.isolation.competition import Compact, Competition, Signed
 from epi_kernels.isolation.layers import Grouping, LayersArgument
 from epi_kernels.isolation.refresh import Refresh
 from epi_kernels.isolation.settings import CLOCK
 from epi_kernels.isolation.telemetry import Budget, Layout, Record, Records
 from epi_kernels.notices import warn
 from epi_kernels.ops.table import Uploads, on_device
+from epi_kernels.storage import block8
+from epi_kernels.storage.noise import Place
 
 _requires_grad = attrgetter("requires_grad")
 
@@ -60,6 +63,7 @@ class _Plan:
     layout: Layout
     layer_of: "np.ndarray[Any, Any]"  # the layer of each row of the counts
     budget_of: "np.ndarray[Any, Any]"  # the budget of each row
+    noisy: list[Tensor]  # the parameter of each candidate, if an importance is rounded stochastically; else none
 
 
 class Isolation:
@@ -122,10 +126,12 @@ class Isolation:
         Raises:
             ValueError: `param` is not a parameter of the optimizer.
         """
-        signed = signed_importance(owner, param, group_of(param, owner.param_groups))
+        group = group_of(param, owner.param_groups)
+        signed, scales = signed_importance(owner, param, group), scales_of(owner, param, group)
         if signed is None:
             return torch.zeros_like(local(param), dtype=torch.float32)
-        return lock.magnitude(local(signed))
+        values = local(signed) if scales is None else block8.decoded(local(signed), local(scales))
+        return lock.magnitude(values).to(torch.promote_types(values.dtype, torch.float32))
 
     def telemetry(self, owner: Owner) -> list[dict[str, Any]]:
         """Return what the last refreshes did; see `Isolating.telemetry`."""
@@ -306,15 +312,15 @@ class Isolation:
             AgreeAgain: another rank has other shards now than when all agreed. The importance has advanced, and nothing
                 else has changed.
         """
-        seen, signed, grads = self._look(owner, stepping)
+        seen, signed, scales, grads = self._look(owner, stepping)
         plan = self._plan
         # what a capture uploads is on the device only in replays, so a plan must not be shared with a capture
         capturing = due is not None and due.is_cuda and torch.cuda.is_current_stream_capturing()
         if plan is not None and seen is not None and plan.seen == seen and not capturing:
-            signed, grads = [signed[i] for i in plan.where], [grads[i] for i in plan.where]
+            signed, scales, grads = ([of_all[i] for i in plan.where] for of_all in (signed, scales, grads))
         else:
             self._plan = None  # frees the counters of the old plan
-            plan, signed, grads = self._planned(owner, stepping, seen, step)
+            plan, signed, scales, grads = self._planned(owner, stepping, seen, step)
             if seen is not None and not capturing:
                 self._plan = plan
         settings = None if plan.ranks is None else self.competition.settings_of_ranks(owner)
@@ -324,7 +330,16 @@ class Isolation:
                 nothing = torch.zeros(0, 2, dtype=torch.float32, device="cpu")
                 plan.ranks.ranges(nothing, step, settings)  # exchanged because a rank may ask to agree again
             return
-        chosen = plan.refresh.run_(signed, grads, grad_factor=scaling.factor, due=due, clock=step, settings=settings)
+        chosen = plan.refresh.run_(
+            signed,
+            grads,
+            grad_factor=scaling.factor,
+            due=due,
+            clock=step,
+            settings=settings,
+            scales=scales,
+            steps=[self.noise_clock(owner, param) for param in plan.noisy],
+        )
         counters = self.nonfinite.counters() if due is not None else self.nonfinite.snapshot(owner.param_groups)
         record = Record(
             step=step,
@@ -344,8 +359,22 @@ class Isolation:
             if uploads is not None:  # the graph writes into the record for as long as the graph exists
                 uploads.keep((written, plan))
 
-    def _look(self, owner: Owner, stepping: Sequence[Tensor]) -> tuple[list[object] | None, list[Any], list[Any]]:
-        """Return all that a plan depends on, and the signed importance and the gradient of every parameter.
+    def noise_clock(self, owner: Owner, param: Tensor) -> Any:
+        """Return the clock on which the noise of a parameter's importance depends: a number or a tensor."""
+        return owner.state[param]["step"]
+
+    def place(self, owner: Owner, param: Tensor, group: dict[str, Any]) -> Place:
+        """Return where the entries of a parameter lie in the whole tensor."""
+        return place_of(param, noise_name(param, owner.param_groups), group, *self.rank_of(owner, param))
+
+    def rank_of(self, owner: Owner, param: Tensor) -> tuple[int | None, int]:
+        """Return what tells this rank's entries of a parameter from those of other ranks."""
+        return rank_of(owner, param)
+
+    def _look(
+        self, owner: Owner, stepping: Sequence[Tensor]
+    ) -> tuple[list[object] | None, list[Any], list[Any], list[Any]]:
+        """Return all that a plan depends on, and signed importance, scales and gradient of every parameter.
 
         The first result holds no tensor. It is None if a plan cannot be kept: ranks exchange settings at each refresh,
         and DTensors, segments and complex parameters compete with tensors that are made for only one refresh.
@@ -353,14 +382,14 @@ class Isolation:
         groups, competition, grouping = owner.param_groups, self.competition, self.grouping
         params = [*chain.from_iterable(group["params"] for group in groups)]
         if competition.known_ranks != (None,) or owner._process_group is not None or competition.segments is not None:
-            return None, [], []
+            return None, [], [], []
         signed = [signed_importance(owner, param, group) for group in groups for param in group["params"]]
         stepped = set(map(id, stepping))
         grads = [param.grad if id(param) in stepped else None for param in params]
         present = [tensor for tensor in signed if tensor is not None]
         given = [grad for grad in grads if grad is not None]
         if not PLAIN.issuperset(map(type, chain(params, present, given))) or True in map(Tensor.is_complex, given):
-            return None, [], []
+            return None, [], [], []
         seen: list[object] = [
             owner._backend,
             grouping.layers,
@@ -378,20 +407,28 @@ class Isolation:
             *form_of(present),
             *form_of(given),
         ]
-        return seen, signed, grads
+        scales: list[Tensor | None] = [None] * len(params)
+        if any(tensor.dtype == torch.uint8 for tensor in present):
+            scales = [scales_of(owner, param, group) for group in groups for param in group["params"]]
+            seen.append([None if tensor is None else tensor.data_ptr() for tensor in scales])
+        return seen, signed, scales, grads
 
     def _planned(
         self, owner: Owner, stepping: Sequence[Tensor], seen: list[object] | None, clock: int | Tensor
-    ) -> tuple[_Plan, list[Tensor], list[Tensor | None]]:
-        """Return the plan of a refresh with these gradients, and the importances and gradients of its candidates."""
+    ) -> tuple[_Plan, list[Tensor], list[Tensor | None], list[Tensor | None]]:
+        """Return the plan of a refresh with these gradients; and importances, scales, gradients of its candidates."""
         grads = {param: squared_by_importance(local_gradient(param).detach()) for param in stepping}
 
         def signed_of(param: Tensor, group: dict[str, Any]) -> Tensor | None:
             return signed_importance(owner, param, group)
 
+        def compact_of(param: Tensor, group: dict[str, Any]) -> Compact:
+            scales = scales_of(owner, param, group)
+            return None if scales is None else local(scales), self.place(owner, param, group)
+
         signed: Signed = signed_of
         competition, shared = self.competition, owner.param_groups[0]
-        ranks, found = competition.ranks(owner), competition.competitors(owner, signed, grads, clock)
+        ranks, found = competition.ranks(owner), competition.competitors(owner, signed, compact_of, grads, clock)
         agreed = found.agreed
         budgets = [
             Budget(scope, ratio, eligible, contract.budget(ratio, eligible))
@@ -419,17 +456,34 @@ class Isolation:
             places.setdefault(id(param), i)
         where = [] if seen is None else [places[id(param)] for param in found.params]
         layout = Layout(tuple(agreed.layers), tuple(agreed.layer_eligible), tuple(budgets))
-        plan = _Plan(seen, where, ranks, refresh, layout, layer_of, budget_of)
-        return plan, [c.importance for c in found.candidates], [c.grad for c in found.candidates]
+        noisy = found.params if any(c.place is not None for c in found.candidates) else []
+        plan = _Plan(seen, where, ranks, refresh, layout, layer_of, budget_of, noisy)
+        candidates = found.candidates
+        return plan, [c.importance for c in candidates], [c.scales for c in candidates], [c.grad for c in candidates]
 
 
 def signed_importance(owner: Owner, param: Tensor, group: dict[str, Any]) -> Tensor | None:
-    """Return the tensor whose sign bits are the mask of a parameter; None: the parameter has no mask yet."""
+    """Return the tensor whose sign bits are the mask of a parameter; None: the parameter has no mask yet.
+
+    It has the parameter's shape: values in float32 or bfloat16, or codes of 8 bits (`scales_of`).
+    """
     if not group.get("isolation_ratio", 1):  # a group that was added to a base optimizer may lack our settings at first
         return None
     state = owner.state.get(param)
     if not isinstance(state, MutableMapping):  # a base may keep a state that is no dict
         return None
-    second_moment = state.get("exp_avg_sq") if group.get("importance") == "exp_avg_sq" else None
-    signed: Tensor | None = state.get("importance", second_moment)
+    signed, _ = stored(state, "importance")
+    if signed is None and group.get("importance") == "exp_avg_sq":
+        signed, _ = stored(state, "exp_avg_sq")
     return signed
+
+
+def scales_of(owner: Owner, param: Tensor, group: dict[str, Any]) -> Tensor | None:
+    """Return the scales of a signed importance in blocks of 8 bits; None where it has none."""
+    state = owner.state.get(param)
+    if not isinstance(state, MutableMapping):
+        return None
+    _, scales = stored(state, "importance")
+    if scales is None and group.get("importance") == "exp_avg_sq" and "importance" not in state:
+        _, scales = stored(state, "exp_avg_sq")
+    return scales

@@ -7,7 +7,7 @@ of the optimizer: it is prepared once, and serves for as long as the candidates 
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -17,8 +17,12 @@ from epi_kernels import ops
 from epi_kernels.contract import DIGITS
 from epi_kernels.distributed import Ranks
 from epi_kernels.ops.table import on_device
+from epi_kernels.storage.noise import Place, whole
 
 _T = TypeVar("_T")
+
+# importances, and the scales of those in blocks of 8 bits, None for the others
+Held = tuple[list[Tensor], list[Tensor | None]]
 
 
 class Candidate(NamedTuple):
@@ -31,6 +35,8 @@ class Candidate(NamedTuple):
     layer: int
     budget: int
     counted: bool = True  # False: another rank has the same entries and counts them
+    scales: Tensor | None = None  # of an importance in blocks of 8 bits
+    place: Place | None = None  # where the entries lie in the whole tensor, if they are rounded stochastically
 
 
 class Refreshed(NamedTuple):
@@ -108,6 +114,8 @@ class Refresh:
         due: Tensor | None,
         clock: int | Tensor = 0,
         settings: object = None,
+        scales: list[Tensor | None] | None = None,
+        steps: Sequence[Any] = (),
     ) -> Refreshed:
         """Refresh once.
 
@@ -119,17 +127,21 @@ class Refresh:
             due: one float32 value; if it is 0, nothing changes and the result means nothing. None: 1.
             clock: the step of the refresh; with ranks it must be an int, the same on all of them.
             settings: see `Ranks.ranges`.
+            scales: of each candidate in blocks of 8 bits, None for the others; written. None: there are none.
+            steps: the clock of each candidate, numbers or tensors of one value, if any is rounded stochastically.
 
         Raises:
             AgreeAgain: see `Ranks.ranges`; the importance has advanced by then.
         """
         ranks, home = self._ranks, self._home
-        running = [(part, part.of(importances), _on(part.device, due)) for part in self._parts]
+        scales = scales or [None] * len(importances)
+        running = [(part, (part.of(importances), part.of(scales)), _on(part.device, due)) for part in self._parts]
         found = [
-            part.advance_(held, part.of(grads), _copy_on(part.device, self._ranges), grad_factor, now)
+            part.advance_(held, part.of(grads), _copy_on(part.device, self._ranges), grad_factor, now, steps)
             for part, held, now in running
         ]
         increment_version(importances)
+        increment_version([of_codes for of_codes in scales if of_codes is not None])
         ranges = found[0] if found else self._ranges.to(home)
         if len(found) > 1:
             every = torch.stack([of_part.to(home) for of_part in found])
@@ -183,8 +195,12 @@ class _Part:
         importances, grads = [member.importance for member in members], [member.grad for member in members]
         betas = torch.tensor([(m.beta, m.one_minus_beta) for m in members], dtype=torch.float64, device="cpu")
         layers, budgets = [member.layer for member in members], [member.budget for member in members]
+        scales = [member.scales for member in members]
+        self._noisy = any(member.place is not None for member in members)
+        # a tensor that is kept in float32 needs no noise, and its place is not read
+        places = [member.place or whole(0, member.importance.shape) for member in members] if self._noisy else []
         self._importance = ops.prepared_importance(
-            importances, grads, betas, layers, layer_count, keep_finite, device, backend
+            *(importances, grads, betas, layers, layer_count, keep_finite, device, backend), scales, places
         )
         rows = layer_count if normalize else None
         self._histogram = ops.prepared_histogram(
@@ -195,8 +211,9 @@ class _Part:
             budget_count,
             device,
             backend,
+            self._of_counted(scales),
         )
-        self._lock = ops.prepared_lock(importances, layers, rows, budgets, budget_count, device, backend)
+        self._lock = ops.prepared_lock(importances, layers, rows, budgets, budget_count, device, backend, scales)
 
     def of(self, values: list[_T]) -> list[_T]:
         """Return, from the values of all candidates, those of the candidates on this device."""
@@ -207,19 +224,22 @@ class _Part:
 
     def advance_(
         self,
-        importances: list[Tensor],
+        held: Held,
         grads: list[Tensor | None],
         ranges: Tensor,
         grad_factor: dict[torch.device, Tensor],
         due: Tensor | None,
+        steps: Sequence[Any],
     ) -> Tensor:
         """Advance the importances, write the ranges of the layers, and return them."""
-        self._importance.advance_(importances, grads, ranges, self._counter, grad_factor.get(self.device), due)
+        clocks = _clocks(self.of(list(steps)), self.device) if self._noisy else None
+        factor = grad_factor.get(self.device)
+        self._importance.advance_(held[0], grads, ranges, self._counter, factor, due, held[1], clocks)
         return ranges
 
     def count(
         self,
-        importances: list[Tensor],
+        held: Held,
         ranges: Tensor | None,
         selection: Tensor,
         shift: int,
@@ -228,11 +248,21 @@ class _Part:
     ) -> Tensor:
         """Return the histograms of the scores that this rank counts."""
         there, selection = _on(self.device, ranges), selection.to(self.device)
-        return cast(Tensor, self._histogram.count(self._of_counted(importances), there, selection, shift, bins, due))
+        importances, scales = self._of_counted(held[0]), self._of_counted(held[1])
+        return cast(Tensor, self._histogram.count(importances, there, selection, shift, bins, due, scales))
 
-    def lock_(self, importances: list[Tensor], ranges: Tensor | None, thresholds: Tensor, due: Tensor | None) -> Tensor:
+    def lock_(self, held: Held, ranges: Tensor | None, thresholds: Tensor, due: Tensor | None) -> Tensor:
         """Lock the entries whose scores reach the thresholds, and return the counts of each candidate."""
-        return cast(Tensor, self._lock.lock_(importances, _on(self.device, ranges), thresholds.to(self.device), due))
+        there = _on(self.device, ranges), thresholds.to(self.device)
+        return cast(Tensor, self._lock.lock_(held[0], *there, due, held[1]))
+
+
+def _clocks(steps: Sequence[Any], device: torch.device) -> Tensor:
+    """Return clocks, numbers or tensors of one value, as one float32 tensor on a device."""
+    there = [step for step in steps if isinstance(step, Tensor) and step.device.type != "cpu"]
+    if there:  # the host does not know them
+        return torch.stack([torch.as_tensor(step).to(device, torch.float32).reshape(()) for step in steps])
+    return on_device(torch.tensor([float(step) for step in steps], dtype=torch.float32, device="cpu"), device)
 
 
 def _on(device: torch.device, tensor: Tensor | None) -> Tensor | None:

@@ -15,9 +15,11 @@ from epi_kernels.engine.groups import digest_of, group_of, masks_of, name_of, pa
 from epi_kernels.engine.method import Owner
 from epi_kernels.engine.places import Following, Place, check_shape
 from epi_kernels.engine.state import new_clock
+from epi_kernels.engine.storages import REST, wanted_dtype
 from epi_kernels.notices import warn
 from epi_kernels.ops.flat import put_
 from epi_kernels.rules import Rule
+from epi_kernels.storage import split
 
 # positions fit int32 below this
 _NARROW = 1 << 31
@@ -44,7 +46,7 @@ class Selection(Following):
         rule: the optimizer's rule; a state has one compact tensor for each slot of the rule.
     """
 
-    state_keys = ("indices", "trainable")
+    state_keys = ("indices", "trainable", REST)
     complete = True
 
     def __init__(self, rule: Rule) -> None:
@@ -84,8 +86,11 @@ class Selection(Following):
         selected: _Selected | None = self.places.get(param)
         state = owner.state.get(param, {})
         positions = state.get(key_of(param), selected and selected.positions)
+        dtypes = self._dtypes(param, group)
         if not {"step", *self._slots, key_of(param)} <= state.keys():
             self._start(owner, param, group, positions)
+        elif REST in dtypes and REST not in state:
+            state[REST] = torch.zeros(len(positions), dtype=dtypes[REST], device=param.device)
         elif positions is not (selected and selected.positions) and (selected or positions.numel()):
             self.places.put(param, _Selected(positions, selected.shape if selected else param.shape))
 
@@ -93,11 +98,18 @@ class Selection(Following):
         """Give a parameter a fresh state for the entries at these positions (row-major) of this rank's shard."""
         if positions is None:
             positions = narrow(torch.zeros(0, dtype=torch.int64, device=param.device), local(param))
-        dtype, k = arithmetic_dtype(param.dtype), len(positions)
+        k = len(positions)
         with torch.inference_mode(False):  # the state may be written outside of inference mode
-            slots = {key: torch.zeros(k, dtype=dtype, device=param.device) for key in self._slots}
+            slots = {key: torch.zeros(k, dtype=d, device=param.device) for key, d in self._dtypes(param, group).items()}
         clock = new_clock(0.0, None, bool(group["fused"]))
         owner.state[param] = {"step": clock, **slots, key_of(param): positions.to(param.device)}
+
+    def _dtypes(self, param: Tensor, group: dict[str, Any]) -> dict[str, torch.dtype]:
+        """Return the compact tensors that the state of a parameter has, and their dtypes."""
+        dtype = wanted_dtype(group["state_dtype"], param) or arithmetic_dtype(param.dtype)
+        dtypes = dict.fromkeys(self._slots, dtype)
+        bits = group["master_weight_bits"]
+        return {**dtypes, REST: split.RESTS[bits]} if bits and param.dtype == torch.bfloat16 else dtypes
 
     def positions(self, owner: Owner, param: Tensor) -> Tensor:
         """Return the positions of the trainable entries in this rank's shard."""
@@ -119,8 +131,13 @@ class Selection(Following):
     # The step --------------------------------------------------------------------------------------------------------
 
     def check_settings(self, group: dict[str, Any]) -> None:
-        """Refuse flags that compact states do not have."""
+        """Refuse flags and storages that compact states do not have."""
         check_flags(group)
+        if group["state_dtype"] == "8bit":
+            raise ValueError(
+                "Invalid state_dtype: '8bit'; the moments of few entries are not kept in blocks of 8 bits: use "
+                "torch.bfloat16"
+            )
 
     def moves(self, owner: Owner, param: Tensor) -> bool:
         """Return whether a parameter has trainable entries.
@@ -167,8 +184,8 @@ class Selection(Following):
             return _Selected(self.positions(owner, param), param.shape), None
         state = owner.state.get(place.param, {})
         if not state:  # the state was cleared: start with fresh moments
-            zeros = torch.zeros(len(selected.positions), dtype=arithmetic_dtype(param.dtype), device=param.device)
-            slots = {key: zeros.clone() for key in self._slots}
+            k, dtypes = len(selected.positions), self._dtypes(param, group_of(param, owner.param_groups))
+            slots = {key: torch.zeros(k, dtype=dtype, device=param.device) for key, dtype in dtypes.items()}
             state = {"step": 0.0, **slots, key_of(place.param): selected.positions}
         if "trainable" in state:
             if not placed_alike(place.param, param):
@@ -204,10 +221,10 @@ class Selection(Following):
                 return {**entry, "indices": narrow(entry["indices"], param)}
             entry = {"step": entry["step"], **self._dense(entry, "indices", param.shape)}  # saved without shards
         # the saved tensors are shards of a DTensor, or whole tensors
-        keys = (*self._slots, "trainable")
+        keys = (*self._slots, *([REST] if REST in entry else []), "trainable")
         parts = {key: local(shard_of(entry[key].to(param.device), param)).reshape(-1) for key in keys}
         positions = parts["trainable"].nonzero()[:, 0]
-        slots = {key: parts[key][positions] for key in self._slots}
+        slots = {key: parts[key][positions] for key in keys[:-1]}
         return {"step": entry["step"], **slots, key_of(param): narrow(positions, local(param))}
 
     def loaded(self, owner: Owner) -> None:
@@ -259,7 +276,8 @@ class Selection(Following):
             return put_(torch.zeros(shape, dtype=values.dtype, device=values.device), positions, values)
 
         ones = torch.ones(len(positions), dtype=torch.uint8, device=positions.device)
-        return {**{slot: spread(entry[slot]) for slot in self._slots}, "trainable": spread(ones)}
+        slots = (*self._slots, *([REST] if REST in entry else []))
+        return {**{slot: spread(entry[slot]) for slot in slots}, "trainable": spread(ones)}
 
     def _spread(self, entry: dict[str, Any], param: Tensor) -> dict[str, Any]:
         """Return the compact state of a shard as DTensors in the shape of the parameter."""

@@ -35,7 +35,7 @@ def write_(
         tensor.copy_(codes)
         scales.copy_(new)
     elif tensor.dtype == torch.bfloat16 and of is not None:
-        tensor.copy_(half.stochastic(value, tensor.dtype, of.of(slot)))
+        tensor.copy_(half.stochastic(value.float(), tensor.dtype, of.of(slot)))
     else:
         tensor.copy_(value)
 

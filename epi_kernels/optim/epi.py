@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim.adamw import AdamW
 
 from epi_kernels.engine.optimizer import FusedOptimizer
+from epi_kernels.engine.storages import StorageArgument
 from epi_kernels.engine.sweeping import Sweeping
 from epi_kernels.isolation.evolving import Evolving
 from epi_kernels.isolation.isolating import Isolating
@@ -42,7 +43,7 @@ class EPIAdamW(Isolating, FusedOptimizer, AdamW):
         capturable: lets a CUDA graph capture `step`; clocks and the decision to refresh are on the device. A setting
             that is a tensor (lr, eps, weight_decay, betas) is read at every replay; a number is fixed in the graph.
         differentiable: autograd can go back through the step, which then uses torch's own operations. Only for float32,
-            float64 and complex parameters, with ``importance="ema"``.
+            float64 and complex parameters, with ``importance="ema"`` and states in float32.
         isolation_ratio: p, share of the entries to protect, 0 <= p < 1. A group may have its own ratio: the groups
             with the same ratio then share one budget, and 0 exempts a group (no importance, no state for it).
         importance_beta: smoothing of S, 0 <= beta < 1; 0 uses only the last gradient. A group may have its own.
@@ -58,6 +59,16 @@ class EPIAdamW(Isolating, FusedOptimizer, AdamW):
             state or memory traffic. The lock is then the sign bit of ``exp_avg_sq``. `state_dict` has
             ``exp_avg_sq`` without locks, so that torch.optim.AdamW can load it, and the signed tensor as
             ``importance``.
+        state_dtype: how moments, and by default the importance, are kept. None: float32, or as a framework has made
+            them before the first step. torch.bfloat16: 2 bytes, always rounded stochastically. "8bit": 1 byte and a
+            scale for each 64 entries of a row, for parameters of at least 2 dimensions, 4096 entries and rows of 64;
+            bfloat16 for the others. A group may have its own, as of the three arguments below.
+        importance_dtype: how the importance is kept; None: as `state_dtype` says. torch.float32 is accepted too.
+        rounding: "nearest" or "stochastic", of bfloat16 and float16 parameters; with ``master_weight_bits=24``, how the
+            last 8 bits of a weight are dropped. The noise depends on the group's ``rounding_seed`` (0 by default), the
+            parameter's clock and name and the entry's place in the whole tensor, and on no generator of torch.
+        master_weight_bits: 32 keeps the exact float32 weight behind a bfloat16 parameter, with a state of 16 bits; 24
+            keeps 24 bits of it, with a state of 8. The parameter is the weight rounded to nearest.
         clip_grad_norm: the largest allowed norm of all gradients together, as in torch.nn.utils.clip_grad_norm_. The
             norm takes one pass over the gradients; the step applies the factor, for the importance too, and does not
             write the gradients. None: no clipping.
@@ -67,13 +78,15 @@ class EPIAdamW(Isolating, FusedOptimizer, AdamW):
             not say which slices are replicas: with HYBRID_SHARD give the group that shards; NO_SHARD is refused.
         backend: "auto", or the name of a backend, which then runs or raises.
 
-    State of a parameter: torch's ``step``, ``exp_avg``, ``exp_avg_sq``, ``max_exp_avg_sq`` and ``importance``: S in
-    float32 with the lock in its sign bit (see `epi_kernels.lock`). With ``importance="exp_avg_sq"``, ``importance`` and
-    ``exp_avg_sq`` are one tensor, which carries the lock; where a loader or an offloader has made two tensors of that
-    one, the next step takes ``importance`` for both. A group has the settings above, a digest of its layers, and
-    ``isolation_clock``: how many steps the optimizer has taken, which decides when masks are refreshed. (Under
-    ``capturable`` this clock runs on the device, and `state_dict` copies its value into the groups.) If a state of
-    torch.optim.AdamW is loaded, which has no such clock, the clock starts at the largest ``step``.
+    State of a parameter: torch's ``step``, ``exp_avg``, ``exp_avg_sq``, ``max_exp_avg_sq`` and ``importance``: S with
+    the lock in its sign bit (see `epi_kernels.lock`). What is in blocks of 8 bits has other keys, such as
+    ``exp_avg_codes`` and ``exp_avg_scales``; bits of a weight beyond those of its parameter are ``rest``. With
+    ``importance="exp_avg_sq"``, ``importance`` and ``exp_avg_sq`` are one tensor, which carries the lock (in blocks of
+    8 bits it has the second name alone); where a loader or an offloader has made two tensors of that one, the next step
+    takes ``importance`` for both. A group has the settings above, a digest of its layers, and ``isolation_clock``: how
+    many steps the optimizer has taken, which decides when masks are refreshed. (Under ``capturable`` this clock runs on
+    the device, and `state_dict` copies its value into the groups.) If a state of torch.optim.AdamW is loaded, which has
+    no such clock, the clock starts at the largest ``step``.
 
     Raises:
         ValueError: an argument is out of its range; the message names it and its value.
@@ -111,6 +124,10 @@ class EPIAdamW(Isolating, FusedOptimizer, AdamW):
         scope: Literal["global", "layer"] = "global",
         threshold: Literal["exact", "histogram"] = "exact",
         importance: Literal["ema", "exp_avg_sq"] = "ema",
+        state_dtype: StorageArgument = None,
+        importance_dtype: StorageArgument = None,
+        rounding: Literal["nearest", "stochastic"] = "nearest",
+        master_weight_bits: Literal[24, 32] | None = None,
         process_group: Any = None,
         clip_grad_norm: float | None = None,
         backend: str = "auto",
@@ -124,6 +141,11 @@ class EPIAdamW(Isolating, FusedOptimizer, AdamW):
             "scope": scope,
             "threshold": threshold,
             "importance": importance,
+            "state_dtype": state_dtype,
+            "importance_dtype": importance_dtype,
+            "rounding": rounding,
+            "master_weight_bits": master_weight_bits,
+            "rounding_seed": 0,
         }
         check_settings(settings, ADAMW.importance_slot)
         super().__init__(

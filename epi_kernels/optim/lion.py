@@ -5,6 +5,7 @@ from typing import Any, Literal, cast
 from torch import Tensor
 
 from epi_kernels.engine.optimizer import FusedOptimizer
+from epi_kernels.engine.storages import StorageArgument
 from epi_kernels.engine.sweeping import Sweeping
 from epi_kernels.isolation.evolving import Evolving
 from epi_kernels.isolation.isolating import Isolating
@@ -35,11 +36,11 @@ class EPILion(Isolating, FusedOptimizer):
         betas: (beta1, beta2) above.
         weight_decay: lambda, decoupled; three to ten times AdamW's is usual.
         maximize, foreach, capturable, fused: as in `EPIAdamW`.
-        isolation_ratio, importance_beta, mask_interval, layers, normalize, scope, threshold, process_group,
-            clip_grad_norm, backend: as in `EPIAdamW`.
+        isolation_ratio, importance_beta, mask_interval, layers, normalize, scope, threshold, state_dtype,
+            importance_dtype, rounding, master_weight_bits, process_group, clip_grad_norm, backend: as in `EPIAdamW`.
 
-    State of a parameter: ``step``, ``exp_avg`` (m) and ``importance``: S in float32 with the lock in its sign bit (see
-    `epi_kernels.lock`).
+    State of a parameter: ``step``, ``exp_avg`` (m) and ``importance``: S with the lock in its sign bit (see
+    `epi_kernels.lock`); with other storages, the keys that `EPIAdamW` has.
 
     Raises:
         ValueError: an argument is out of its range; the message names it and its value.
@@ -73,6 +74,10 @@ class EPILion(Isolating, FusedOptimizer):
         normalize: Literal["layer", "none"] = "layer",
         scope: Literal["global", "layer"] = "global",
         threshold: Literal["exact", "histogram"] = "exact",
+        state_dtype: StorageArgument = None,
+        importance_dtype: StorageArgument = None,
+        rounding: Literal["nearest", "stochastic"] = "nearest",
+        master_weight_bits: Literal[24, 32] | None = None,
         process_group: Any = None,
         clip_grad_norm: float | None = None,
         backend: str = "auto",
@@ -86,6 +91,11 @@ class EPILion(Isolating, FusedOptimizer):
             "scope": scope,
             "threshold": threshold,
             "importance": "ema",
+            "state_dtype": state_dtype,
+            "importance_dtype": importance_dtype,
+            "rounding": rounding,
+            "master_weight_bits": master_weight_bits,
+            "rounding_seed": 0,
         }
         check_settings(settings, LION.importance_slot)
         defaults = {

@@ -1,12 +1,13 @@
 """MaskedAdamW: AdamW with a fixed set of entries that never move (static isolation)."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.optim.adamw import AdamW
 
 from epi_kernels.engine.optimizer import FusedOptimizer
+from epi_kernels.engine.storages import StorageArgument
 from epi_kernels.engine.sweeping import Sweeping
 from epi_kernels.isolation.fixed import FixedMask
 from epi_kernels.rules import ADAMW
@@ -28,7 +29,7 @@ class MaskedAdamW(FusedOptimizer, AdamW):
             torch.optim.AdamW; see `EPIAdamW`.
         frozen: {name or Parameter: bool tensor of the parameter's shape}, True = never moves. All entries of
             parameters without a mask move.
-        clip_grad_norm: as in `EPIAdamW`.
+        state_dtype, rounding, master_weight_bits, clip_grad_norm: as in `EPIAdamW`.
         process_group: the ranks over which the parameters are sharded; None is the default group if a parameter is a
             DTensor, and no communication otherwise. Given with plain parameters without names, as inside of
             ZeroRedundancyOptimizer, each rank's parameters are its own, and it skips masks of other ranks' parameters.
@@ -68,6 +69,9 @@ class MaskedAdamW(FusedOptimizer, AdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        state_dtype: StorageArgument = None,
+        rounding: Literal["nearest", "stochastic"] = "nearest",
+        master_weight_bits: Literal[24, 32] | None = None,
         process_group: Any = None,
         clip_grad_norm: float | None = None,
         backend: str = "auto",
@@ -88,7 +92,13 @@ class MaskedAdamW(FusedOptimizer, AdamW):
                 "fused": fused,
             },
             planner=Sweeping(ADAMW, mask),
-            settings={"clip_grad_norm": clip_grad_norm},
+            settings={
+                "clip_grad_norm": clip_grad_norm,
+                "state_dtype": state_dtype,
+                "rounding": rounding,
+                "master_weight_bits": master_weight_bits,
+                "rounding_seed": 0,
+            },
             process_group=process_group,
             backend=backend,
         )

@@ -1,7 +1,7 @@
 """SparseAdamW: AdamW of trainable entries only, with state only for them (PIECE, arXiv 2511.15375)."""
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ class SparseAdamW(FusedOptimizer, AdamW):
         amsgrad, capturable, differentiable: not in this version.
         trainable: {name or Parameter: bool tensor of the parameter's shape}, True = moves, as
             `epi_kernels.select.top_k` makes it. Parameters without a mask do not move.
+        state_dtype: torch.bfloat16, or None for float32; the moments of few entries are not kept in blocks of 8 bits.
+        rounding, master_weight_bits: as in `EPIAdamW`; the rest of a weight is kept for trainable entries alone.
         process_group: the ranks over which the parameters are sharded; None is the default group if a parameter is a
             DTensor, and no communication otherwise. Given with plain parameters without names, as inside of
             ZeroRedundancyOptimizer, each rank's parameters are its own, and it skips masks of other ranks' parameters.
@@ -83,6 +85,9 @@ class SparseAdamW(FusedOptimizer, AdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        state_dtype: torch.dtype | None = None,
+        rounding: Literal["nearest", "stochastic"] = "nearest",
+        master_weight_bits: Literal[24, 32] | None = None,
         process_group: Any = None,
         backend: str = "auto",
     ) -> None:
@@ -101,7 +106,12 @@ class SparseAdamW(FusedOptimizer, AdamW):
                 "fused": fused,
             },
             planner=Gathering(ADAMW, Selection(ADAMW)),
-            settings={},
+            settings={
+                "state_dtype": state_dtype,
+                "rounding": rounding,
+                "master_weight_bits": master_weight_bits,
+                "rounding_seed": 0,
+            },
             process_group=process_group,
             backend=backend,
             dtypes=FLOATING,

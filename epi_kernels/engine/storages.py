@@ -1,0 +1,375 @@
+"""How the tensors of a parameter's state are kept: the settings that say so, and the keys under which they are.
+
+Values are under the name of their slot (``exp_avg``), in float32 or bfloat16. Codes in blocks of 8 bits have keys of
+their own, ``exp_avg_codes`` and ``exp_avg_scales``, so that no other optimizer takes codes for values. The rest of a
+weight of more bits than its bfloat16 parameter is ``rest``.
+"""
+
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from epi_kernels.distributed import is_dtensor, is_slice, local, offsets_of, wrapped
+from epi_kernels.engine.settings import Groups, is_count
+from epi_kernels.rules import Rule
+from epi_kernels.storage import block8, split
+from epi_kernels.storage.noise import Place, key_of
+
+# settings of a group, and what they are where nobody says otherwise
+DEFAULTS: dict[str, Any] = {
+    "state_dtype": None,
+    "importance_dtype": None,
+    "rounding": "nearest",
+    "master_weight_bits": None,
+    "rounding_seed": 0,
+}
+
+REST = "rest"
+
+# what says how a state is kept
+StorageArgument = torch.dtype | Literal["8bit"] | None
+
+_DTYPES = (None, torch.float32, torch.bfloat16, "8bit")
+
+# the smallest tensor that is kept in blocks of 8 bits: in scales and ragged rows a smaller one would save nothing
+SMALLEST = 4096
+
+
+def check_settings(group: Mapping[str, Any]) -> None:
+    """Check the settings of a group that say how numbers are kept, as far as the group has them.
+
+    Raises:
+        ValueError: a setting has a value that it cannot have, or two exclude each other.
+    """
+    for key in ("state_dtype", "importance_dtype"):
+        dtype = group.get(key)
+        if not any(dtype is known or (isinstance(dtype, str) and dtype == known) for known in _DTYPES):
+            raise ValueError(f"Invalid {key}: {dtype!r}; choose None, torch.float32, torch.bfloat16 or '8bit'")
+    settings = {**DEFAULTS, **group}
+    rounding, bits, seed = settings["rounding"], settings["master_weight_bits"], settings["rounding_seed"]
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(f"Invalid rounding: {rounding!r}; choose 'nearest' or 'stochastic'")
+    if bits is not None and not (is_count(bits, 0, 64) and bits in split.RESTS):
+        raise ValueError(f"Invalid master_weight_bits: {bits!r}; choose None, 24 or 32")
+    if bits == 32 and rounding == "stochastic":
+        raise ValueError(
+            "rounding='stochastic' with master_weight_bits=32: such weights are exact and are not rounded; use "
+            "rounding='nearest', or master_weight_bits=24"
+        )
+    if not is_count(seed, -(1 << 63), 1 << 64):
+        raise ValueError(f"Invalid rounding_seed: {seed!r}; it is an integer of at most 64 bits")
+    if group.get("amsgrad") and group.get("state_dtype") == "8bit":
+        raise ValueError(
+            "amsgrad=True with state_dtype='8bit': the largest second moment would lose its bits whenever its block's "
+            "scale changes; use state_dtype=torch.bfloat16"
+        )
+    used = [f"{key}={group[key]!r}" for key, usual in DEFAULTS.items() if not is_usual(key, group.get(key, usual))]
+    if group.get("differentiable") and used:
+        raise ValueError(f"differentiable=True with {', '.join(used)}: autograd cannot go through rounded numbers")
+    own = group.get("importance_dtype")
+    if group.get("importance") not in (None, "ema") and own not in (None, group.get("state_dtype") or torch.float32):
+        raise ValueError(
+            f"importance={group['importance']!r} with importance_dtype={group['importance_dtype']!r}: the importance "
+            "is the second moment, which state_dtype describes; leave importance_dtype at None"
+        )
+
+
+def is_usual(key: str, value: Any) -> bool:
+    """Return whether a setting says what it says where nobody sets it; a seed alone changes nothing."""
+    return key == "rounding_seed" or value == DEFAULTS[key] or (key == "state_dtype" and value == torch.float32)
+
+
+def check_parameters(groups: Groups, name_of: Any) -> None:
+    """Check that some parameter can have what the groups ask for; a group may ask for what some of it cannot have.
+
+    Raises:
+        ValueError: no parameter of the optimizer is bfloat16, and a group has ``master_weight_bits``; or no parameter
+            is large enough for blocks of 8 bits, and a group asks for them.
+    """
+    params = [param for group in groups for param in group["params"] if not torch.nn.parameter.is_lazy(param)]
+    if not params:
+        return
+    bits = next((group["master_weight_bits"] for group in groups if group.get("master_weight_bits")), None)
+    if bits is not None and not any(param.dtype == torch.bfloat16 for param in params):
+        raise ValueError(
+            f"master_weight_bits={bits}, and no parameter is bfloat16 ({name_of(params[0])} is {params[0].dtype}): "
+            "there is nothing to keep more bits of; leave it at None, or convert the model first, by "
+            "model.to(torch.bfloat16)"
+        )
+    for key in ("state_dtype", "importance_dtype"):
+        if any(group.get(key) == "8bit" for group in groups) and not any(map(qualifies, params)):
+            raise ValueError(
+                f"{key}='8bit', and no parameter has 2 dimensions, {SMALLEST} entries and rows of {block8.BLOCK} "
+                f"({name_of(params[0])} has shape {tuple(params[0].shape)}): a wrapper may have flattened the "
+                f"parameters, as FSDP1 and DeepSpeed do; use {key}=torch.bfloat16, or FSDP2 (fully_shard)"
+            )
+
+
+def check_parameter(param: Tensor, name: str, group: Mapping[str, Any]) -> None:
+    """Check that a parameter can be kept as its group asks.
+
+    Raises:
+        NotImplementedError: it is float64 or complex; or a shard cuts a block of 8 bits, or lies in the whole tensor in
+            a way for which there is no noise.
+    """
+    used = [key for key, usual in DEFAULTS.items() if not is_usual(key, group.get(key, usual))]
+    if used and (param.is_complex() or param.dtype == torch.float64):
+        raise NotImplementedError(
+            f"{used[0]}={group[used[0]]!r} and {name}, which is {param.dtype}: its states are kept in that precision; "
+            "leave the setting at its default in the group of this parameter"
+        )
+    for key in ("state_dtype", "importance_dtype"):
+        if group.get(key) == "8bit":
+            way_out = f"use {key}=torch.bfloat16 in the group of this parameter"
+            if is_slice(param):
+                raise NotImplementedError(
+                    f"{key}='8bit' and {name}, a slice that FSDP1 made, which cuts rows and blocks; {way_out}, or FSDP2"
+                )
+            if qualifies(param) and _cuts_blocks(param):
+                raise NotImplementedError(
+                    f"{key}='8bit' and {name}, placed {param.placements}: its shards cut "  # type: ignore[attr-defined]
+                    f"blocks of {block8.BLOCK} entries of a row; {way_out}"
+                )
+
+
+def check_rest(state: Mapping[str, Any], name: str, group: Mapping[str, Any]) -> None:
+    """Check that the rest in a parameter's state, if there is one, has the bits that its group asks for.
+
+    Raises:
+        ValueError: it has others.
+    """
+    rest, bits = state.get(REST), group.get("master_weight_bits")
+    if isinstance(rest, Tensor) and rest.dtype != split.RESTS.get(bits or 0):
+        own = next((own for own, dtype in split.RESTS.items() if dtype == rest.dtype), rest.dtype)
+        raise ValueError(
+            f"master_weight_bits={bits!r} in the group of {name}, and the rest of its weight in the state has {own} "
+            f"bits: its values go with no others. Set master_weight_bits={own}, or take 'rest' out of the state, which "
+            "rounds the weight to what stands in the parameter"
+        )
+
+
+def qualifies(param: Tensor) -> bool:
+    """Return whether the states of a parameter can be kept in blocks of 8 bits; its global shape alone decides."""
+    shape = param.shape
+    return len(shape) > 1 and shape.numel() >= SMALLEST and shape[1:].numel() >= block8.BLOCK
+
+
+def _cuts_blocks(param: Tensor) -> bool:
+    """Return whether a shard of some rank begins or ends within a block; the same answer on every rank."""
+    if not is_dtensor(param):
+        return False
+    inner = param.shape[2:].numel()
+    for i, placement in enumerate(param.placements):  # type: ignore[attr-defined]
+        if placement.is_shard() and placement.dim % param.dim() != 0:
+            chunk = -(-param.shape[1] // param.device_mesh.size(i))  # type: ignore[attr-defined]
+            if placement.dim % param.dim() != 1 or chunk * inner % block8.BLOCK:
+                return True
+    return False
+
+
+# States --------------------------------------------------------------------------------------------------------------
+
+
+def keys_of(name: str) -> tuple[str, str, str]:
+    """Return the keys under which a slot or an importance may be: its values; or its codes, and their scales."""
+    return name, f"{name}_codes", f"{name}_scales"
+
+
+def name_of_key(key: str) -> str:
+    """Return the name of the slot that a key belongs to."""
+    return key.removesuffix("_codes").removesuffix("_scales")
+
+
+def stored(state: Mapping[str, Any], name: str) -> tuple[Tensor | None, Tensor | None]:
+    """Return (values, None) of a slot or an importance, (codes, scales), or (None, None) where there is none."""
+    values, codes, scales = keys_of(name)
+    if codes in state:
+        return state[codes], state[scales]
+    return state.get(values), None
+
+
+def dtypes_of(rule: Rule, state: Mapping[str, Any], others: Sequence[str]) -> Iterator[tuple[str, torch.dtype]]:
+    """Yield the name and dtype of every slot that a state has, uint8 for codes, and those of other names."""
+    for name in (*(slot.name for slot in rule.slots), *others):
+        tensor, _ = stored(state, name)
+        if isinstance(tensor, Tensor):
+            yield name, tensor.dtype
+
+
+def wanted_dtype(setting: Any, param: Tensor) -> torch.dtype | None:
+    """Return the dtype in which a state of a parameter is to be kept, uint8 for codes; None: as it is, else float32."""
+    if setting == "8bit":
+        return torch.uint8 if qualifies(param) else torch.bfloat16
+    return torch.bfloat16 if setting == torch.bfloat16 else None
+
+
+def importance_setting(group: Mapping[str, Any]) -> Any:
+    """Return how the importance of a group is to be kept: ``state_dtype`` where ``importance_dtype`` is None."""
+    own = group.get("importance_dtype")
+    return group.get("state_dtype") if own is None else own
+
+
+def put(state: MutableMapping[str, Any], name: str, tensor: Tensor, scales: Tensor | None) -> None:
+    """Put values, or codes and scales, into a state, and take the slot's other form out."""
+    keys = keys_of(name)
+    for key in keys:
+        state.pop(key, None)
+    state.update({keys[0]: tensor} if scales is None else {keys[1]: tensor, keys[2]: scales})
+
+
+def new_scales(param: Tensor, device: torch.device) -> Tensor:
+    """Return scales of 0 for the shard of a parameter, as a DTensor if it is one."""
+    shape = block8.scales_shape(local(param).shape)
+    zeros = torch.zeros(shape, dtype=torch.float32, device=device)
+    return zeros if not is_dtensor(param) else wrapped(zeros, param, torch.Size(block8.scales_shape(param.shape)))
+
+
+def converted(
+    tensor: Tensor, scales: Tensor | None, dtype: torch.dtype, *, positive: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return a state of a parameter in another storage, rounded to nearest, with its sign bits.
+
+    Args:
+        tensor: values, or codes with `scales`.
+        scales: of codes, else None.
+        dtype: of the result; uint8: codes.
+        positive: see `epi_kernels.storage.block8.encoded`.
+    """
+    shard = local(tensor)
+    values = shard if scales is None else block8.decoded(shard, local(scales))
+    if dtype != torch.uint8:
+        return wrapped(values.to(dtype), tensor), None
+    middle = torch.full(values.shape, 1 << 15, dtype=torch.int64, device=values.device)
+    codes, made = block8.encoded(values.float().contiguous(), middle, positive=positive)
+    return wrapped(codes, tensor), wrapped(made, tensor, torch.Size(block8.scales_shape(tensor.shape)))
+
+
+def rounds(param: Tensor, group: Mapping[str, Any]) -> bool:
+    """Return whether the parameter itself, or its weight of 24 bits, is rounded stochastically."""
+    halves = (torch.bfloat16, torch.float16)
+    return group.get("rounding") == "stochastic" and param.dtype in halves
+
+
+# Checkpoints ---------------------------------------------------------------------------------------------------------
+
+# settings that say how this optimizer keeps its numbers, which a checkpoint does not change
+OWN = ("state_dtype", "importance_dtype", "rounding", "master_weight_bits")
+
+
+def is_compact(key: str) -> bool:
+    """Return whether a key of a state has codes, scales or rests, which are not values."""
+    return key == REST or key.endswith(("_codes", "_scales"))
+
+
+def narrowed(key: str, tensor: Tensor) -> Tensor:
+    """Return codes, scales or a rest in their own dtype, where another loader has cast them and nothing is lost.
+
+    Raises:
+        ValueError: the cast has lost bits, or the values are none that this key can have.
+    """
+    value = local(tensor)
+    if key.endswith("_scales"):
+        if value.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"it is {value.dtype}, and scales are float32: a loader has cast them, and lost bits")
+        return wrapped(value.float(), tensor, tensor.shape)
+    dtypes = (torch.uint8,) if key.endswith("_codes") else (torch.int16, torch.int8)
+    if value.dtype in dtypes:
+        return tensor
+    # the integers that bfloat16, float16 and float32 tell apart end at 2^8, 2^11 and 2^24
+    exact = {torch.bfloat16: 1 << 8, torch.float16: 1 << 11}.get(value.dtype, 1 << 24)
+    if value.dtype == torch.bool or value.is_complex():
+        raise ValueError(f"it is {value.dtype}; it is {' or '.join(map(str, dtypes))}")
+    small = [dtype for dtype in dtypes if torch.iinfo(dtype).max < exact]
+    whole = value.to(torch.int64)
+    for dtype in reversed(small):
+        limits = torch.iinfo(dtype)
+        if bool(((whole == value) & (whole >= limits.min) & (whole <= limits.max)).all()):
+            return wrapped(whole.to(dtype), tensor)
+    raise ValueError(
+        f"it is {value.dtype}, and {' or '.join(map(str, dtypes))} here: a loader has cast it, and lost bits. Load the "
+        "state by load_state_dict of this optimizer, or by torch.distributed.checkpoint"
+    )
+
+
+def asked_for(
+    entry: dict[str, Any], names: Sequence[str], param: Tensor, group: Mapping[str, Any], positive: str | None
+) -> tuple[dict[str, Any], list[str]]:
+    """Return a saved state in the storages that a group asks for, and the names of what was converted.
+
+    Args:
+        entry: of the parameter; its tensors are this rank's shards if the parameter is a DTensor.
+        names: of the slots, and "importance" where the optimizer has one.
+        param: the parameter.
+        group: its group.
+        positive: the slot whose positive values must not become 0.
+    """
+    found = {key: narrowed(key, value) if is_compact(key) else value for key, value in entry.items()}
+    changed = []
+    in_slot = group.get("importance", "ema") != "ema"
+    for name in names:
+        if name == "importance" and in_slot:
+            continue  # a second name of the slot, for its locks
+        setting = importance_setting(group) if name == "importance" else group.get("state_dtype")
+        tensor, scales = stored(found, name)
+        dtype = wanted_dtype(setting, param)
+        if tensor is None:
+            continue
+        other = tensor.dtype != dtype
+        if dtype is None:
+            # a moment in bfloat16 may have been made so by a framework, and `taken` decides
+            other = scales is not None or (name == "importance" and tensor.dtype == torch.bfloat16)
+        if other:
+            put(found, name, *converted(tensor, scales, dtype or torch.float32, positive=name == positive))
+            changed.append(name)
+    return found, changed
+
+
+def check_bits(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Check that a saved group has no weights of other bits than this optimizer's.
+
+    Raises:
+        ValueError: it has.
+    """
+    theirs, ours = saved.get("master_weight_bits"), own.get("master_weight_bits")
+    if theirs is not None and theirs != ours:
+        raise ValueError(
+            f"master_weight_bits={theirs!r} in the state, and {ours!r} here: the rests of the weights go with no "
+            f"other bits; construct the optimizer with master_weight_bits={theirs!r}"
+        )
+
+
+# Noise ---------------------------------------------------------------------------------------------------------------
+
+
+def place_of(param: Tensor, name: str, group: Mapping[str, Any], rank: int | None, first: int) -> Place:
+    """Return where the entries of a parameter, or of this rank's shard, lie in the whole tensor.
+
+    Args:
+        param: the parameter.
+        name: the text by which the noise knows it.
+        group: its group.
+        rank: joins the key of the noise, where nothing else tells the entries of several ranks apart.
+        first: the offset of the first entry, if the parameter is no DTensor.
+
+    Raises:
+        NotImplementedError: the shard does not lie in the whole tensor in runs of one length.
+    """
+    key = key_of(int(group.get("rounding_seed", 0)), name, rank)
+    shape, whole, starts = local(param).shape, param.shape, offsets_of(param)
+    entries = max(1, shape.numel())
+    row = max(1, shape[1:].numel()) if shape else 1
+    strides = [whole[d + 1 :].numel() for d in range(len(whole))]
+    first += sum(start * stride for start, stride in zip(starts, strides, strict=True))
+    cut = [d for d in range(1, len(whole)) if shape[d] != whole[d]]
+    if not cut:
+        return Place(key, first, entries, 0, row)
+    if len(cut) > 1:
+        raise NotImplementedError(
+            f"{name} is placed {param.placements}, over several of its inner dimensions, "  # type: ignore[attr-defined]
+            "where stochastic rounding does not know the place of an entry; keep states in float32 and "
+            "rounding='nearest' in the group of this parameter"
+        )
+    run, of_whole = max(1, shape[cut[0] :].numel()), whole[cut[0] :].numel()
+    return Place(key, first, run, of_whole - run, row)
