@@ -8,9 +8,6 @@
 namespace epi::EPI_LEVEL {
 namespace {
 
-// entries at a time: a 16-bit gradient is converted into a buffer of the first-level cache, counters stay int32
-constexpr int64_t BLOCK = 2048;
-
 template <bool keep_finite>
 int32_t advance(float* __restrict importance, const float* __restrict grad, int64_t size, float grad_factor, float beta,
                 float one_minus_beta) {
@@ -41,28 +38,42 @@ Range range_of(const float* importance, int64_t size, Range range) {
 
 int64_t importance(const epi_importance_tensor& tensor, int64_t begin, int64_t end, float grad_factor, bool keep_finite,
                    Range* range) {
-    alignas(64) float buffer[BLOCK];
+    alignas(64) float grads[RUN];
+    alignas(64) float buffer[RUN];
+    alignas(64) uint32_t mixed[RUN];
+    const Stored stored = {tensor.importance, tensor.scales, tensor.importance_dtype};
+    const Blocks blocks = blocks_of(tensor);
+    const Place place = Place::of(tensor, tensor.step);
+    const bool narrow = tensor.importance_dtype != EPI_FLOAT32;
+    const bool noisy = narrow && tensor.run > 0;
+    const Rounding rounding = {noisy ? mixed : nullptr, keep_finite ? NOISE_IMPORTANCE : NOISE_OF_SLOT[1],
+                               !keep_finite};
     int64_t nonfinite = 0;
     Range found = *range;
-    for (int64_t i = begin; i < end; i += BLOCK) {
-        const int64_t size = end - i < BLOCK ? end - i : BLOCK;
-        float* const block = tensor.importance + i;
+    Runs runs(blocks, begin, end, RUN);
+    for (Run run; runs.take(&run);) {
+        float* const values = opened(stored, blocks, run, buffer);
         if (tensor.grad) {
-            const float* const grad = as_float32(tensor.grad, tensor.grad_dtype, i, size, buffer);
+            const float* const grad = as_float32(tensor.grad, tensor.grad_dtype, run.begin, run.size, grads);
             nonfinite += keep_finite
-                             ? advance<true>(block, grad, size, grad_factor, tensor.beta, tensor.one_minus_beta)
-                             : advance<false>(block, grad, size, grad_factor, tensor.beta, tensor.one_minus_beta);
+                             ? advance<true>(values, grad, run.size, grad_factor, tensor.beta, tensor.one_minus_beta)
+                             : advance<false>(values, grad, run.size, grad_factor, tensor.beta, tensor.one_minus_beta);
+            if (narrow) {
+                if (noisy) place.fill(mixed, run.begin, run.size);
+                closed(values, stored, blocks, run, rounding);
+                opened(stored, blocks, run, buffer);  // the range is that of what is kept
+            }
         }
-        found = range_of(block, size, found);
+        found = range_of(values, run.size, found);
     }
     *range = found;
     return nonfinite;
 }
 
 void gradient_sums(const epi_sums_tensor& tensor, int64_t begin, int64_t end) {
-    alignas(64) float buffer[BLOCK];
-    for (int64_t i = begin; i < end; i += BLOCK) {
-        const int64_t size = end - i < BLOCK ? end - i : BLOCK;
+    alignas(64) float buffer[RUN];
+    for (int64_t i = begin; i < end; i += RUN) {
+        const int64_t size = end - i < RUN ? end - i : RUN;
         const float* __restrict grad = as_float32(tensor.grad, tensor.grad_dtype, i, size, buffer);
         if (tensor.sum) {
             float* __restrict sum = tensor.sum + i;

@@ -6,10 +6,13 @@
 #include <cstdint>
 #include <vector>
 
+#include "runs.h"
+
 namespace epi {
 
 // entries in a chunk: long enough that the streams of a sweep run far ahead, short enough to share out evenly
 constexpr int64_t CHUNK = int64_t{1} << 16;
+constexpr int64_t CHUNK_BLOCKS = CHUNK / Block8::BLOCK;
 
 // below this many entries a second thread costs more time than it saves
 constexpr int64_t SMALL = int64_t{1} << 16;
@@ -21,11 +24,13 @@ struct Chunk {
 class Chunks {
   public:
     template <typename Tensor>
-    Chunks(const Tensor* tensors, int64_t count) : sizes_(count), first_(count + 1, 0) {
+    Chunks(const Tensor* tensors, int64_t count) : sizes_(count), rows_(count), first_(count + 1, 0) {
         for (int64_t i = 0; i < count; ++i) {
+            const Blocks blocks = blocks_of(tensors[i]);
             sizes_[i] = tensors[i].size;
+            rows_[i] = blocks.row;
             entries_ += sizes_[i];
-            first_[i + 1] = first_[i] + (sizes_[i] + CHUNK - 1) / CHUNK;
+            first_[i + 1] = first_[i] + (blocks.count(sizes_[i]) + CHUNK_BLOCKS - 1) / CHUNK_BLOCKS;
         }
     }
 
@@ -34,8 +39,9 @@ class Chunks {
         const int64_t number = next_.fetch_add(1, std::memory_order_relaxed);
         if (number >= first_.back()) return false;
         const int64_t tensor = std::upper_bound(first_.begin(), first_.end(), number) - first_.begin() - 1;
-        const int64_t begin = (number - first_[tensor]) * CHUNK;
-        *chunk = {tensor, begin, std::min(begin + CHUNK, sizes_[tensor])};
+        const int64_t block = (number - first_[tensor]) * CHUNK_BLOCKS;
+        const Blocks blocks(rows_[tensor]);
+        *chunk = {tensor, blocks.begin(block), std::min(blocks.begin(block + CHUNK_BLOCKS), sizes_[tensor])};
         return true;
     }
 
@@ -47,6 +53,7 @@ class Chunks {
 
   private:
     std::vector<int64_t> sizes_;
+    std::vector<int64_t> rows_;   // of `Blocks`
     std::vector<int64_t> first_;  // first chunk's number for each tensor; then the number of chunks
     std::atomic<int64_t> next_{0};
     int64_t entries_ = 0;

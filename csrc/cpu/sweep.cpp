@@ -1,12 +1,12 @@
 // One step of a rule in which locked entries do not move. Contract: epi_kernels.ops.sweep_.
 #include "../sweep.h"
 
-#include <cstring>
 #include <utility>
 
 #include "../rules/all.h"
 #include "convert.h"
 #include "kernels.h"
+#include "scalars.h"
 
 namespace epi::EPI_LEVEL {
 namespace {
@@ -20,9 +20,6 @@ constexpr int64_t AHEAD = 384;
 constexpr int64_t LINE = 16;
 constexpr int64_t BLOCK = 2 * LINE;  // entries between prefetches
 
-// entries of a tensor that are converted at a time; the buffers stay in the first-level cache
-constexpr int64_t BUFFER = 1024;
-
 template <typename Rule>
 struct Streams {
     float* param;
@@ -30,25 +27,6 @@ struct Streams {
     float* slots[Rule::SLOTS];
     float* importance;
     const int8_t* fixed;
-};
-
-struct Scalars {
-    const float* values;
-
-    epi_sweep_scalars of_sweep() const { return read<epi_sweep_scalars>(values); }
-
-    template <typename Rule>
-    typename Rule::Scalars of_rule() const {
-        return read<typename Rule::Scalars>(values + sizeof(epi_sweep_scalars) / sizeof(float));
-    }
-
-    template <typename Struct>
-    static Struct read(const float* from) {
-        static_assert(sizeof(Struct) <= EPI_SCALARS * sizeof(float));
-        Struct made;
-        std::memcpy(&made, from, sizeof made);
-        return made;
-    }
 };
 
 template <bool present>
@@ -135,27 +113,132 @@ int64_t sweep_of(int32_t lock_in, bool advanced, bool optional, const Streams<Ru
     }
 }
 
-template <typename Rule, typename Param, typename Slot>
-int64_t sweep_of(const epi_sweep_tensor& tensor, int64_t begin, int64_t end, bool advanced) {
-    const bool in_place = is_float32<Param> && is_float32<Slot> && tensor.grad_dtype == EPI_FLOAT32;
-    const int64_t most = in_place ? end - begin : BUFFER;
-    alignas(64) float params[is_float32<Param> ? 1 : BUFFER];
-    alignas(64) float grads[BUFFER];
-    alignas(64) float slots[Rule::SLOTS][is_float32<Slot> ? 1 : BUFFER];
-    const bool optional = Rule::REQUIRED < Rule::SLOTS && tensor.slots[Rule::SLOTS - 1];
-    const int present = optional ? Rule::SLOTS : Rule::REQUIRED;
-    int64_t nonfinite = 0;
-    for (int64_t i = begin; i < end; i += most) {
-        const int64_t size = end - i < most ? end - i : most;
+// The tensors of a row that a sweep reads and writes, apart from the gradient, in their storages.
+class Tensors {
+  public:
+    Tensors(const epi_sweep_tensor& row, int slots, int important, bool advanced)
+        : row_(row),
+          blocks_(blocks_of(row)),
+          place_(Place::of(row, Scalars{row.scalars}.of_sweep().step)),
+          slots_(slots),
+          important_(important),
+          writes_lock_(row.lock_in == EPI_LOCK_IMPORTANCE && !advanced),
+          kept_(row.lock_in == EPI_LOCK_SLOT && advanced ? important : -1) {
+        bool narrow = writes_lock_ && row.lock_dtype != EPI_FLOAT32;
+        for (int k = 0; k < slots; ++k) narrow = narrow || row.slot_dtypes[k] != EPI_FLOAT32;
+        noisy_ = row.run > 0 && (narrow || row.stochastic);
+    }
+
+    const Blocks& blocks() const { return blocks_; }
+
+    // Whether every tensor is float32, the gradient included: a sweep can then run over the memory itself.
+    bool in_place() const {
+        bool all = row_.param_dtype == EPI_FLOAT32 && row_.grad_dtype == EPI_FLOAT32;
+        all = all && (row_.lock_in != EPI_LOCK_IMPORTANCE || row_.lock_dtype == EPI_FLOAT32);
+        for (int k = 0; k < slots_; ++k) all = all && row_.slot_dtypes[k] == EPI_FLOAT32;
+        return all;
+    }
+
+    template <typename Rule>
+    Streams<Rule> open(const Run& run) {
         Streams<Rule> at = {};
-        at.param = opened<Param>(tensor.param, i, size, params);
-        at.grad = as_float32(tensor.grad, tensor.grad_dtype, i, size, grads);
-        for (int k = 0; k < present; ++k) at.slots[k] = opened<Slot>(tensor.slots[k], i, size, slots[k]);
-        if (tensor.lock_in == EPI_LOCK_IMPORTANCE) at.importance = static_cast<float*>(tensor.lock) + i;
-        if (tensor.lock_in == EPI_LOCK_STATIC) at.fixed = static_cast<const int8_t*>(tensor.lock) + i;
-        nonfinite += sweep_of<Rule>(tensor.lock_in, advanced, optional, at, size, Scalars{tensor.scalars});
-        closed<Param>(params, tensor.param, i, size);
-        for (int k = 0; k < present; ++k) closed<Slot>(slots[k], tensor.slots[k], i, size);
+        at.param = open_param(run);
+        at.grad = as_float32(row_.grad, row_.grad_dtype, run.begin, run.size, grads_);
+        for (int k = 0; k < slots_; ++k) at.slots[k] = opened(slot(k), blocks_, run, values_[k]);
+        if (row_.lock_in == EPI_LOCK_IMPORTANCE) at.importance = opened(lock(), blocks_, run, importances_);
+        if (row_.lock_in == EPI_LOCK_STATIC) at.fixed = static_cast<const int8_t*>(row_.lock) + run.begin;
+        return at;
+    }
+
+    template <typename Rule>
+    void close(const Run& run, const Streams<Rule>& at) {
+        const uint32_t* mixed = nullptr;
+        if (noisy_) {
+            place_.fill(mixed_, run.begin, run.size);
+            mixed = mixed_;
+        }
+        close_param(run, at, mixed);
+        for (int k = 0; k < slots_; ++k)
+            if (k != kept_) closed(at.slots[k], slot(k), blocks_, run, {mixed, NOISE_OF_SLOT[k], k == important_});
+        if (writes_lock_) closed(at.importance, lock(), blocks_, run, {mixed, NOISE_IMPORTANCE, false});
+    }
+
+  private:
+    Stored slot(int k) const { return {row_.slots[k], row_.scales[k], row_.slot_dtypes[k]}; }
+
+    Stored lock() const { return {row_.lock, row_.lock_scales, row_.lock_dtype}; }
+
+    template <typename Memory>
+    static Memory* at(void* memory, const Run& run) {
+        return static_cast<Memory*>(memory) + run.begin;
+    }
+
+    float* open_param(const Run& run) {
+        if (!row_.rest) return as_float32(row_.param, row_.param_dtype, run.begin, run.size, params_);
+        const uint16_t* const params = at<const uint16_t>(row_.param, run);
+        if (row_.rest_bits == 16)
+            join(params, at<const int16_t>(row_.rest, run), run.size, params_);
+        else
+            join(params, at<const int8_t>(row_.rest, run), run.size, params_);
+        return params_;
+    }
+
+    template <typename Rule>
+    void close_param(const Run& run, const Streams<Rule>& streams, const uint32_t* mixed) {
+        const uint32_t* const noise = row_.stochastic ? mixed : nullptr;
+        if (row_.rest) {
+            uint16_t* const params = at<uint16_t>(row_.param, run);
+            const float* const locks = lock_bits(run, streams);
+            if (row_.rest_bits == 16)
+                split(params_, params, at<int16_t>(row_.rest, run), run.size, locks, noise);
+            else
+                split(params_, params, at<int8_t>(row_.rest, run), run.size, locks, noise);
+        } else if (row_.param_dtype == EPI_BFLOAT16) {
+            closed<BFloat16>(params_, at<uint16_t>(row_.param, run), run.size, noise, NOISE_PARAM);
+        } else if (row_.param_dtype == EPI_FLOAT16) {
+            closed<Float16>(params_, at<uint16_t>(row_.param, run), run.size, noise, NOISE_PARAM);
+        }
+    }
+
+    // Return floats whose sign bits are the locks of a run. The gradients' buffer is free once the step is taken.
+    template <typename Rule>
+    const float* lock_bits(const Run& run, const Streams<Rule>& streams) {
+        if (row_.lock_in == EPI_LOCK_IMPORTANCE) return streams.importance;
+        if (row_.lock_in == EPI_LOCK_SLOT) return streams.slots[important_];
+        const bool fixed = row_.lock_in == EPI_LOCK_STATIC;
+        for (int64_t j = 0; j < run.size; ++j) grads_[j] = fixed && streams.fixed[j] < 0 ? -0.0f : 0.0f;
+        return grads_;
+    }
+
+    const epi_sweep_tensor& row_;
+    const Blocks blocks_;
+    const Place place_;
+    const int slots_;
+    const int important_;
+    const bool writes_lock_;
+    const int kept_;  // the slot that is not written, or -1
+    bool noisy_;
+    // a run of each tensor as float32, unless its memory is float32
+    alignas(64) float params_[RUN];
+    alignas(64) float grads_[RUN];
+    alignas(64) float values_[EPI_SLOTS][RUN];
+    alignas(64) float importances_[RUN];
+    alignas(64) uint32_t mixed_[RUN];
+};
+
+template <typename Rule>
+int64_t sweep_of(const epi_sweep_tensor& tensor, int64_t begin, int64_t end, bool advanced) {
+    const bool optional = Rule::REQUIRED < Rule::SLOTS && tensor.slots[Rule::SLOTS - 1];
+    Tensors tensors(tensor, optional ? Rule::SLOTS : Rule::REQUIRED, Rule::IMPORTANCE_SLOT, advanced);
+    const bool in_place = tensors.in_place();
+    Runs runs(tensors.blocks(), begin, end, RUN);
+    int64_t nonfinite = 0;
+    Run run = {begin, end - begin, 0};
+    while (in_place || runs.take(&run)) {
+        const Streams<Rule> at = tensors.open<Rule>(run);
+        nonfinite += sweep_of<Rule>(tensor.lock_in, advanced, optional, at, run.size, Scalars{tensor.scalars});
+        if (in_place) break;
+        tensors.close(run, at);
     }
     return nonfinite;
 }
@@ -163,15 +246,13 @@ int64_t sweep_of(const epi_sweep_tensor& tensor, int64_t begin, int64_t end, boo
 }  // namespace
 
 int64_t sweep(int32_t rule, const epi_sweep_tensor& tensor, int64_t begin, int64_t end, bool advanced) {
-    return with_storage(tensor.param_dtype, [&](auto param) -> int64_t {
-        switch (rule) {
+    switch (rule) {
 #define CASE(code, Rule) \
     case code:           \
-        return sweep_of<Rule, decltype(param), Float32>(tensor, begin, end, advanced);
-            EPI_FOR_EACH_RULE(CASE)
-        }
-        return 0;
-    });
+        return sweep_of<Rule>(tensor, begin, end, advanced);
+        EPI_FOR_EACH_RULE(CASE)
+    }
+    return 0;
 }
 
 }  // namespace epi::EPI_LEVEL

@@ -1,6 +1,6 @@
 // bfloat16 and float16 in memory: conversion to float32 and back in integer arithmetic, with the same bits on every
-// machine, which vectorises without F16C. Rounds to nearest even; converting to float32 and back keeps every bit, even
-// of a signalling NaN.
+// machine, which vectorises without F16C. Rounds to nearest even, or stochastically with 16 bits of noise, as
+// epi_kernels/storage/half.py defines it; converting to float32 and back keeps every bit, even of a signalling NaN.
 #pragma once
 
 #include <cstdint>
@@ -17,10 +17,20 @@ struct BFloat16 {
 
     static inline uint16_t store(float value) {
         const uint32_t bits = bits_of(value);
-        const uint32_t nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+        return rounded(bits, 0x7fffu + ((bits >> 16) & 1u));
+    }
+
+    static inline uint16_t store(float value, uint32_t noise) {
+        const uint32_t bits = bits_of(value);
+        return rounded(bits, noise);
+    }
+
+  private:
+    static inline uint16_t rounded(uint32_t bits, uint32_t up) {
         // a NaN is truncated; if its whole payload is cut off, one bit is set so that it stays a NaN
         const uint32_t cut = (bits >> 16) | ((bits & 0x007f0000u) == 0 ? 0x40u : 0u);
-        return static_cast<uint16_t>((bits & ~SIGN) > INFINITE ? cut : nearest);
+        // infinity has zeros where `up` is added, and no carry leaves them
+        return static_cast<uint16_t>((bits & ~SIGN) > INFINITE ? cut : (bits + up) >> 16);
     }
 };
 
@@ -50,6 +60,21 @@ struct Float16 {
         half = selected(bits >= 0x47800000u, 0x7c00u, half);  // from 65536 on: infinity; rounding may also reach it
         half = selected(bits > INFINITE, nan, half);
         return static_cast<uint16_t>(half | sign);
+    }
+
+    static inline uint16_t store(float value, uint32_t noise) {
+        const uint32_t bits = bits_of(value);
+        const uint32_t magnitude = bits & ~SIGN;
+        const uint32_t up = noise >> 3;  // as many bits as are dropped
+        const uint32_t rounded = selected(magnitude < INFINITE, (bits + up) & ~0x1fffu, bits);
+        // below 2^-14 a unit of float16 is 2^-24, whatever the exponent, and the number of units is the half
+        const bool small = magnitude < 0x38800000u;
+        const float units = float_of(selected(small, magnitude, 0u)) * 0x1p24f;
+        const auto below = static_cast<int32_t>(units);
+        const float part = (units - static_cast<float>(below)) * 8192.0f;
+        const int32_t half = below + (part > static_cast<float>(static_cast<int32_t>(up)) ? 1 : 0);
+        const uint32_t subnormal = static_cast<uint32_t>(half) | ((bits & SIGN) >> 16);
+        return static_cast<uint16_t>(selected(small, subnormal, uint32_t{store(float_of(rounded))}));
     }
 };
 

@@ -5,7 +5,7 @@ An array of structs describes the tensors of a call: see `epi_kernels.schema`.
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from epi_kernels.backends import library
-from epi_kernels.backends.support import Spec, Support
+from epi_kernels.backends.support import FLOAT32, Spec, Support
 from epi_kernels.backends.target import Target
 from epi_kernels.schema import VERSION
 from epi_kernels.storage import CODES, STATES, VALUES
+from epi_kernels.storage.noise import Place
 
 _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
@@ -33,7 +34,8 @@ _FUNCTIONS = {
 
 def supports(spec: Spec, target: Target) -> Support:
     """Return whether the library runs what `spec` says on `target`."""
-    return spec.within(VALUES, STATES) and _runs_on(target) and Support.unless(obstacle())
+    states = FLOAT32 if spec.operation == "gradient_sums_" else STATES
+    return spec.within(VALUES, states) and _runs_on(target) and Support.unless(obstacle())
 
 
 def _runs_on(target: Target) -> Support:
@@ -92,8 +94,46 @@ def table_of(struct: "np.dtype[Any]", **columns: Sequence[Tensor | None]) -> "np
         if tensors:
             table[name] = addresses(tensors)
             if f"{name}_dtype" in struct.fields:  # type: ignore[operator]
-                table[f"{name}_dtype"] = [0 if tensor is None else CODES[tensor.dtype] for tensor in tensors]
+                table[f"{name}_dtype"] = codes(tensors)
     return table
+
+
+def describe(
+    table: "np.ndarray[Any, Any]",
+    names: Sequence[str],
+    slots: Mapping[str, Sequence[Tensor | None]],
+    rests: Sequence[Tensor | None],
+    stochastic: bool,
+) -> None:
+    """Write into a table of a sweep or a gather how slots and rests are kept.
+
+    Args:
+        table: written.
+        names: of all slots of the rule, in its order.
+        slots, rests, stochastic: the attributes of `epi_kernels.ops.Tensors`.
+    """
+    for name, of_slot in slots.items():
+        if of_slot:
+            table["slot_dtypes"][:, names.index(name)] = codes(of_slot)
+    if rests:
+        table["rest_bits"] = [0 if rest is None else 8 * rest.element_size() for rest in rests]
+    table["stochastic"] = stochastic
+
+
+def place(table: "np.ndarray[Any, Any]", places: Sequence[Place]) -> None:
+    """Write into a table where the entries of each tensor lie in the whole tensor; nothing without places."""
+    for i, own in enumerate(places):
+        table["key"][i], table["first"][i], table["run"][i], table["gap"][i] = own[:4]
+
+
+def codes(tensors: Sequence[Tensor | None]) -> list[int]:
+    """Return the number in compiled code of the dtype of each tensor, 0 for None."""
+    return [0 if tensor is None else CODES[tensor.dtype] for tensor in tensors]
+
+
+def rows_of(tensors: Sequence[Tensor | None]) -> list[int]:
+    """Return the number of entries of a row of each tensor, which is one index of dimension 0; at least 1."""
+    return [1 if tensor is None or tensor.dim() == 0 else max(1, tensor.shape[1:].numel()) for tensor in tensors]
 
 
 def addresses(tensors: Sequence[Tensor | None]) -> list[int]:

@@ -18,23 +18,26 @@ class Gather:
     def __init__(self, rule: Rule, tensors: Tensors, indices: Sequence[Tensor]) -> None:
         self._rule = RULES.index(rule)
         self._slots = [slot.name for slot in rule.slots]
-        flat = Flat(written=list(tensors.slots.values()))
+        flat = Flat(written=[*tensors.slots.values(), tensors.rests])
         self._strided = flat.strided
-        offsets = Offsets(tensors.params, tensors.grads, indices)
+        offsets = Offsets(tensors.params, tensors.grads, indices, noisy=bool(tensors.places))
         self._table = native.table_of(
             schema.GATHER.struct,
             param_offsets=offsets.of_params,
             grad_offsets=offsets.of_grads,
+            positions=offsets.positions,
             param=tensors.params,
             grad=tensors.grads,
         )
         self._table["wide_offsets"] = offsets.wide
+        native.place(self._table, tensors.places)
+        native.describe(self._table, self._slots, tensors.slots, tensors.rests, tensors.stochastic)
         self._point(tensors, flat)
         self._offsets = offsets.kept()
 
     def step_(self, tensors: Tensors, indices: Sequence[Tensor], scalars: Tensor, rows: Sequence[int]) -> None:
         """Take the step."""
-        flat = Flat(written=list(tensors.slots.values()), strided=self._strided)
+        flat = Flat(written=[*tensors.slots.values(), tensors.rests], strided=self._strided)
         if self._strided:  # the copies have new addresses in each step
             self._point(tensors, flat)
         self._table["grad"] = native.addresses(tensors.grads)
@@ -44,7 +47,10 @@ class Gather:
         flat.write_back()
 
     def _point(self, tensors: Tensors, flat: Flat) -> None:
-        """Write the addresses of the slots."""
-        for name, of_slot in zip(tensors.slots, flat.written, strict=True):
+        """Write the addresses of the slots and the rests."""
+        *slots, rests = flat.written
+        if rests:
+            self._table["rest"] = native.addresses(rests)
+        for name, of_slot in zip(tensors.slots, slots, strict=True):
             if of_slot:
                 self._table["slots"][:, self._slots.index(name)] = native.addresses(of_slot)

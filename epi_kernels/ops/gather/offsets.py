@@ -1,4 +1,4 @@
-"""Where trainable entries lie in memory: the offsets that compiled backends use."""
+"""Where trainable entries lie in memory: the offsets that compiled backends use, and the positions of noise."""
 
 from collections.abc import Sequence
 
@@ -16,6 +16,10 @@ class Offsets:
     For a contiguous tensor, indices of the right width serve as offsets without a copy. Offsets that had to be computed
     live as long as their indices, because `kept` uses the indices as its keys.
 
+    Args:
+        params, grads, indices: as `epi_kernels.ops.gather_` takes them.
+        noisy: whether noise needs the positions in row-major order, of the same width; else `positions` is empty.
+
     Example:
         >>> columns = torch.zeros(2, 4)[:, ::2]
         >>> offsets = Offsets([columns], [torch.ones(2, 2)], [torch.tensor([1, 2])])
@@ -23,7 +27,9 @@ class Offsets:
         ([tensor([2, 4], dtype=torch.int32)], [tensor([1, 2], dtype=torch.int32)], False)
     """
 
-    def __init__(self, params: Sequence[Tensor], grads: Sequence[Tensor], indices: Sequence[Tensor]) -> None:
+    def __init__(
+        self, params: Sequence[Tensor], grads: Sequence[Tensor], indices: Sequence[Tensor], *, noisy: bool = False
+    ) -> None:
         self.wide = any(_span(tensor) > _NARROW for tensor in (*params, *grads))
         dtype = torch.int64 if self.wide else torch.int32
         self.of_params = [_offsets(param, chosen, dtype) for param, chosen in zip(params, indices, strict=True)]
@@ -32,12 +38,18 @@ class Offsets:
             known if grad.stride() == param.stride() else _offsets(grad, chosen, dtype)
             for param, grad, chosen, known in zip(params, grads, indices, self.of_params, strict=True)
         ]
+        self.positions = [
+            known if param.is_contiguous() else chosen.to(dtype).contiguous()
+            for param, chosen, known in zip(params, indices, self.of_params, strict=True)
+            if noisy
+        ]
 
     def kept(self) -> WeakTensorKeyDictionary:
         """Return the dictionary that keeps the offsets alive exactly as long as their indices."""
         kept = WeakTensorKeyDictionary()
-        for chosen, *both in zip(self._indices, self.of_params, self.of_grads, strict=True):
-            made = [offsets for offsets in both if offsets is not chosen]
+        lists = (self.of_params, self.of_grads, *([self.positions] if self.positions else []))
+        for chosen, *own in zip(self._indices, *lists, strict=True):
+            made = [offsets for offsets in own if offsets is not chosen]
             if made:
                 kept[chosen] = [*kept.get(chosen, ()), *made]
         return kept

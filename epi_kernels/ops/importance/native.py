@@ -9,6 +9,7 @@ from torch import Tensor
 from epi_kernels import schema
 from epi_kernels.backends import native
 from epi_kernels.ops.flat import Flat
+from epi_kernels.storage.noise import Place
 
 
 class Importance:
@@ -22,13 +23,21 @@ class Importance:
         layers: Sequence[int],
         keep_finite: bool,
         device: torch.device,
+        scales: Sequence[Tensor | None],
+        places: Sequence[Place],
     ) -> None:
         self._run, self._keep_finite = native.function("epi_importance"), keep_finite
-        flat = Flat(written=[importances], read=[grads])
+        self._places = bool(places)
+        flat = Flat(written=[importances], read=[grads], row_major=self._places)
         self._strided = flat.strided
         self._table = native.table_of(schema.IMPORTANCE.struct, importance=flat.written[0], grad=flat.read[0])
         self._table["beta"], self._table["one_minus_beta"] = betas.float().numpy().T
         self._table["layer"] = np.asarray(layers, np.int32)
+        self._table["row"] = native.rows_of(importances)
+        native.place(self._table, places)
+        self._runs = self._table["run"].copy()
+        if scales:
+            self._table["scales"] = native.addresses(scales)
 
     def advance_(
         self,
@@ -38,6 +47,8 @@ class Importance:
         nonfinite: Tensor,
         grad_factor: Tensor | None,
         due: Tensor | None,
+        scales: Sequence[Tensor | None],
+        steps: Tensor | None,
     ) -> None:
         """Advance where there is a gradient, extend the ranges."""
         if due is not None and not due:
@@ -47,6 +58,9 @@ class Importance:
             flat = Flat(written=[importances], read=[grads], strided=self._strided)
             table["importance"], grads = native.addresses(flat.written[0]), flat.read[0]
         table["grad"] = [0 if grad is None else grad.data_ptr() for grad in grads]
+        if self._places:
+            table["run"] = 0 if steps is None else self._runs  # without clocks there is no noise
+            table["step"] = 0.0 if steps is None else steps.numpy()
         table["nonfinite"] = 0
         found = torch.empty(len(ranges), 2, dtype=torch.float32, device="cpu")
         factor, threads = 1.0 if grad_factor is None else grad_factor.item(), torch.get_num_threads()

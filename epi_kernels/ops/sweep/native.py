@@ -20,10 +20,17 @@ class Sweep:
     def __init__(self, rule: Rule, tensors: Tensors, lock_in: str, lockable: Sequence[bool]) -> None:
         self._rule, self._run = RULES.index(rule), native.function("epi_sweep")
         self._slots = [slot.name for slot in rule.slots]
-        flat = Flat(written=list(tensors.written()), read=[tensors.grads])
+        # noise depends on an entry's position in row-major order, and so does its block
+        self._row_major = bool(tensors.places)
+        flat = Flat(written=list(tensors.written()), read=[tensors.grads], row_major=self._row_major)
         self._strided = flat.strided
-        self._table = native.table_of(schema.SWEEP.struct, param=flat.written[0], grad=flat.read[0])
-        self._table["lock_in"] = [schema.LOCK_IN.index(lock_in) if can else 0 for can in lockable]
+        self._table = table = native.table_of(schema.SWEEP.struct, param=flat.written[0], grad=flat.read[0])
+        table["lock_in"] = [schema.LOCK_IN.index(lock_in) if can else 0 for can in lockable]
+        table["row"] = native.rows_of(tensors.params)
+        native.place(table, tensors.places)
+        native.describe(table, self._slots, tensors.slots, tensors.rests, tensors.stochastic)
+        if lock_in == "importance" and tensors.locks:
+            table["lock_dtype"] = native.codes(tensors.locks)
         self._point(tensors, flat)
 
     def step_(
@@ -61,10 +68,15 @@ class Sweep:
 
     def _point(self, tensors: Tensors, flat: Flat) -> None:
         """Write into the table the addresses of the tensors that a step writes."""
-        params, *slots, locks = flat.written
-        self._table["param"] = native.addresses(params)
+        table = self._table
+        params, *slots, locks, rests = flat.written
+        table["param"] = native.addresses(params)
         for name, of_slot in zip(tensors.slots, slots, strict=True):
             if of_slot:
-                self._table["slots"][:, self._slots.index(name)] = native.addresses(of_slot)
-        if locks:
-            self._table["lock"] = native.addresses(locks)
+                table["slots"][:, self._slots.index(name)] = native.addresses(of_slot)
+        for name, scales in tensors.scales.items():
+            if scales:
+                table["scales"][:, self._slots.index(name)] = native.addresses(scales)
+        for field, of_field in (("lock", locks), ("lock_scales", tensors.lock_scales), ("rest", rests)):
+            if of_field:
+                table[field] = native.addresses(of_field)

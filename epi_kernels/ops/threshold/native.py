@@ -19,13 +19,23 @@ class _Scored:
     _function: str  # the name of the library's function
 
     def __init__(
-        self, importances: Sequence[Tensor], layers: Sequence[int], budgets: Sequence[int], device: torch.device
+        self,
+        importances: Sequence[Tensor],
+        layers: Sequence[int],
+        budgets: Sequence[int],
+        device: torch.device,
+        scales: Sequence[Tensor | None],
     ) -> None:
-        self._run, flat = native.function(self._function), Flat(written=[importances])
+        # scales are those of blocks in row-major order
+        self._run = native.function(self._function)
+        flat = Flat(written=[importances], row_major=any(own is not None for own in scales))
         self._strided = flat.strided
         self._layers = np.asarray(layers, np.intp)
         self._table = native.table_of(schema.SCORE.struct, importance=flat.written[0])
         self._table["budget"] = np.asarray(budgets, np.int32)
+        self._table["row"] = native.rows_of(importances)
+        if scales:
+            self._table["scales"] = native.addresses(scales)
 
     def _placed(self, importances: Sequence[Tensor], ranges: Tensor | None) -> Flat | None:
         """Write into the table what changes from call to call; return the copies that it points to, or None."""
@@ -52,6 +62,7 @@ class Histogram(_Scored):
         shift: int,
         bins: int,
         due: Tensor | None,
+        scales: Sequence[Tensor | None],
     ) -> Tensor:
         """Count the scores of each budget by one digit of their bits."""
         counts = torch.zeros(1, len(selection), bins, dtype=torch.int64, device="cpu")
@@ -84,7 +95,12 @@ class Lock(_Scored):
     _function = "epi_lock"
 
     def lock_(
-        self, importances: Sequence[Tensor], ranges: Tensor | None, thresholds: Tensor, due: Tensor | None
+        self,
+        importances: Sequence[Tensor],
+        ranges: Tensor | None,
+        thresholds: Tensor,
+        due: Tensor | None,
+        scales: Sequence[Tensor | None],
     ) -> Tensor:
         """Lock every entry whose score reaches its budget's threshold."""
         if due is not None and not due:
