@@ -35,7 +35,6 @@ from epi_kernels.engine.settings import (
     plain_settings,
 )
 from epi_kernels.engine.state import OPTIONS
-from epi_kernels.notices import warn
 from epi_kernels.storage import block8
 
 # torch's complaint about a capture that its own flags do not allow; the first name is that of torch >= 2.11
@@ -431,12 +430,7 @@ class _Loading:
         optimizer.defaults.update({key: first[key] for key in optimizer._shared})
         optimizer._settle()
         method.loaded(optimizer)
-        if converted:
-            more = f" and {len(converted) - 1} others" if len(converted) > 1 else ""
-            warn(
-                f"the state was kept otherwise than this optimizer keeps its own: {converted[0]}{more} were converted, "
-                "rounded to nearest"
-            )
+        storages.say_converted(converted)
 
     @property
     def _names(self) -> list[str]:

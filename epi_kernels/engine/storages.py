@@ -13,6 +13,7 @@ from torch import Tensor
 
 from epi_kernels.distributed import is_dtensor, is_slice, local, offsets_of, wrapped
 from epi_kernels.engine.settings import Groups, is_count
+from epi_kernels.notices import warn
 from epi_kernels.rules import Rule
 from epi_kernels.storage import block8, split
 from epi_kernels.storage.noise import Place, key_of
@@ -324,6 +325,16 @@ def asked_for(
             put(found, name, *converted(tensor, scales, dtype or torch.float32, positive=name == positive))
             changed.append(name)
     return found, changed
+
+
+def say_converted(names: Sequence[str]) -> None:
+    """Warn that states were converted at a load; `names` are what messages call them."""
+    if names:
+        more = f" and {len(names) - 1} others" if len(names) > 1 else ""
+        warn(
+            f"the state was kept otherwise than this optimizer keeps its own: {names[0]}{more} were converted, rounded "
+            "to nearest"
+        )
 
 
 def check_bits(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:

@@ -39,8 +39,8 @@ from epi_kernels.storage.noise import Place
 
 _requires_grad = attrgetter("requires_grad")
 
-# the settings of a group that decide which entries are protected; the others decide when
-_DECIDING = ("isolation_ratio", "importance_beta", "normalize", "scope", "threshold", "importance")
+# the settings of a group that decide which entries are protected; the others decide when, or are seen in the tensors
+_DECIDING = ("isolation_ratio", "importance_beta", "normalize", "scope", "threshold", "importance", "rounding_seed")
 
 
 @dataclass
