@@ -110,7 +110,9 @@ def describe(
     Args:
         table: written.
         names: of all slots of the rule, in its order.
-        slots, rests, stochastic: the attributes of `epi_kernels.ops.Tensors`.
+        slots: those of `epi_kernels.ops.Tensors`.
+        rests: likewise.
+        stochastic: likewise.
     """
     for name, of_slot in slots.items():
         if of_slot:

@@ -93,7 +93,7 @@ class FusedOptimizer(Optimizer):
         registry.check(backend)
         self._backend, self._process_group = backend, process_group
         self._planner, self._dtypes, self._scales = planner, dtypes, scales
-        self._ours, self._given = tuple(settings), plain_settings(settings)
+        self._ours, self._given = tuple(settings), storages.said(plain_settings(settings))
         self._written: list[list[Any]] | None = None  # settings of the groups when `_take_written` last looked
         super().__init__(params, **torchs)
         self._given = {}  # the defaults have them now
@@ -380,13 +380,12 @@ class _Loading:
         if "master_weight_bits" in optimizer._ours:
             known = (*known, storages.REST)
         check_state(given, own_groups, rule, known, self._shape_of, method.check_entry, complete=method.complete)
-        own = [{key: group[key] for key in optimizer._ours} for group in own_groups]
+        own = [{key: group[key] for key in optimizer._ours if key in group} for group in own_groups]
         lacking = method.lacking(given)
-        kept = [{key: ours[key] for key in storages.OWN if key in ours} for ours in own]
-        groups = [
-            {**ours, **lacking, **theirs, **stay}
-            for ours, theirs, stay in zip(own, given["param_groups"], kept, strict=True)
+        saved = [
+            {key: value for key, value in group.items() if key not in storages.OWN} for group in given["param_groups"]
         ]
+        groups = [{**ours, **lacking, **theirs} for ours, theirs in zip(own, saved, strict=True)]
         for i, (theirs, ours) in enumerate(zip(given["param_groups"], own_groups, strict=True)):
             with named(f"parameter group {i} of the state"):
                 storages.check_bits(theirs, ours)

@@ -77,6 +77,15 @@ def check_settings(group: Mapping[str, Any]) -> None:
         )
 
 
+def said(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings without those of a storage that say what holds anyway.
+
+    A group has only the others: a checkpoint from before these settings has none of them, and
+    torch.distributed.checkpoint looks for every key that a group has.
+    """
+    return {key: value for key, value in settings.items() if key not in DEFAULTS or value != DEFAULTS[key]}
+
+
 def is_usual(key: str, value: Any) -> bool:
     """Return whether a setting says what it says where nobody sets it; a seed alone changes nothing."""
     return key == "rounding_seed" or value == DEFAULTS[key] or (key == "state_dtype" and value == torch.float32)

@@ -156,7 +156,9 @@ class Sweeping(Planner):
             found_inf, moved = scaling.found_inf.get(device), bundle.pairs  # the pairs are made for this step
             bad = bundle.sweep.step_(tensors, bundle.counter, scalars, rows, so_far, factor, found_inf, moved)
             counted |= bad or bundle.pairs
-            for written in tensors.all_written():
+            lists = (tensors.params, *tensors.slots.values(), tensors.locks)
+            compact = (*tensors.scales.values(), tensors.lock_scales, tensors.rests)
+            for written in (*lists, *compact):
                 increment_version(written if bundle.whole else filter(is_there, written))
         return counted
 

@@ -79,10 +79,10 @@ def checked_entries(
     """
     saved_groups = state_dict["param_groups"]
     check_saved(saved_groups, groups)
-    own = [{key: group[key] for key in OURS} for group in groups]
+    own = [{key: group[key] for key in OURS if key in group} for group in groups]
     loaded = []
     for i, (ours, saved) in enumerate(zip(groups, saved_groups, strict=True)):
-        stays = {"importance_dtype": own[i]["importance_dtype"]}
+        stays = {"importance_dtype": own[i].get("importance_dtype")}
         group = {**own[i], CLOCK: 0, **saved, **stays}
         with named(f"parameter group {i} of the state"):
             check_settings(group, "exp_avg_sq")

@@ -107,7 +107,7 @@ class Guest:
         """
         made = []
         for group in owner.param_groups:
-            setting = group["importance_dtype"]
+            setting = group.get("importance_dtype")
             for param in group["params"] if group["isolation_ratio"] > 0 else ():
                 if is_lazy(param) or param.is_meta or not (param.requires_grad or param.grad is not None):
                     continue

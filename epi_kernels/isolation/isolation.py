@@ -472,7 +472,7 @@ def signed_importance(owner: Owner, param: Tensor, group: dict[str, Any]) -> Ten
     state = owner.state.get(param)
     if not isinstance(state, MutableMapping):  # a base may keep a state that is no dict
         return None
-    signed, _ = stored(state, "importance")
+    signed: Tensor | None = state.get("importance_codes", state.get("importance"))
     if signed is None and group.get("importance") == "exp_avg_sq":
         signed, _ = stored(state, "exp_avg_sq")
     return signed

@@ -30,7 +30,7 @@ from epi_kernels.isolation.isolating import Isolating
 from epi_kernels.isolation.isolation import Isolation
 from epi_kernels.isolation.layers import LayersArgument
 from epi_kernels.isolation.protected import Protected, lock_again, put_back
-from epi_kernels.isolation.settings import CLOCK, SHARED, check_settings
+from epi_kernels.isolation.settings import CLOCK, SETTINGS, SHARED, check_settings
 from epi_kernels.storage import VALUES
 from epi_kernels.storage.noise import Place, whole
 
@@ -224,7 +224,7 @@ class IsolatedOptimizer(Isolating, Optimizer):
     def _take_groups(self) -> None:
         """Take over groups that lack our settings, and parameters that other code has put into the groups."""
         groups = self.param_groups
-        lacking = [group for group in groups if any(key not in group for key in (*OURS, CLOCK, "layer_digest"))]
+        lacking = [group for group in groups if any(key not in group for key in (*SETTINGS, CLOCK, "layer_digest"))]
         if lacking:
             self._check_new()
         for group in lacking:
@@ -266,7 +266,7 @@ class IsolatedOptimizer(Isolating, Optimizer):
             ValueError, NotImplementedError: see `check_storages`; nothing has changed then.
         """
         groups = self.param_groups
-        asked = [group["importance_dtype"] for group in groups]
+        asked = [group.get("importance_dtype") for group in groups]
         if all(setting is None for setting in asked):
             return
         seen = [asked, [g["isolation_ratio"] for g in groups], [(type(p), p.dtype) for p in params_of(groups)]]
@@ -279,7 +279,7 @@ class IsolatedOptimizer(Isolating, Optimizer):
         settings = self._settings_of(group)
         grouping = self._isolation.grouping
         grouping.resolve(named="param_names" in group)
-        group.update(settings)
+        group.update(storages.said(settings))
         self._isolation.join(self.param_groups, group)
         grouping.stamp(self.param_groups)
         self._make_places()
@@ -426,7 +426,7 @@ class IsolatedOptimizer(Isolating, Optimizer):
             ]
 
         scales = [None if scales is None else local(scales) for _, scales in held]
-        depends = [(id(param), stepping[param]["rounding_seed"]) for param in here]
+        depends = [(id(param), stepping[param].get("rounding_seed", 0)) for param in here]
         return Rounding(scales, places, depends, self._method.latest_clock(self.param_groups))
 
     def __repr__(self) -> str:
@@ -495,7 +495,7 @@ class IsolatedOptimizer(Isolating, Optimizer):
                         f"the state has no 'base': it is not of IsolatedOptimizer around {type(self.base).__name__}"
                     )
                 of_base = state_dict["base"]
-            own = [{key: group[key] for key in (*OURS, "layer_digest")} for group in self.param_groups]
+            own = [{key: group[key] for key in (*OURS, "layer_digest") if key in group} for group in self.param_groups]
             clock = clock_of(state_dict)
             of_param = {p: storage_settings(group) for group in self.param_groups for p in group["params"]}
             had = [group.keys() for group in packed["param_groups"]] if plain else []
@@ -511,7 +511,7 @@ class IsolatedOptimizer(Isolating, Optimizer):
             for param, saved_as in importances.items():
                 asked = of_param[param]
                 held, others = storages.asked_for(saved_as, ["importance"], param, asked, None)
-                usual = {"importance": torch.float32} if asked["importance_dtype"] is None else {}
+                usual = {"importance": torch.float32} if asked.get("importance_dtype") is None else {}
                 aside[param] = {key: one.to(param.device, usual.get(key, one.dtype)) for key, one in held.items()}
                 converted += [f"importance of {name_of(param, self.param_groups)}" for _ in others]
         if not plain:
@@ -520,7 +520,8 @@ class IsolatedOptimizer(Isolating, Optimizer):
         for group, settings in zip(self.param_groups, own, strict=True):
             for key, value in settings.items():
                 group.setdefault(key, value)
-            group["importance_dtype"] = settings["importance_dtype"]
+            group.pop("importance_dtype", None)
+            group.update({key: value for key, value in settings.items() if key == "importance_dtype"})
         self._isolation.start_iteration()
         self._isolation.keep_clock(self.param_groups, self.param_groups[0].get(CLOCK, clock))
         self._settings.update({key: self.param_groups[0][key] for key in SHARED if key != "layers"})

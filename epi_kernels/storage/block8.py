@@ -46,7 +46,7 @@ def decoded(codes: Tensor, scales: Tensor) -> Tensor:
     code = (codes & 127).to(torch.float32)
     value = code * code * _of_entries(scales, codes.shape)
     value = torch.where(code > LARGEST, torch.nan, value)
-    return torch.copysign(value, torch.where(codes > 127, -1.0, 1.0))
+    return torch.copysign(value, 0.5 - (codes >> 7).to(torch.float32))
 
 
 def encoded(value: Tensor, noise: Tensor, *, positive: bool) -> tuple[Tensor, Tensor]:
