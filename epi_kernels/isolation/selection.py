@@ -133,11 +133,6 @@ class Selection(Following):
     def check_settings(self, group: dict[str, Any]) -> None:
         """Refuse flags and storages that compact states do not have."""
         check_flags(group)
-        if group.get("state_dtype") == "8bit":
-            raise ValueError(
-                "Invalid state_dtype: '8bit'; the moments of few entries are not kept in blocks of 8 bits: use "
-                "torch.bfloat16"
-            )
 
     def moves(self, owner: Owner, param: Tensor) -> bool:
         """Return whether a parameter has trainable entries.
