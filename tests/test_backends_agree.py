@@ -9,15 +9,8 @@
 - The comparison sees one unit in the last place.
 """
 
-import ctypes
-import functools
 import math
-import os
-import shutil
-import tempfile
-from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -40,7 +33,6 @@ from levels import CHALLENGERS, chosen
 from torch import Tensor
 
 from epi_kernels import lock, ops
-from epi_kernels.backends import library, native
 from epi_kernels.rules import ADAMW
 
 
