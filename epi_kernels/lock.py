@@ -36,6 +36,10 @@ def with_lock(importance: Tensor, locked: Tensor) -> Tensor:
     """
     if importance.dtype == torch.uint8:
         return importance & 127 | locked.to(torch.uint8) << 7
+    if importance.dtype == torch.bfloat16:
+        # torch computes in float32 here, and its way back gives a NaN any sign
+        bits = importance.view(torch.int16) & 0x7FFF
+        return (bits | locked.to(torch.int16) << 15).view(torch.bfloat16)
     # copysign, not a product with -1: the product of a NaN has an unspecified sign
     minus = torch.full((), -1.0, dtype=importance.dtype, device=importance.device)
     return torch.copysign(importance, torch.where(locked, minus, -minus))

@@ -31,7 +31,8 @@ Lists = dict[str, list[Tensor]]
 
 def differing(left: Tensor, right: Tensor) -> int:
     """Return how many entries differ in a bit; two NaNs do not."""
-    bytes_of = [t.contiguous().view(-1, 1).view(torch.uint8).view(-1, t.element_size()) for t in (left, right)]
+    flat = [torch.empty(t.numel(), dtype=t.dtype).copy_(t.reshape(-1)) for t in (left, right)]
+    bytes_of = [t.view(torch.uint8).view(t.numel(), t.element_size()) for t in flat]
     return int(((bytes_of[0] != bytes_of[1]).any(1) & ~(left.isnan() & right.isnan()).reshape(-1)).sum())
 
 

@@ -9,15 +9,8 @@
 - The comparison sees one unit in the last place.
 """
 
-import ctypes
-import functools
 import math
-import os
-import shutil
-import tempfile
-from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -36,43 +29,18 @@ from agreement import (
     step_lists,
     tensors_of,
 )
-from conftest import AVAILABLE
+from levels import CHALLENGERS, chosen
 from torch import Tensor
 
 from epi_kernels import lock, ops
-from epi_kernels.backends import library, native
 from epi_kernels.rules import ADAMW
 from epi_kernels.schema import width_of
 
-CHALLENGERS = [(backend, level) for backend in AVAILABLE for level in ((1, 3, 4) if backend == "native" else (4,))]
 
-
-@functools.cache
-def library_at(level: int) -> ctypes.CDLL:
-    """Return a library of its own, which has chosen its SIMD level with this one as the highest."""
-    folder = Path(tempfile.mkdtemp())
-    for path in Path(library.__file__).parents[1].glob("_native*.so"):
-        shutil.copy(path, folder)
-    with (
-        mock.patch.object(library, "__file__", str(folder / "backends" / "library.py")),
-        mock.patch.dict(os.environ, {"EPI_KERNELS_SIMD_LEVEL": str(level)}),
-    ):
-        loaded = native._load.__wrapped__()
-        loaded.epi_simd_level()
-    shutil.rmtree(folder)
-    return loaded
-
-
-@pytest.fixture(params=[c for c in CHALLENGERS if c[0] != "reference"], ids=lambda c: f"{c[0]} {c[1]}")
+@pytest.fixture(params=CHALLENGERS, ids=lambda c: f"{c[0]} {c[1]}")
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run on one backend, native on one of its SIMD levels."""
-    name, level = request.param
-    if name == "native":
-        loaded = library_at(level)
-        monkeypatch.setattr(native, "_load", lambda: loaded)
-        if native.simd_level() != level:
-            pytest.skip("this machine or platform does not have that SIMD level")
-    return name
+    return chosen(request.param, monkeypatch)
 
 
 # The step ------------------------------------------------------------------------------------------------------------

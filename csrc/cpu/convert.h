@@ -52,72 +52,130 @@ inline float* as_float32(const void* memory, int32_t dtype, int64_t i, int64_t s
     return with_storage(dtype, [&](auto storage) { return opened<decltype(storage)>(memory, i, size, buffer); });
 }
 
+// Groups --------------------------------------------------------------------------------------------------------------
+//
+// Conversions to 8 or 16 bits work on groups of entries in buffers of 32 bits: a loop that also narrows its results
+// needs more registers than there are. A group without NaN and infinity, which is nearly every one, takes fewer steps.
+
+constexpr int64_t GROUP = Block8::BLOCK;
+
+// Call visit(first entry, entries) for each group. The number of entries is a constant where the group is whole: loops
+// over it have no rest.
+template <typename Visit>
+inline void for_each_group(int64_t size, const Visit& visit) {
+    int64_t at = 0;
+    for (; at + GROUP <= size; at += GROUP) visit(at, std::integral_constant<int64_t, GROUP>());
+    if (at < size) visit(at, size - at);
+}
+
+template <typename From, typename To>
+inline void copy(const From* __restrict from, To* __restrict to, int64_t size) {
+    for (int64_t j = 0; j < size; ++j) to[j] = static_cast<To>(from[j]);
+}
+
+// The bits of the largest magnitude, NaN above infinity: the order of the bits is that of the values.
+inline uint32_t largest_bits(const float* __restrict values, int64_t size) {
+    int32_t largest = 0;
+    for (int64_t j = 0; j < size; ++j) {
+        const auto bits = static_cast<int32_t>(bits_of(values[j]) & ~SIGN);
+        largest = bits > largest ? bits : largest;
+    }
+    return static_cast<uint32_t>(largest);
+}
+
+// The same without NaN and infinity.
+inline uint32_t largest_finite_bits(const float* __restrict values, int64_t size) {
+    int32_t largest = 0;
+    for (int64_t j = 0; j < size; ++j) {
+        const auto bits = static_cast<int32_t>(bits_of(values[j]) & ~SIGN);
+        const int32_t finite = bits < static_cast<int32_t>(INFINITE) ? bits : 0;
+        largest = finite > largest ? finite : largest;
+    }
+    return static_cast<uint32_t>(largest);
+}
+
 // Write `size` opened entries to their places, rounded to nearest, or stochastically if there are mixed offsets.
 template <typename Storage>
-inline void closed(const float* __restrict values, typename Storage::Memory* __restrict to, int64_t size,
-                   const uint32_t* __restrict mixed, int slot) {
-    if (mixed) {
-        const NoiseOf noise(slot);
-        for (int64_t j = 0; j < size; ++j) to[j] = Storage::store(values[j], noise(mixed[j]));
-    } else {
-        for (int64_t j = 0; j < size; ++j) to[j] = Storage::store(values[j]);
-    }
+inline void closed(const float* values, typename Storage::Memory* memory, int64_t size, const uint32_t* mixed,
+                   int slot) {
+    const NoiseOf noise(slot);
+    for_each_group(size, [=](int64_t at, auto count) {
+        const float* __restrict from = values + at;
+        auto* __restrict to = memory + at;
+        const bool numbers = largest_bits(from, count) <= INFINITE;
+        if (mixed) {
+            const uint32_t* __restrict own = mixed + at;
+            if (numbers)
+                for (int64_t j = 0; j < count; ++j) to[j] = Storage::store_number(from[j], noise(own[j]));
+            else
+                for (int64_t j = 0; j < count; ++j) to[j] = Storage::store(from[j], noise(own[j]));
+        } else if (numbers) {
+            for (int64_t j = 0; j < count; ++j) to[j] = Storage::store_number(from[j]);
+        } else {
+            for (int64_t j = 0; j < count; ++j) to[j] = Storage::store(from[j]);
+        }
+    });
 }
 
 // Blocks --------------------------------------------------------------------------------------------------------------
 
-constexpr int64_t BLOCK = Block8::BLOCK;
-
-// Call visit(first entry in the run, entries, number of the block in the run) for each block. The number of entries is
-// a constant where the block is not short: loops over it have no rest.
+// Call visit(first entry in the run, entries, number of the block in the run) for each block, as `for_each_group`.
 template <typename Visit>
 inline void for_each_block(const Blocks& blocks, const Run& run, const Visit& visit) {
-    using Whole = std::integral_constant<int64_t, BLOCK>;
     if (blocks.row == 0) {
-        for (int64_t block = 0; block * BLOCK < run.size; ++block) visit(block * BLOCK, Whole(), block);
+        for_each_group(run.size, [&](int64_t at, auto count) { visit(at, count, at / GROUP); });
         return;
     }
-    int64_t left = blocks.row - run.block % blocks.of_row * BLOCK;  // entries up to the row's end
+    int64_t left = blocks.row - run.block % blocks.of_row * GROUP;  // entries up to the row's end
     for (int64_t at = 0, block = 0; at < run.size; ++block) {
-        if (left >= BLOCK)
-            visit(at, Whole(), block);
+        if (left >= GROUP)
+            visit(at, std::integral_constant<int64_t, GROUP>(), block);
         else
             visit(at, left, block);
-        at += left < BLOCK ? left : BLOCK;
-        left = left > BLOCK ? left - BLOCK : blocks.row;
+        at += left < GROUP ? left : GROUP;
+        left = left > GROUP ? left - GROUP : blocks.row;
     }
 }
 
 inline void open_blocks(const uint8_t* codes, const float* scales, const Blocks& blocks, const Run& run,
                         float* buffer) {
     for_each_block(blocks, run, [=](int64_t at, auto size, int64_t block) {
-        const uint8_t* __restrict from = codes + at;
+        alignas(64) uint32_t wide[GROUP];
+        copy(codes + at, wide, size);
         float* __restrict to = buffer + at;
         const float scale = scales[block];
-        for (int64_t j = 0; j < size; ++j) to[j] = Block8::load(from[j], scale);
+        for (int64_t j = 0; j < size; ++j) to[j] = Block8::load(wide[j], scale);
     });
 }
 
 template <bool positive>
 inline void close_blocks(const float* values, uint8_t* codes, float* scales, const Blocks& blocks, const Run& run,
                          const uint32_t* mixed, const NoiseOf noise) {
-    float inverses[RUN / BLOCK];
-    for_each_block(blocks, run, [=, &inverses](int64_t at, auto size, int64_t block) {
-        const float* __restrict from = values + at;
-        int32_t largest = 0;
-        for (int64_t j = 0; j < size; ++j) {
-            const int32_t bits = Block8::finite_bits(from[j]);
-            largest = bits > largest ? bits : largest;
-        }
-        scales[block] = Block8::scale_of(largest);
-        inverses[block] = Block8::inverse_of(scales[block]);
+    constexpr int64_t MOST = RUN / GROUP;
+    bool finite[MOST] = {};
+    float largest[MOST] = {}, of_blocks[MOST], inverses[MOST];
+    for_each_block(blocks, run, [&, values](int64_t at, auto size, int64_t block) {
+        const uint32_t bits = largest_bits(values + at, size);
+        finite[block] = bits < INFINITE;
+        largest[block] = float_of(finite[block] ? bits : largest_finite_bits(values + at, size));
     });
-    for_each_block(blocks, run, [=, &inverses](int64_t at, auto size, int64_t block) {
+    for (int64_t block = 0; block < MOST; ++block) {
+        of_blocks[block] = Block8::scale_of(largest[block]);
+        inverses[block] = Block8::inverse_of(of_blocks[block]);
+    }
+    for_each_block(blocks, run, [&, values, mixed, noise](int64_t at, auto size, int64_t block) {
+        alignas(64) uint32_t wide[GROUP];
         const float* __restrict from = values + at;
         const uint32_t* __restrict own = mixed + at;
-        uint8_t* __restrict to = codes + at;
         const float inverse = inverses[block];
-        for (int64_t j = 0; j < size; ++j) to[j] = Block8::store<positive>(from[j], inverse, noise(own[j]));
+        scales[block] = of_blocks[block];
+        if (finite[block])
+            for (int64_t j = 0; j < size; ++j)
+                wide[j] = Block8::store<positive, true>(from[j], inverse, noise(own[j]));
+        else
+            for (int64_t j = 0; j < size; ++j)
+                wide[j] = Block8::store<positive, false>(from[j], inverse, noise(own[j]));
+        copy(wide, codes + at, size);
     });
 }
 
@@ -152,31 +210,50 @@ inline void closed(const float* values, const Stored& tensor, const Blocks& bloc
 // Weights in two tensors ----------------------------------------------------------------------------------------------
 
 template <typename Rest>
-inline void join(const uint16_t* __restrict params, const Rest* __restrict rests, int64_t size,
-                 float* __restrict buffer) {
-    for (int64_t j = 0; j < size; ++j) buffer[j] = Split<Rest>::load(params[j], rests[j]);
+inline void join(const uint16_t* params, const Rest* rests, int64_t size, float* buffer) {
+    for_each_group(size, [=](int64_t at, auto count) {
+        alignas(64) uint32_t high[GROUP];
+        alignas(64) int32_t low[GROUP];
+        copy(params + at, high, count);
+        copy(rests + at, low, count);
+        float* __restrict to = buffer + at;
+        for (int64_t j = 0; j < count; ++j) to[j] = Split<Rest>::load(high[j], low[j]);
+    });
 }
 
 // Split weights into parameters and rests. Both stay as they are where `locks` has a sign bit, or where weight and
 // parameter are NaN. `mixed` is NULL to round to nearest.
 template <typename Rest>
-inline void split(const float* __restrict values, uint16_t* __restrict params, Rest* __restrict rests, int64_t size,
-                  const float* __restrict locks, const uint32_t* __restrict mixed) {
+inline void split(const float* values, uint16_t* params, Rest* rests, int64_t size, const float* locks,
+                  const uint32_t* mixed) {
     const NoiseOf noise(NOISE_PARAM);
-    const auto store = [=](int64_t j, uint32_t up) {
-        const uint16_t param = params[j];
-        const Rest rest = rests[j];
-        const Split<Rest> now = Split<Rest>::store(values[j], up);
-        const uint32_t nan = (bits_of(values[j]) & ~SIGN) > INFINITE ? 1u : 0u;
-        const uint32_t was = Split<Rest>::is_nan(param) ? 1u : 0u;
-        const bool kept = ((nan & was) | (bits_of(locks[j]) >> 31)) != 0;
-        params[j] = kept ? param : now.param;
-        rests[j] = kept ? rest : now.rest;
-    };
-    if (mixed)
-        for (int64_t j = 0; j < size; ++j) store(j, noise(mixed[j]) >> 8);
-    else
-        for (int64_t j = 0; j < size; ++j) store(j, 0x80u);
+    for_each_group(size, [=](int64_t at, auto count) {
+        alignas(64) uint32_t high[GROUP];
+        alignas(64) int32_t low[GROUP];
+        alignas(64) uint32_t up[GROUP];
+        copy(params + at, high, count);
+        copy(rests + at, low, count);
+        for (int64_t j = 0; j < count; ++j) up[j] = mixed ? noise(mixed[at + j]) >> 8 : 0x80u;
+        const float* __restrict from = values + at;
+        const float* __restrict own = locks + at;
+        const auto store = [&](auto finite) {
+            for (int64_t j = 0; j < count; ++j) {
+                const auto now = Split<Rest>::template store<finite>(from[j], up[j]);
+                bool kept = (bits_of(own[j]) & SIGN) != 0;
+                if constexpr (!finite)
+                    kept = kept | (((bits_of(from[j]) & ~SIGN) > INFINITE) & Split<Rest>::is_nan(high[j]));
+                high[j] = selected(kept, high[j], now.param);
+                const auto rest = static_cast<uint32_t>(low[j]);
+                low[j] = static_cast<int32_t>(selected(kept, rest, static_cast<uint32_t>(now.rest)));
+            }
+        };
+        if (largest_bits(from, count) < INFINITE)
+            store(std::true_type());
+        else
+            store(std::false_type());
+        copy(high, params + at, count);
+        copy(low, rests + at, count);
+    });
 }
 
 }  // namespace

@@ -97,7 +97,6 @@ void score_histogram(const epi_score_tensor& tensor, int64_t begin, int64_t end,
     const uint32_t last = first_reaching(tensor, float_of(static_cast<uint32_t>(prefix + 1) << prefix_shift));
     const uint32_t width = last - first;
     // most groups hold no such entry, which is found without a branch for each entry
-    constexpr int64_t GROUP = 64;
     for (Run run; runs.take(&run);) {
         const float* __restrict importance = opened(stored(tensor), blocks, run, buffer);
         int64_t i = 0;

@@ -17,47 +17,42 @@ struct Block8 {
     static constexpr int64_t BLOCK = 64;
     static constexpr int32_t LARGEST = 126;  // the code after it is that of NaN
 
-    static inline float load(uint8_t code, float scale) {
+    // all bits of a code, in 32 bits
+    static inline float load(uint32_t code, float scale) {
         const auto magnitude = static_cast<int32_t>(code & 127u);
         const auto wide = static_cast<float>(magnitude);
-        const float value = wide * wide * scale;
-        const uint32_t bits = selected(magnitude > LARGEST, 0x7fc00000u, bits_of(value));
-        return float_of(bits | (static_cast<uint32_t>(code & 128u) << 24));
+        const uint32_t bits = selected(magnitude > LARGEST, 0x7fc00000u, bits_of(wide * wide * scale));
+        return float_of(bits | ((code & 128u) << 24));
     }
 
-    // The bits of a magnitude for the maximum of a block: the order of the bits is that of the values.
-    static inline int32_t finite_bits(float value) {
-        const auto bits = static_cast<int32_t>(bits_of(value) & ~SIGN);
-        return bits < static_cast<int32_t>(INFINITE) ? bits : 0;
-    }
-
-    static inline float scale_of(int32_t largest) {
-        const float scale = float_of(static_cast<uint32_t>(largest)) / static_cast<float>(LARGEST * LARGEST);
+    static inline float scale_of(float largest) {
+        const float scale = largest / static_cast<float>(LARGEST * LARGEST);
         return selected(bits_of(scale) < NEGLIGIBLE, 0.0f, scale);
     }
 
     static inline float inverse_of(float scale) { return selected(scale > 0.0f, 1.0f / scale, 0.0f); }
 
-    // noise: 16 bits. positive: no value but 0 gets code 0.
-    template <bool positive>
-    static inline uint8_t store(float value, float inverse, uint32_t noise) {
-        const auto bits = static_cast<int32_t>(bits_of(value) & ~SIGN);
-        const bool finite = bits < static_cast<int32_t>(INFINITE);
-        const float units = float_of(finite ? static_cast<uint32_t>(bits) : 0u) * inverse;
-        auto code = static_cast<int32_t>(sqrtf(units));
-        // the root of a number just below a square is rounded to the whole number
-        auto below = static_cast<float>(code);
-        code -= below * below > units ? 1 : 0;
-        below = static_cast<float>(code);
-        const float share = (static_cast<float>(static_cast<int32_t>(noise >> 1)) + 0.5f) * 0x1p-15f;
-        code += units > below * below + share * (2.0f * below + 1.0f) ? 1 : 0;
-        code = code > LARGEST ? LARGEST : code;
+    // Return the code of a value, in 32 bits. `finite`: the value is known to be. positive: no value but 0 gets code 0.
+    //
+    // Where the rounded root is the whole number k although the root is below k, the code is k all the same: k is the
+    // root plus less than the least that noise can leave of the way to it. Likewise no code is above LARGEST: three
+    // roundings lift the largest value by less than the least noise.
+    template <bool positive, bool finite>
+    static inline uint32_t store(float value, float inverse, uint32_t noise) {
+        const uint32_t bits = bits_of(value) & ~SIGN;
+        const bool usable = finite || bits < INFINITE;
+        const float units = float_of(finite ? bits : selected(usable, bits, 0u)) * inverse;
+        const auto root = static_cast<int32_t>(sqrtf(units));
+        const auto below = static_cast<float>(root);
+        // (2 root + 1) times the noise, of which 15 bits and one half are used; both products are exact
+        const float share = static_cast<float>(static_cast<int32_t>(noise | 1u)) * (below * 0x1p-15f + 0x1p-16f);
+        int32_t code = root + (units > below * below + share ? 1 : 0);
         if constexpr (positive) {
             const int32_t least = bits != 0 ? 1 : 0;
             code = code < least ? least : code;
         }
-        code = finite ? code : LARGEST + 1;
-        return static_cast<uint8_t>(static_cast<uint32_t>(code) | ((bits_of(value) & SIGN) >> 24));
+        const auto found = static_cast<uint32_t>(code);
+        return (finite ? found : selected(usable, found, LARGEST + 1u)) | ((bits_of(value) & SIGN) >> 24);
     }
 };
 

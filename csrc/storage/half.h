@@ -17,20 +17,29 @@ struct BFloat16 {
 
     static inline uint16_t store(float value) {
         const uint32_t bits = bits_of(value);
-        return rounded(bits, 0x7fffu + ((bits >> 16) & 1u));
+        return kept(bits, nearest(bits));
     }
 
     static inline uint16_t store(float value, uint32_t noise) {
         const uint32_t bits = bits_of(value);
-        return rounded(bits, noise);
+        // infinity has zeros where the noise is added, and no carry leaves them
+        return kept(bits, (bits + noise) >> 16);
+    }
+
+    // The same for a value that is not NaN.
+    static inline uint16_t store_number(float value) { return static_cast<uint16_t>(nearest(bits_of(value))); }
+
+    static inline uint16_t store_number(float value, uint32_t noise) {
+        return static_cast<uint16_t>((bits_of(value) + noise) >> 16);
     }
 
   private:
-    static inline uint16_t rounded(uint32_t bits, uint32_t up) {
+    static inline uint32_t nearest(uint32_t bits) { return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16; }
+
+    static inline uint16_t kept(uint32_t bits, uint32_t rounded) {
         // a NaN is truncated; if its whole payload is cut off, one bit is set so that it stays a NaN
         const uint32_t cut = (bits >> 16) | ((bits & 0x007f0000u) == 0 ? 0x40u : 0u);
-        // infinity has zeros where `up` is added, and no carry leaves them
-        return static_cast<uint16_t>((bits & ~SIGN) > INFINITE ? cut : (bits + up) >> 16);
+        return static_cast<uint16_t>((bits & ~SIGN) > INFINITE ? cut : rounded);
     }
 };
 
@@ -76,6 +85,10 @@ struct Float16 {
         const uint32_t subnormal = static_cast<uint32_t>(half) | ((bits & SIGN) >> 16);
         return static_cast<uint16_t>(selected(small, subnormal, uint32_t{store(float_of(rounded))}));
     }
+
+    static inline uint16_t store_number(float value) { return store(value); }
+
+    static inline uint16_t store_number(float value, uint32_t noise) { return store(value, noise); }
 };
 
 }  // namespace

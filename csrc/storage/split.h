@@ -15,28 +15,33 @@ struct Split {
     static constexpr int SHIFT = sizeof(Rest) == 2 ? 0 : 8;
     static constexpr uint32_t CUT = (1u << SHIFT) - 1;  // the bits below the last one of a weight
 
-    uint16_t param;
-    Rest rest;
+    uint32_t param;
+    int32_t rest;
 
-    static inline float load(uint16_t param, Rest rest) {
-        const uint32_t low = static_cast<uint32_t>(static_cast<int32_t>(rest)) << SHIFT;
+    // param: the bits of a bfloat16, rest: the rest, both in 32 bits.
+    static inline float load(uint32_t param, int32_t rest) {
+        const uint32_t low = static_cast<uint32_t>(rest) << SHIFT;
         const uint32_t magnitude = param & 0x7fffu;
-        const bool foreign = ((magnitude == 0) & (rest < 0)) | ((magnitude == 0x7f80u) & (rest > 0));
-        return float_of((uint32_t{param} << 16) + (foreign ? 0u : low));
+        // of a parameter of 0 or infinity only a rest that leads away from 0, or towards it, can be a rest
+        const int32_t limit = magnitude == 0 ? rest : -rest;
+        const bool edge = (magnitude == 0) | (magnitude == 0x7f80u);
+        return float_of((param << 16) + selected(edge & (limit < 0), 0u, low));
     }
 
-    // up: what is added before the bits below the last one are cut off, from 0 to CUT.
+    // up: what is added before the bits below the last one are cut off, from 0 to CUT. finite: the value is known to be.
+    template <bool finite>
     static inline Split store(float value, uint32_t up) {
         uint32_t bits = bits_of(value);
         const uint32_t magnitude = bits & ~SIGN;
-        if constexpr (SHIFT) bits = (bits + (magnitude < INFINITE ? up : 0u)) & ~CUT;
+        if constexpr (SHIFT > 0) bits = (bits + (finite ? up : selected(magnitude < INFINITE, up, 0u))) & ~CUT;
         const uint32_t high = (bits + 0x8000u) >> 16;
-        const auto low = static_cast<int32_t>(bits - (high << 16)) >> SHIFT;
+        const uint32_t low = bits - (high << 16);
+        if constexpr (finite) return {high, static_cast<int32_t>(low) >> SHIFT};
         const bool nan = magnitude > INFINITE;
-        return {static_cast<uint16_t>(nan ? (bits >> 16) | 0x40u : high), static_cast<Rest>(nan ? 0 : low)};
+        return {selected(nan, (bits >> 16) | 0x40u, high), static_cast<int32_t>(selected(nan, 0u, low)) >> SHIFT};
     }
 
-    static inline bool is_nan(uint16_t param) { return (param & 0x7fffu) > 0x7f80u; }
+    static inline bool is_nan(uint32_t param) { return (param & 0x7fffu) > 0x7f80u; }
 };
 
 }  // namespace

@@ -36,6 +36,8 @@ def write_(
         scales.copy_(new)
     elif tensor.dtype == torch.bfloat16 and of is not None:
         tensor.copy_(half.stochastic(value.float(), tensor.dtype, of.of(slot)))
+    elif tensor.dtype == torch.bfloat16:
+        tensor.copy_(half.nearest(value, tensor.dtype))
     else:
         tensor.copy_(value)
 

@@ -8,6 +8,7 @@ nearest it would stay where it is.
 import torch
 from torch import Tensor
 
+from epi_kernels import lock
 from epi_kernels.storage.kind import Storage
 
 BFLOAT16 = Storage("bfloat16", torch.bfloat16, 2)
@@ -40,4 +41,12 @@ def stochastic(value: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:
         small = below + ((units - below) * 8192 > noise)
         small = torch.copysign(small * 2.0**-24, value).to(dtype)
         rounded = torch.where(value.abs() < 2.0**-14, small, rounded)
-    return rounded
+    return lock.with_lock(rounded, lock.is_locked(value))
+
+
+def nearest(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return float32 values in bfloat16 or float16, rounded to nearest even; a NaN keeps its sign, which may be a lock.
+
+    torch's conversion, alone, makes every NaN positive.
+    """
+    return lock.with_lock(value.to(dtype), lock.is_locked(value))
