@@ -1,4 +1,4 @@
-"""A model whose parameters can be in every storage, the optimizers that keep them so, and what tests of these compare."""
+"""A model whose parameters can be in every storage, optimizers that keep them so, and what tests of these compare."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,6 @@ from sharding import shard
 from torch import Tensor, nn
 
 from epi_kernels import EPIAdamW, EPILion, MaskedAdamW, SparseAdamW, distributed
-from epi_kernels.optim import IsolatedOptimizer
 from epi_kernels.storage import block8
 
 BFLOAT16 = torch.bfloat16
@@ -63,9 +62,18 @@ class Net(nn.Module):
         self.scale = nn.Parameter(torch.ones(1, dtype=BFLOAT16))
 
 
-def model_of() -> Net:
+class SmallNet(nn.Module):
+    """The parameters of a `Net` whose shards are the most uneven."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(100, 66, dtype=BFLOAT16)
+        self.wide = nn.Parameter(torch.randn(2, 2100).to(BFLOAT16))
+
+
+def model_of(kind: type[nn.Module] = Net) -> nn.Module:
     torch.manual_seed(0)
-    return Net()
+    return kind()
 
 
 def every_third(params: list[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
@@ -85,9 +93,6 @@ def optimizer_of(kind: str, model: nn.Module, *, selects: bool = True, **given: 
     settings = {**SETTINGS, **ISOLATION, **given}
     if kind == "lion":
         return EPILion(named, **{**settings, "lr": 0.002})
-    if kind == "isolated":
-        del settings["lr"]
-        return IsolatedOptimizer(torch.optim.AdamW(named, lr=0.02), **settings)
     return EPIAdamW(named, **settings, importance="ema" if kind == "ema" else kind)
 
 
