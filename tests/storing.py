@@ -84,6 +84,8 @@ def every_third(params: list[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
 def optimizer_of(kind: str, model: nn.Module, *, selects: bool = True, **given: Any) -> Any:
     """Return an optimizer of a kind; `given` are its storages, and settings that replace the usual ones."""
     named = list(model.named_parameters())
+    if kind not in ("ema", "lion"):  # these have no importance of its own
+        given.pop("importance_dtype", None)
     if kind == "sparse":
         dtype = None if given.get("state_dtype") is None else BFLOAT16
         settings = {**SETTINGS, **given, "state_dtype": dtype}

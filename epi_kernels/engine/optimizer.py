@@ -433,7 +433,10 @@ class _Loading:
                 method.joined(entry, param, group), self._names, param, group, rule.importance_slot
             )
             converted += [f"{name} of {name_of(param, optimizer.param_groups)}" for name in changed]
-            state = taken(entry, param, self._before.get(param, {}), self._live.get(param, {}))
+            live = self._live.get(param, {})
+            if storages.wanted_dtype(group.get("state_dtype"), param) is not None:  # each slot has what was asked for
+                live = {**live, **{name: entry[name].dtype for name in self._names if name in entry}}
+            state = taken(entry, param, self._before.get(param, {}), live)
             state["step"] = optimizer._planner.clock(optimizer, state["step"], param, group)
             optimizer.state[param] = state
         for group, old in zip(optimizer.param_groups, self._settings, strict=True):
