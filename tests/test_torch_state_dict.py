@@ -1,4 +1,4 @@
-"""torch.optim.AdamW goes on from `torch_state_dict`, from every storage: with the values, and without locks and rests."""
+"""torch.optim.AdamW goes on from `torch_state_dict`, from every storage: with the values, without locks and rests."""
 
 import copy
 import io
@@ -93,7 +93,7 @@ def test_of_lion_there_are_its_slots(storage: str) -> None:
 
 def test_moments_of_complex_and_of_wide_parameters_keep_their_dtype() -> None:
     params = [nn.Parameter(torch.ones(3, dtype=dtype)) for dtype in (torch.complex64, torch.float64)]
-    optimizer = EPIAdamW(params, backend="reference")
+    optimizer = EPIAdamW([("complex", params[0]), ("wide", params[1])], backend="reference")
     for param in params:
         param.grad = torch.full_like(param, -2.0)
     optimizer.step()
@@ -107,7 +107,7 @@ def test_other_optimizers_are_refused_with_the_way_out() -> None:
     _, sparse = trained("sparse")
     with pytest.raises(TypeError, match=r"SparseAdamW has moments of its trainable entries.*delta\(\)"):
         torch_state_dict(sparse)
-    base = torch.optim.AdamW([nn.Parameter(torch.ones(2))])
+    base = torch.optim.AdamW([("weight", nn.Parameter(torch.ones(2)))])
     with pytest.raises(TypeError, match=r"use optimizer\.base\.state_dict\(\)"):
         torch_state_dict(IsolatedOptimizer(base))
     with pytest.raises(TypeError, match="AdamW is no optimizer of this package"):
@@ -126,6 +126,7 @@ def test_dtensors_stay_dtensors(rank: int, size: int) -> None:
         for number, param in enumerate(model.parameters()):
             for slot in ("exp_avg", "exp_avg_sq"):
                 mine = states[0][number][slot]
-                assert isinstance(mine, DTensor) and mine.placements == param.placements
+                assert isinstance(mine, DTensor)
+                assert mine.placements == param.placements
                 part = distributed.shard_of(states[1][number][slot], param)
                 assert storing.same_bits(distributed.local(mine), distributed.local(part)), (number, slot)

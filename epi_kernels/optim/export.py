@@ -38,7 +38,7 @@ def torch_state_dict(optimizer: Optimizer) -> dict[str, Any]:
     Example:
         >>> from epi_kernels import EPIAdamW
         >>> weight = torch.nn.Parameter(torch.ones(2))
-        >>> optimizer = EPIAdamW([weight], state_dtype=torch.bfloat16, mask_interval=1, isolation_ratio=0.5)
+        >>> optimizer = EPIAdamW([("weight", weight)], state_dtype=torch.bfloat16, mask_interval=1, isolation_ratio=0.5)
         >>> weight.grad = torch.tensor([1.0, 2.0])
         >>> optimizer.step()
         >>> other = torch.optim.AdamW([weight])
