@@ -130,7 +130,10 @@ def _checked_importance(held: Held, param: Tensor, name: str) -> Held:
     if (CODES in held) != (SCALES in held):
         has, lacks = (CODES, SCALES) if CODES in held else (SCALES, CODES)
         raise ValueError(f"the state of {name} has {has} and no {lacks}; it is incomplete")
-    for key, value in held.items():
+    for key, value in list(held.items()):
+        if key != VALUES and isinstance(value, Tensor):
+            with named(f"{key} of {name} in the state"):
+                held[key] = value = storages.narrowed(key, value, param.dim())
         shape = tuple(param.shape)
         if key == SCALES:
             shape = block8.scales_shape(param.shape) if param.dim() > 1 else ()
