@@ -563,7 +563,7 @@ def test_shards_without_a_place_for_the_noise_are_refused_and_change_nothing() -
     param = Parameter(distribute_tensor(whole, squares, [Shard(1), Shard(2)], src_data_rank=None))
     base = BASES["SGD"]([("w", param)])
     before = dict(base.param_groups[0])
-    with pytest.raises(NotImplementedError, match="w is placed .* over several of its inner dimensions"):
+    with pytest.raises(NotImplementedError, match="and w, placed .* over several of its inner dimensions"):
         IsolatedOptimizer(base, importance_dtype=torch.bfloat16)
     assert base.param_groups[0] == before
     IsolatedOptimizer(base)
