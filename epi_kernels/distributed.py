@@ -72,7 +72,7 @@ def wrapped(shard: Tensor, like: Tensor, shape: torch.Size | None = None) -> Ten
     mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
     stride = like.stride()
     if shape is not None:
-        stride = torch.empty(shape, device="meta").stride()
+        stride = torch.empty(shape, dtype=shard.dtype, device="meta").stride()
     return DTensor.from_local(shard, mesh, placements, run_check=False, shape=shape or like.shape, stride=stride)
 
 

@@ -118,6 +118,12 @@ NAMES = (
         reason="A batch is taken apart and cut into examples as torch.func does it.",
         without="epi_kernels.importance cannot be imported.",
     ),
+    Private(
+        name="_utils",
+        where="torch.distributed.tensor",
+        reason="Its compute_local_shape_and_global_offset says where a shard lies in the whole: noise goes by that.",
+        without="A step of DTensors that rounds stochastically raises ImportError.",
+    ),
     # What wrappers add to modules and parameters
     Private(
         name="_fsdp_flattened",

@@ -26,7 +26,7 @@ def available(backend: str) -> bool:
 
 
 # scripts of processes that tests start
-collect_ignore = ["ambient.py", "deepspeed_ranks.py", "forked.py", "ranks.py", "resume.py", "sharding.py"]
+collect_ignore = ["ambient.py", "deepspeed_ranks.py", "forked.py", "ranks.py", "resume.py", "sharding.py", "storing.py"]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:  # what is not chosen below need not be imported either

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from epi_kernels import ops
 from epi_kernels.rules import ADAMW
+from epi_kernels.schema import width_of
 
 Change = Callable[[dict[str, Any]], Any]
 
@@ -68,7 +69,7 @@ def gather_arguments() -> dict[str, Any]:
         "grads": [gradient((4, 3))],
         "indices": [torch.tensor([1, 5])],
         "slots": [torch.zeros(2), torch.zeros(2)],
-        "scalars": torch.ones(1, 11, dtype=torch.float64),
+        "scalars": torch.ones(1, width_of(ADAMW), dtype=torch.float64),
         "rows": [0],
     }
 

@@ -25,7 +25,7 @@ from epi_kernels.backends.registry import choose
 from epi_kernels.backends.support import FLOAT32, Spec, Support
 from epi_kernels.backends.target import Target, target_of
 from epi_kernels.ops import functional
-from epi_kernels.storage import DTYPES
+from epi_kernels.storage import STATES, VALUES
 
 CPU = torch.device("cpu")
 FIRST_GPU = torch.device("cuda", 0)
@@ -64,7 +64,7 @@ def test_native_is_the_choice_of_auto_on_a_cpu(operation: str, dtype: torch.dtyp
     ("device_type", "values", "states", "reason"),
     [
         ("cpu", {torch.float32, torch.float64}, {torch.float32}, "takes bfloat16, float16, float32 and not float64"),
-        ("cpu", {torch.bfloat16}, {torch.bfloat16}, "its moments and importance are float32 and not bfloat16"),
+        ("cpu", {torch.bfloat16}, {torch.float16}, "its moments and importance are bfloat16, .* and not float16"),
         ("meta", {torch.float32}, {torch.float32}, "it runs on the CPU and the tensors are on meta"),
     ],
 )
@@ -295,7 +295,8 @@ def test_an_answer_is_yes_or_no_with_a_reason() -> None:
         Support.no("")
 
 
-BFLOAT16, FLOAT64 = frozenset({torch.bfloat16}), frozenset({torch.float64})
+BFLOAT16, FLOAT16 = frozenset({torch.bfloat16}), frozenset({torch.float16})
+FLOAT64 = frozenset({torch.float64})
 TARGETS = {
     target.vendor + str(target.architecture): target
     for target in (
@@ -311,7 +312,9 @@ TARGETS = {
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 @pytest.mark.parametrize("values", [FLOAT32, BFLOAT16, FLOAT64], ids=["float32", "bfloat16", "float64"])
-@pytest.mark.parametrize("states", [FLOAT32, BFLOAT16], ids=["states of float32", "states of bfloat16"])
+@pytest.mark.parametrize(
+    "states", [FLOAT32, BFLOAT16, FLOAT16], ids=["float32 states", "bfloat16 states", "float16 states"]
+)
 def test_each_backend_says_yes_where_it_belongs_and_else_gives_a_reason(
     monkeypatch: pytest.MonkeyPatch, target: Target, values: frozenset[torch.dtype], states: frozenset[torch.dtype]
 ) -> None:
@@ -323,11 +326,11 @@ def test_each_backend_says_yes_where_it_belongs_and_else_gives_a_reason(
         backend: module.supports(Spec("score_histogram", values, states), target)
         for backend, module in registry.BACKENDS.items()
     }
-    fits = values <= DTYPES.keys() and states == FLOAT32
+    fits = values <= VALUES and states <= STATES
     on_nvidia = fits and target == Target("nvidia", (9, 0))
     assert {backend: bool(answer) for backend, answer in answers.items()} == {
         "triton": on_nvidia,
-        "cuda": on_nvidia,
+        "cuda": on_nvidia and states == FLOAT32,
         "native": fits and target == Target("cpu"),
         "reference": True,
     }

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from epi_kernels import lock, ops
 from epi_kernels.rules import ADAMW
+from epi_kernels.schema import width_of
 
 
 @pytest.fixture(params=CHALLENGERS, ids=lambda c: f"{c[0]} {c[1]}")
@@ -221,7 +222,7 @@ def test_found_inf_changes_nothing_at_all(backend: str, lock_in: str) -> None:
 
 def test_empty_lists(backend: str) -> None:
     none: list[Tensor] = []
-    scalars, counts = torch.empty(0, 11, dtype=torch.float64), torch.empty(0, dtype=torch.int64)
+    scalars, counts = torch.empty(0, width_of(ADAMW), dtype=torch.float64), torch.empty(0, dtype=torch.int64)
     ops.sweep_("adamw", none, none, none, none, counts, scalars, [], "importance", [], False, None, None, backend)
     ops.gather_("adamw", none, none, none, none, scalars, [], backend)
     ops.gradient_sums_(none, none, none, backend)

@@ -473,7 +473,7 @@ for _ in range(4):
     optimizer.step()
 p, indices = torch.randn(1000, device="cuda"), torch.arange(0, 1000, 7, device="cuda")
 state = [torch.zeros(len(indices), device="cuda") for _ in range(2)]
-ops.gather_("adamw", [p], [p.clone()], [indices], state, torch.ones(1, 11).double(), [0], "triton")
+ops.gather_("adamw", [p], [p.clone()], [indices], state, torch.ones(1, 12).double(), [0], "triton")
 sums = [torch.zeros(9001, device="cuda") for _ in range(2)]
 ops.gradient_sums_(*([s] for s in sums), [params[3].grad], "triton")
 torch.cuda.synchronize()

@@ -145,11 +145,11 @@ def test_a_named_backend_that_cannot_step_them_refuses_the_state_and_nothing_cha
     if native.obstacle():
         pytest.skip(native.obstacle())
     source = BUILDS["ema"]([("w", parameter(FP32))])
-    fill(source)
+    fill(source, FP16)
     train(source, 1, 2)
     target = EPIAdamW([("w", parameter(FP32))], backend="native")
     before = copy.deepcopy(target.state_dict())
-    with pytest.raises(ValueError, match=r"exp_avg of w is torch\.bfloat16: backend='native' cannot run .* float32"):
+    with pytest.raises(ValueError, match=r"exp_avg of w is torch\.float16: backend='native' cannot run .* float32"):
         target.load_state_dict(source.state_dict())
     assert same_state(target.state_dict(), before)
     train(target, 1, 2)
@@ -171,8 +171,8 @@ def test_one_warning_names_a_parameter_and_the_cost() -> None:
         pytest.skip("there is no faster backend here")
     named = [("w", parameter(FP32)), ("v", parameter(FP32))]
     optimizer = BUILDS["ema"](named)
-    fill(optimizer)
-    with pytest.warns(UserWarning, match=r"the moments of w are torch\.bfloat16, .* several times slower") as caught:
+    fill(optimizer, FP16)
+    with pytest.warns(UserWarning, match=r"the moments of w are torch\.float16, .* several times slower") as caught:
         train(optimizer, 1, 3)
     assert [w.filename for w in caught] == [__file__]
 

@@ -28,9 +28,9 @@ ROOT = Path(epi_kernels.__file__).parent
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.name not in ("private.py", "deepspeed.py"))
 LISTED = {name: entry for entry in NAMES for name in (entry.name, entry.older) if name}
 
-# private names that are Python's, and strings of ours that look like private names: ends of file names and of columns
+# private names that are Python's, and strings of ours that look so: ends of the names of files, columns and keys
 OF_PYTHON = {"_getframe", "_fields", "_replace", "_asdict"}
-STRINGS = {"_", "_T", "_cuda", "_native", "_dtype", "_scalars", "_triton"}
+STRINGS = {"_", "_T", "_codes", "_cuda", "_native", "_dtype", "_scalars", "_triton"}
 
 
 def is_private(name: str) -> bool:

@@ -280,7 +280,7 @@ def test_another_dtype_at_the_same_address_is_refused(backend: str) -> None:
     run.steps(1, 5, plan_anew=False)
     signed = run.optimizer.state[run.params[1]]["importance"]
     signed.data = signed.view(torch.int32)
-    with pytest.raises(TypeError, match=r"\[1\] is torch\.int32; the operations take"):
+    with pytest.raises(TypeError, match=r"\[[01]\] is torch\.int32; the operations take"):
         run.optimizer.step()
 
 

@@ -159,7 +159,7 @@ def test_arguments_that_do_not_belong_together() -> None:
         ops.sweep_(**{**static, "lockable": [True, True]})
     with pytest.raises(TypeError, match=r"locks\[0\] is torch.float32; with lock_in='static' pass int8"):
         ops.sweep_(**{**static, "locks": [torch.zeros(2)]})
-    with pytest.raises(ValueError, match=r"scalars has shape \(1, 10\), not \[n, 11\]"):
+    with pytest.raises(ValueError, match=r"scalars has shape \(1, 11\), not \[n, 12\]"):
         ops.sweep_(**{**call, "scalars": call["scalars"][:, 1:]})
     with pytest.raises(ValueError, match=r"rows is \[1\]; pass for each of 1 tensors one of 1 rows"):
         ops.sweep_(**{**call, "rows": [1]})

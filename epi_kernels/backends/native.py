@@ -110,9 +110,9 @@ def describe(
     Args:
         table: written.
         names: of all slots of the rule, in its order.
-        slots: of `epi_kernels.ops.Tensors`, and so are the two that follow.
-        rests: see there.
-        stochastic: see there.
+        slots: those of `epi_kernels.ops.Tensors`.
+        rests: likewise.
+        stochastic: likewise.
     """
     for name, of_slot in slots.items():
         if of_slot:

@@ -186,6 +186,25 @@ def _named(group: dict[str, Any], members: Sequence[Any], key: Callable[[Any], s
     return list(zip(map(key, names), members, strict=True))
 
 
+def in_own_dtypes(state_dict: dict[str, Any], groups: Groups) -> dict[str, Any]:
+    """Return a saved state, of the form and size of `groups`, with codes, scales and rests in their own dtypes.
+
+    Raises:
+        ValueError: a loader has cast them, and lost bits; the message names the entry.
+    """
+    params, state = dict(pairs_of(state_dict["param_groups"], groups)), dict(state_dict["state"])
+    for number, entry in state.items():
+        compact = [key for key in entry if is_compact(key)] if isinstance(entry, dict) and number in params else []
+        for key in compact:
+            value = entry[key]
+            if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta:
+                # SparseAdamW keeps the values of its entries side by side, unless it has them in the parameter's shape
+                dimensions = 1 if "indices" in entry and "trainable" not in entry else params[number].dim()
+                with named(f"{key} of {name_of(params[number], groups)} in the state"):
+                    state[number] = {**state[number], key: narrowed(key, value, dimensions)}
+    return {**state_dict, "state": state}
+
+
 def check_state(
     state_dict: dict[str, Any],
     groups: Groups,
@@ -247,6 +266,8 @@ def _check_keys(entry: dict[str, Any], name: str, rule: Rule, group: dict[str, A
         missing += [
             key for key in ((codes, scales) if {codes, scales} & entry.keys() else (values,)) if key not in entry
         ]
+    _, codes, scales = keys_of("importance")
+    missing += [key for key in (codes, scales) if key not in entry and {codes, scales} & entry.keys()]
     if missing:
         options = [slot.option for slot in wanted if slot.option is not None]
         raise ValueError(
@@ -283,8 +304,6 @@ def check_tensor(key: str, value: Any, param: Tensor, name: str, shape: tuple[in
     if is_compact(key):
         if key == REST and param.dtype != torch.bfloat16:
             raise ValueError(f"rest of {name} is in the state, and the parameter is {param.dtype} here, not bfloat16")
-        with named(f"{key} of {name} in the state"):
-            narrowed(key, value)
         return
     wanted = _dtype_of(key, param, value, {})
     if value.is_complex() != wanted.is_complex or (wanted.is_floating_point and not value.is_floating_point()):

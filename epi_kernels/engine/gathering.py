@@ -113,11 +113,17 @@ class Gathering(Planner):
 
 
 def check_flags(group: dict[str, Any]) -> None:
-    """Check that a group asks for no flag that compact states do not support.
+    """Check that a group asks for no flag and no storage that states of few entries do not support.
 
     Raises:
-        NotImplementedError: it does; the message names the flag.
+        NotImplementedError: it asks for such a flag; the message names the flag.
+        ValueError: it asks for blocks of 8 bits.
     """
+    if group.get("state_dtype") == "8bit":
+        raise ValueError(
+            "Invalid state_dtype: '8bit'; the moments of few entries are not kept in blocks of 8 bits: use "
+            "torch.bfloat16"
+        )
     for flag in REFUSED:
         if group.get(flag, False):
             raise NotImplementedError(f"{flag}={group[flag]!r} is not part of this version; leave it at False")

@@ -18,6 +18,7 @@ from epi_kernels.engine.checkpoint import (
     check_state,
     checked_groups,
     in_our_order,
+    in_own_dtypes,
     moments_of,
     named,
     pairs_of,
@@ -35,7 +36,6 @@ from epi_kernels.engine.settings import (
     plain_settings,
 )
 from epi_kernels.engine.state import OPTIONS
-from epi_kernels.notices import warn
 from epi_kernels.storage import block8
 
 # torch's complaint about a capture that its own flags do not allow; the first name is that of torch >= 2.11
@@ -94,7 +94,7 @@ class FusedOptimizer(Optimizer):
         registry.check(backend)
         self._backend, self._process_group = backend, process_group
         self._planner, self._dtypes, self._scales = planner, dtypes, scales
-        self._ours, self._given = tuple(settings), plain_settings(settings)
+        self._ours, self._given = tuple(settings), storages.said(plain_settings(settings))
         self._written: list[list[Any]] | None = None  # settings of the groups when `_take_written` last looked
         super().__init__(params, **torchs)
         self._given = {}  # the defaults have them now
@@ -202,6 +202,7 @@ class FusedOptimizer(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group.update(plain_settings(group))
+        storages.take_dtypes(group)
         try:
             self._check_settings(group, self.defaults)
             for param in group["params"]:
@@ -258,6 +259,7 @@ class FusedOptimizer(Optimizer):
             return
         fixed = self._method.fixed(self)
         for group in self.param_groups:
+            storages.take_dtypes(group)  # as a wrapper writes them that copies the groups of a saved state
             self._check_settings(group, group)
         check_written(self.param_groups, shared, fixed)
         if self.param_groups:
@@ -277,11 +279,20 @@ class FusedOptimizer(Optimizer):
         self._method.catch_up(self)
         self._take_written()
         # ours runs before the user's hooks, which must see what the checkpoint will have
-        ours = self.register_state_dict_post_hook(lambda _, packed: self._method.packed(self, packed), prepend=True)
+        ours = self.register_state_dict_post_hook(lambda _, packed: self._packed(packed), prepend=True)
         try:
             return super().state_dict()
         finally:
             ours.remove()
+
+    def _packed(self, packed: dict[str, Any]) -> dict[str, Any]:
+        """Return torch's state_dict as a checkpoint shall have it."""
+        packed = self._method.packed(self, packed)
+        return {
+            **packed,
+            "state": {number: storages.packed(entry) for number, entry in packed["state"].items()},
+            "param_groups": list(map(storages.packed_group, packed["param_groups"])),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state as torch does, but in this class's dtypes: torch casts each state to its parameter's dtype.
@@ -334,7 +345,12 @@ class FusedOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what `__getstate__` gave, or the groups and the state that torch's `load_state_dict` passes."""
+        own = dict(state.get("defaults", self.__dict__.get("defaults", {})))
         super().__setstate__(state)
+        # torch adds settings of its own to the defaults; groups would have other keys after a load than before, and
+        # torch.distributed.checkpoint could not load a full state of the ones into the others
+        for key in self.defaults.keys() - own.keys():
+            del self.defaults[key]
         if "_planner" in state:  # a shallow copy would share it with the original
             self._planner = self._planner.copied()
         self._written = None
@@ -376,18 +392,17 @@ class _Loading:
         if not check_form(given, own_groups):
             return given  # its groups are others: torch raises its own error
         given = {**given, "param_groups": checked_groups(given["param_groups"], rule)}
-        given = in_our_order(given, own_groups, method.grouping)
+        given = in_own_dtypes(in_our_order(given, own_groups, method.grouping), own_groups)
         known = (*chain.from_iterable(storages.keys_of(slot.name) for slot in rule.slots), *method.state_keys)
         if "master_weight_bits" in optimizer._ours:
             known = (*known, storages.REST)
         check_state(given, own_groups, rule, known, self._shape_of, method.check_entry, complete=method.complete)
-        own = [{key: group[key] for key in optimizer._ours} for group in own_groups]
+        own = [{key: group[key] for key in optimizer._ours if key in group} for group in own_groups]
         lacking = method.lacking(given)
-        kept = [{key: ours[key] for key in storages.OWN if key in ours} for ours in own]
-        groups = [
-            {**ours, **lacking, **theirs, **stay}
-            for ours, theirs, stay in zip(own, given["param_groups"], kept, strict=True)
+        saved = [
+            {key: value for key, value in group.items() if key not in storages.OWN} for group in given["param_groups"]
         ]
+        groups = [{**ours, **lacking, **theirs} for ours, theirs in zip(own, saved, strict=True)]
         for i, (theirs, ours) in enumerate(zip(given["param_groups"], own_groups, strict=True)):
             with named(f"parameter group {i} of the state"):
                 storages.check_bits(theirs, ours)
@@ -416,7 +431,10 @@ class _Loading:
                 method.joined(entry, param, group), self._names, param, group, rule.importance_slot
             )
             converted += [f"{name} of {name_of(param, optimizer.param_groups)}" for name in changed]
-            state = taken(entry, param, self._before.get(param, {}), self._live.get(param, {}))
+            live = self._live.get(param, {})
+            if storages.wanted_dtype(group.get("state_dtype"), param) is not None:  # each slot has what was asked for
+                live = {**live, **{name: entry[name].dtype for name in self._names if name in entry}}
+            state = taken(entry, param, self._before.get(param, {}), live)
             state["step"] = optimizer._planner.clock(optimizer, state["step"], param, group)
             optimizer.state[param] = state
         for group, old in zip(optimizer.param_groups, self._settings, strict=True):
@@ -431,12 +449,7 @@ class _Loading:
         optimizer.defaults.update({key: first[key] for key in optimizer._shared})
         optimizer._settle()
         method.loaded(optimizer)
-        if converted:
-            more = f" and {len(converted) - 1} others" if len(converted) > 1 else ""
-            warn(
-                f"the state was kept otherwise than this optimizer keeps its own: {converted[0]}{more} were converted, "
-                "rounded to nearest"
-            )
+        storages.say_converted(converted)
 
     @property
     def _names(self) -> list[str]:

@@ -97,12 +97,16 @@ def check_clip_grad_norm(norm: Any) -> None:
 def settings_of(group: dict[str, Any], others: Sequence[str] = ()) -> dict[str, Any]:
     """Return the settings of a group that must be equal on all ranks: torch's and, where the group has them, `others`.
 
-    Values are normalised so that equal settings have equal texts: every number becomes a float, except flags and
-    ``mask_interval``, which counts steps.
+    Values are normalised so that equal settings have equal texts: every number becomes a float, except flags, and
+    ``mask_interval`` and ``rounding_seed``, which are integers.
     """
     keys = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", *others)
     found = {key: group[key] for key in keys if key in group}
-    exact = {key: value for key, value in found.items() if isinstance(value, bool) or key == "mask_interval"}
+    exact = {
+        key: value
+        for key, value in found.items()
+        if isinstance(value, bool) or key in ("mask_interval", "rounding_seed")
+    }
     numbers = {key: float(value) for key, value in found.items() if isinstance(value, (int, float, Tensor))}
     betas = {"betas": tuple(map(float, found["betas"]))} if "betas" in found else {}
     return {**found, **numbers, **exact, **betas}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from epi_kernels.distributed import is_dtensor, is_slice, local, offsets_of, wrapped
 from epi_kernels.engine.settings import Groups, is_count
+from epi_kernels.notices import warn
 from epi_kernels.rules import Rule
 from epi_kernels.storage import block8, split
 from epi_kernels.storage.noise import Place, key_of
@@ -76,6 +77,35 @@ def check_settings(group: Mapping[str, Any]) -> None:
         )
 
 
+def said(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings without those of a storage that say what holds anyway.
+
+    A group has only the others: a checkpoint from before these settings has none of them, and
+    torch.distributed.checkpoint looks for every key that a group has.
+    """
+    return {key: value for key, value in settings.items() if key not in DEFAULTS or value != DEFAULTS[key]}
+
+
+def take_dtypes(group: MutableMapping[str, Any]) -> None:
+    """Put dtypes in the place of the names that `packed_group` gives them, where a group has such names."""
+    for key in ("state_dtype", "importance_dtype"):
+        for dtype in _DTYPES:
+            if isinstance(dtype, torch.dtype) and group.get(key) == _name_of(dtype):
+                group[key] = dtype
+
+
+def packed_group(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a group as a checkpoint has them, with the names of dtypes.
+
+    torch gathers a state with ``full_state_dict=True`` only if its groups have nothing but numbers, texts and tensors.
+    """
+    return {key: _name_of(value) if isinstance(value, torch.dtype) else value for key, value in group.items()}
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def is_usual(key: str, value: Any) -> bool:
     """Return whether a setting says what it says where nobody sets it; a seed alone changes nothing."""
     return key == "rounding_seed" or value == DEFAULTS[key] or (key == "state_dtype" and value == torch.float32)
@@ -120,6 +150,10 @@ def check_parameter(param: Tensor, name: str, group: Mapping[str, Any]) -> None:
             f"{used[0]}={group[used[0]]!r} and {name}, which is {param.dtype}: its states are kept in that precision; "
             "leave the setting at its default in the group of this parameter"
         )
+    noisy = [key for key in ("state_dtype", "importance_dtype") if group.get(key) in (torch.bfloat16, "8bit")]
+    noisy += ["rounding"] if rounds(param, group) else []
+    if noisy and len({dim for dim, _ in _cuts(param) if dim > 0}) > 1:
+        raise NotImplementedError(f"{noisy[0]}={group[noisy[0]]!r} and {_scattered(param, name)}")
     for key in ("state_dtype", "importance_dtype"):
         if group.get(key) == "8bit":
             way_out = f"use {key}=torch.bfloat16 in the group of this parameter"
@@ -156,17 +190,40 @@ def qualifies(param: Tensor) -> bool:
     return len(shape) > 1 and shape.numel() >= SMALLEST and shape[1:].numel() >= block8.BLOCK
 
 
-def _cuts_blocks(param: Tensor) -> bool:
-    """Return whether a shard of some rank begins or ends within a block; the same answer on every rank."""
+def _cuts(param: Tensor) -> Iterator[tuple[int, int]]:
+    """Yield (dimension, number of ranks) of each cut that a mesh makes through a DTensor; the same on every rank."""
     if not is_dtensor(param):
-        return False
-    inner = param.shape[2:].numel()
+        return
     for i, placement in enumerate(param.placements):  # type: ignore[attr-defined]
-        if placement.is_shard() and placement.dim % param.dim() != 0:
-            chunk = -(-param.shape[1] // param.device_mesh.size(i))  # type: ignore[attr-defined]
-            if placement.dim % param.dim() != 1 or chunk * inner % block8.BLOCK:
-                return True
-    return False
+        ranks = param.device_mesh.size(i)  # type: ignore[attr-defined]
+        # the placement by which FSDP2 cuts what tensor parallelism has cut has a `dim`, and denies is_shard()
+        if ranks > 1 and not (placement.is_replicate() or placement.is_partial()):
+            yield placement.dim % param.dim(), ranks
+
+
+def _cuts_blocks(param: Tensor) -> bool:
+    """Return whether the shard of some rank begins or ends within a block; the same answer on every rank.
+
+    What is cut several times within its rows counts too, and what torch would cut otherwise than its scales.
+    """
+    inner = [(dim, ranks) for dim, ranks in _cuts(param) if dim > 0]
+    if not inner:
+        return False
+    (dim, ranks), *more = inner
+    if dim > 1 or more:
+        return True
+    entries, blocks = param.shape[2:].numel(), block8.scales_shape(param.shape)[1]
+    chunk = -(-param.shape[1] // ranks) * entries
+    return chunk % block8.BLOCK != 0 or chunk // block8.BLOCK != -(-blocks // ranks)
+
+
+def _scattered(param: Tensor, name: str) -> str:
+    """Return the text for a shard for whose entries there is no noise."""
+    return (
+        f"{name}, placed {param.placements}, over several of its inner dimensions, "  # type: ignore[attr-defined]
+        "where stochastic rounding does not know the place of an entry; keep states in float32 and rounding='nearest' "
+        "in the group of this parameter"
+    )
 
 
 # States --------------------------------------------------------------------------------------------------------------
@@ -240,7 +297,9 @@ def converted(
     shard = local(tensor)
     values = shard if scales is None else block8.decoded(shard, local(scales))
     if dtype != torch.uint8:
-        return wrapped(values.to(dtype), tensor), None
+        # contiguous, as noise needs the states that it rounds
+        form = torch.preserve_format if dtype == torch.float32 else torch.contiguous_format
+        return wrapped(values.to(dtype, memory_format=form), tensor), None
     middle = torch.full(values.shape, 1 << 15, dtype=torch.int64, device=values.device)
     codes, made = block8.encoded(values.float().contiguous(), middle, positive=positive)
     return wrapped(codes, tensor), wrapped(made, tensor, torch.Size(block8.scales_shape(tensor.shape)))
@@ -258,39 +317,58 @@ def rounds(param: Tensor, group: Mapping[str, Any]) -> bool:
 OWN = ("state_dtype", "importance_dtype", "rounding", "master_weight_bits")
 
 
-def is_compact(key: str) -> bool:
+def is_compact(key: object) -> bool:
     """Return whether a key of a state has codes, scales or rests, which are not values."""
-    return key == REST or key.endswith(("_codes", "_scales"))
+    return isinstance(key, str) and (key == REST or key.endswith(("_codes", "_scales")))
 
 
-def narrowed(key: str, tensor: Tensor) -> Tensor:
-    """Return codes, scales or a rest in their own dtype, where another loader has cast them and nothing is lost.
+def packed(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return a state as a checkpoint has it: a rest of 16 bits as two bytes, int8 [..., 2], which share its memory.
+
+    Neither gloo nor NCCL sends int16, so that torch could not gather or broadcast it.
+    """
+    rest = entry.get(REST)
+    if not isinstance(rest, Tensor) or rest.dtype != torch.int16:
+        return entry
+    parts = local(rest).contiguous().unsqueeze(-1).view(torch.int8)
+    return {**entry, REST: wrapped(parts, rest, torch.Size((*rest.shape, 2)))}
+
+
+def narrowed(key: str, tensor: Tensor, dimensions: int) -> Tensor:
+    """Return saved codes, scales or a rest in their own dtype, where no loader has cast them so that bits are lost.
+
+    Args:
+        key: of the state.
+        tensor: as it was saved.
+        dimensions: how many the state has here; a rest with one more is that of `packed`.
 
     Raises:
-        ValueError: the cast has lost bits, or the values are none that this key can have.
+        ValueError: a cast has lost bits, or the values are none that this key can have.
     """
     value = local(tensor)
     if key.endswith("_scales"):
         if value.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"it is {value.dtype}, and scales are float32: a loader has cast them, and lost bits")
         return wrapped(value.float(), tensor, tensor.shape)
-    dtypes = (torch.uint8,) if key.endswith("_codes") else (torch.int16, torch.int8)
-    if value.dtype in dtypes:
+    parts = key == REST and value.dim() == dimensions + 1 and value.shape[-1] == 2
+    dtype = torch.uint8 if key.endswith("_codes") else torch.int8
+    if value.dtype == torch.int16 and key == REST and not parts:
         return tensor
-    # the integers that bfloat16, float16 and float32 tell apart end at 2^8, 2^11 and 2^24
-    exact = {torch.bfloat16: 1 << 8, torch.float16: 1 << 11}.get(value.dtype, 1 << 24)
-    if value.dtype == torch.bool or value.is_complex():
-        raise ValueError(f"it is {value.dtype}; it is {' or '.join(map(str, dtypes))}")
-    small = [dtype for dtype in dtypes if torch.iinfo(dtype).max < exact]
-    whole = value.to(torch.int64)
-    for dtype in reversed(small):
-        limits = torch.iinfo(dtype)
-        if bool(((whole == value) & (whole >= limits.min) & (whole <= limits.max)).all()):
-            return wrapped(whole.to(dtype), tensor)
-    raise ValueError(
-        f"it is {value.dtype}, and {' or '.join(map(str, dtypes))} here: a loader has cast it, and lost bits. Load the "
-        "state by load_state_dict of this optimizer, or by torch.distributed.checkpoint"
-    )
+    if value.dtype != dtype:
+        limits = torch.iinfo(dtype)  # within which every floating-point dtype tells the integers apart
+        whole = value if value.dtype == torch.bool or value.is_complex() else value.to(torch.int64)
+        if value.dtype == whole.dtype or not bool(
+            ((whole == value) & (whole >= limits.min) & (whole <= limits.max)).all()
+        ):
+            raise ValueError(
+                f"it is {value.dtype}, and {dtype} here: a loader has cast it, and lost bits. Load the state by "
+                "load_state_dict of this optimizer, or by torch.distributed.checkpoint"
+            )
+        value = whole.to(dtype)
+    if parts:
+        value = value.clone() if value.storage_offset() % 2 else value.contiguous()
+        return wrapped(value.view(torch.int16).squeeze(-1), tensor, tensor.shape[:-1])
+    return wrapped(value, tensor, tensor.shape)
 
 
 def asked_for(
@@ -305,8 +383,7 @@ def asked_for(
         group: its group.
         positive: the slot whose positive values must not become 0.
     """
-    found = {key: narrowed(key, value) if is_compact(key) else value for key, value in entry.items()}
-    changed = []
+    found, changed = dict(entry), []
     in_slot = group.get("importance", "ema") != "ema"
     for name in names:
         if name == "importance" and in_slot:
@@ -324,6 +401,16 @@ def asked_for(
             put(found, name, *converted(tensor, scales, dtype or torch.float32, positive=name == positive))
             changed.append(name)
     return found, changed
+
+
+def say_converted(names: Sequence[str]) -> None:
+    """Warn that states were converted at a load; `names` are what messages call them."""
+    if names:
+        more = f" and {len(names) - 1} others" if len(names) > 1 else ""
+        warn(
+            f"the state was kept otherwise than this optimizer keeps its own: {names[0]}{more} were converted, rounded "
+            "to nearest"
+        )
 
 
 def check_bits(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
@@ -366,10 +453,6 @@ def place_of(param: Tensor, name: str, group: Mapping[str, Any], rank: int | Non
     if not cut:
         return Place(key, first, entries, 0, row)
     if len(cut) > 1:
-        raise NotImplementedError(
-            f"{name} is placed {param.placements}, over several of its inner dimensions, "  # type: ignore[attr-defined]
-            "where stochastic rounding does not know the place of an entry; keep states in float32 and "
-            "rounding='nearest' in the group of this parameter"
-        )
+        raise NotImplementedError(_scattered(param, name))
     run, of_whole = max(1, shape[cut[0] :].numel()), whole[cut[0] :].numel()
     return Place(key, first, run, of_whole - run, row)

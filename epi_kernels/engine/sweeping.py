@@ -66,9 +66,11 @@ class _Bundle(Bundle):
         lock_scales: list[Tensor | None] = []
         if self.lock_in in LOCK_STATE:
             name = LOCK_STATE[self.lock_in]
-            values, codes, of_codes = keys_of(name)
-            locks = self.column(now, codes if name in self.codes else values)
-            lock_scales = self.column(now, of_codes) if name in self.codes else []
+            if name in self.codes:
+                _, codes, of_codes = keys_of(name)
+                locks, lock_scales = self.column(now, codes), self.column(now, of_codes)
+            else:
+                locks = self.column(now, name)
             if not all(self.lockable):
                 locks = _where(self.lockable, locks)
                 lock_scales = _where(self.lockable, lock_scales) if lock_scales else []
@@ -156,7 +158,9 @@ class Sweeping(Planner):
             found_inf, moved = scaling.found_inf.get(device), bundle.pairs  # the pairs are made for this step
             bad = bundle.sweep.step_(tensors, bundle.counter, scalars, rows, so_far, factor, found_inf, moved)
             counted |= bad or bundle.pairs
-            for written in tensors.all_written():
+            lists = (tensors.params, *tensors.slots.values(), tensors.locks)
+            compact = (*tensors.scales.values(), tensors.lock_scales, tensors.rests)
+            for written in (*lists, *compact):
                 increment_version(written if bundle.whole else filter(is_there, written))
         return counted
 

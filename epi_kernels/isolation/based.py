@@ -11,11 +11,17 @@ from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer
 
 from epi_kernels.distributed import local, shard_of
+from epi_kernels.engine import storages
 from epi_kernels.engine.checkpoint import check_form, check_place, check_tensor, named, pairs_of
 from epi_kernels.engine.groups import name_of
 from epi_kernels.engine.settings import Groups, check_shared
+from epi_kernels.isolation.guest import CODES, KEYS, SCALES, VALUES, Held, check_storages, storage_settings
 from epi_kernels.isolation.layers import check_saved
 from epi_kernels.isolation.settings import CLOCK, SETTINGS, SHARED, check_settings
+from epi_kernels.storage import block8
+
+# all settings that a group of a base has from us, without the clock
+OURS = (*SETTINGS, "importance_dtype", "rounding_seed")
 
 # arguments that some of torch's optimizers have and others lack: they tell which optimizer a state comes from
 _HYPERPARAMETERS = {
@@ -39,7 +45,7 @@ def own_form(groups: Groups) -> dict[str, Any]:
     """Return a state in torch's form that has only our settings."""
     found, number = [], 0
     for group in groups:
-        keys = ("param_names", *SETTINGS, CLOCK, "layers_auto", "layer_digest")
+        keys = ("param_names", *OURS, CLOCK, "layers_auto", "layer_digest")
         members = list(range(number, number + len(group["params"])))
         number += len(members)
         found.append({**{key: group[key] for key in keys if key in group}, "params": members})
@@ -56,7 +62,7 @@ def clock_of(state_dict: dict[str, Any]) -> int:
 
 
 def checked_entries(
-    base: Optimizer, groups: Groups, state_dict: dict[str, Any], importances: dict[Tensor, Tensor]
+    base: Optimizer, groups: Groups, state_dict: dict[str, Any], importances: dict[Tensor, Held]
 ) -> dict[Any, Any]:
     """Check a saved state, move its importances into `importances`, and return the other entries, for the base.
 
@@ -64,19 +70,23 @@ def checked_entries(
         base: the optimizer that will load the entries.
         groups: the base's groups, with our settings.
         state_dict: the saved state, in torch's form.
-        importances: filled with this rank's shard of each importance in the state.
+        importances: filled with this rank's shard of each importance in the state, under the keys that it has there.
 
     Raises:
         ValueError: the state comes from another optimizer than the base, or has other shapes or another grouping, or
             a setting is out of its range; the message names the entry.
+        NotImplementedError: see `check_storages`.
     """
     saved_groups = state_dict["param_groups"]
     check_saved(saved_groups, groups)
-    own = [{key: group[key] for key in SETTINGS} for group in groups]
+    own = [{key: group[key] for key in OURS if key in group} for group in groups]
+    loaded = []
     for i, (ours, saved) in enumerate(zip(groups, saved_groups, strict=True)):
-        group = {**own[i], CLOCK: 0, **saved}
+        stays = {"importance_dtype": own[i].get("importance_dtype")}
+        group = {**own[i], CLOCK: 0, **saved, **stays}
         with named(f"parameter group {i} of the state"):
             check_settings(group, "exp_avg_sq")
+            storages.check_settings(storage_settings(group))
             check_shared(SHARED, group, {**own[0], **saved_groups[0]})
             if group["importance"] != "ema":
                 raise ValueError(f"importance={group['importance']!r}: a base has no place for it; only 'ema' loads")
@@ -85,15 +95,17 @@ def checked_entries(
             foreign = sorted((_HYPERPARAMETERS - base.defaults.keys()) & (saved.keys() - ours.keys()))
             if foreign and is_torchs(base):
                 raise ValueError(f"{type(base).__name__}, the base, has no {', '.join(foreign)}")
+        loaded.append({**group, "params": ours["params"]})
+    check_storages(loaded, groups)
     entries = dict(state_dict["state"])
     for number, param in pairs_of(saved_groups, groups):
         entry, name = entries.pop(number, {}), name_of(param, groups)
         if not isinstance(entry, dict):
             raise ValueError(f"the state of {name} is a {type(entry).__name__} and not a dict")
-        rest = {key: _of_base(base, key, value, param, name) for key, value in entry.items() if key != "importance"}
-        if "importance" in entry:
-            check_tensor("importance", entry["importance"], param, name, tuple(param.shape))
-            importances[param] = shard_of(entry["importance"], param)
+        rest = {key: _of_base(base, key, value, param, name) for key, value in entry.items() if key not in KEYS}
+        held = {key: entry[key] for key in KEYS if key in entry}
+        if held:
+            importances[param] = _checked_importance(held, param, name)
         if rest:  # some bases take any entry, even an empty one, for a state that they made
             entries[number] = rest
     if is_torchs(base):
@@ -102,6 +114,29 @@ def checked_entries(
             with named(f"parameter group {i} of the state"):
                 _check_goes_on(base, groups, ours, saved, {p: entries[n] for n, p in members if n in entries})
     return entries
+
+
+def _checked_importance(held: Held, param: Tensor, name: str) -> Held:
+    """Check an importance of a saved state, and return this rank's shard of it.
+
+    Args:
+        held: what the entry of the parameter has of it.
+        param: the parameter.
+        name: what messages call it.
+
+    Raises:
+        ValueError: it is incomplete, or a tensor of it has another shape, dtype or placement.
+    """
+    if (CODES in held) != (SCALES in held):
+        has, lacks = (CODES, SCALES) if CODES in held else (SCALES, CODES)
+        raise ValueError(f"the state of {name} has {has} and no {lacks}; it is incomplete")
+    for key, value in held.items():
+        shape = tuple(param.shape)
+        if key == SCALES:
+            shape = block8.scales_shape(param.shape) if param.dim() > 1 else ()
+        check_tensor(key, value, param, name, shape)
+    # codes are the importance where other code has left values too, as they are in a state
+    return {key: shard_of(value, param) for key, value in held.items() if key != VALUES or CODES not in held}
 
 
 def _check_goes_on(

@@ -24,6 +24,7 @@ from epi_kernels.distributed import (
 from epi_kernels.engine.groups import has_names, params_of
 from epi_kernels.engine.method import Owner
 from epi_kernels.engine.settings import Groups, settings_of
+from epi_kernels.engine.storages import DEFAULTS
 from epi_kernels.integrations.deepspeed import Segment
 from epi_kernels.isolation.layers import Grouping
 from epi_kernels.isolation.refresh import Candidate
@@ -102,8 +103,11 @@ class Competition:
         self.unmet = False
 
     def settings_of_ranks(self, owner: Owner) -> list[dict[str, Any]]:
-        """Return, for each group, the settings that must be equal on all ranks."""
-        return [settings_of(group, SETTINGS) for group in owner.param_groups]
+        """Return, for each group, the settings that must be equal on all ranks.
+
+        Replicas that kept or rounded their numbers in different ways would choose different masks.
+        """
+        return [settings_of(group, (*SETTINGS, *DEFAULTS)) for group in owner.param_groups]
 
     def _agree(self, owner: Owner, clock: int | Tensor) -> Agreement:
         """Return the agreement of all ranks; they agree again when the shards of this rank have changed."""

@@ -169,7 +169,7 @@ class Evolving(Isolation, Method):
 
     def joined(self, entry: dict[str, Any], param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """Return a saved state with the locks in the second moment, where that is to be kept in codes with locks."""
-        coded = wanted_dtype(group["state_dtype"], param) == torch.uint8
+        coded = wanted_dtype(group.get("state_dtype"), param) == torch.uint8
         if group["importance"] != "exp_avg_sq" or not coded or not {"importance", "exp_avg_sq"} <= entry.keys():
             return entry
         signed = _signed_like(entry["exp_avg_sq"], entry["importance"])

@@ -39,8 +39,8 @@ from epi_kernels.storage.noise import Place
 
 _requires_grad = attrgetter("requires_grad")
 
-# the settings of a group that decide which entries are protected; the others decide when
-_DECIDING = ("isolation_ratio", "importance_beta", "normalize", "scope", "threshold", "importance")
+# the settings of a group that decide which entries are protected; the others decide when, or are seen in the tensors
+_DECIDING = ("isolation_ratio", "importance_beta", "normalize", "scope", "threshold", "importance", "rounding_seed")
 
 
 @dataclass
@@ -472,7 +472,7 @@ def signed_importance(owner: Owner, param: Tensor, group: dict[str, Any]) -> Ten
     state = owner.state.get(param)
     if not isinstance(state, MutableMapping):  # a base may keep a state that is no dict
         return None
-    signed, _ = stored(state, "importance")
+    signed: Tensor | None = state.get("importance_codes", state.get("importance"))
     if signed is None and group.get("importance") == "exp_avg_sq":
         signed, _ = stored(state, "exp_avg_sq")
     return signed

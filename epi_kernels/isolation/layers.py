@@ -17,6 +17,9 @@ LayersArgument = Literal["auto", "block", "tensor"] | Callable[[str], str]
 
 GROUPINGS = ("auto", "block", "tensor")
 
+# what `Grouping.stamp` writes into a group
+STAMPED = ("layers", "layers_auto", "layer_digest")
+
 
 def block(name: str) -> str:
     """Return the layer of a parameter: its transformer block, or its module if it is in no block.

@@ -261,7 +261,7 @@ def _clocks(steps: Sequence[Any], device: torch.device) -> Tensor:
     """Return clocks, numbers or tensors of one value, as one float32 tensor on a device."""
     there = [step for step in steps if isinstance(step, Tensor) and step.device.type != "cpu"]
     if there:  # the host does not know them
-        return torch.stack([torch.as_tensor(step).to(device, torch.float32).reshape(()) for step in steps])
+        return torch.stack([torch.as_tensor(step, dtype=torch.float32, device=device).reshape(()) for step in steps])
     return on_device(torch.tensor([float(step) for step in steps], dtype=torch.float32, device="cpu"), device)
 
 

@@ -106,9 +106,9 @@ class Selection(Following):
 
     def _dtypes(self, param: Tensor, group: dict[str, Any]) -> dict[str, torch.dtype]:
         """Return the compact tensors that the state of a parameter has, and their dtypes."""
-        dtype = wanted_dtype(group["state_dtype"], param) or arithmetic_dtype(param.dtype)
+        dtype = wanted_dtype(group.get("state_dtype"), param) or arithmetic_dtype(param.dtype)
         dtypes = dict.fromkeys(self._slots, dtype)
-        bits = group["master_weight_bits"]
+        bits = group.get("master_weight_bits")
         return {**dtypes, REST: split.RESTS[bits]} if bits and param.dtype == torch.bfloat16 else dtypes
 
     def positions(self, owner: Owner, param: Tensor) -> Tensor:
@@ -133,11 +133,6 @@ class Selection(Following):
     def check_settings(self, group: dict[str, Any]) -> None:
         """Refuse flags and storages that compact states do not have."""
         check_flags(group)
-        if group["state_dtype"] == "8bit":
-            raise ValueError(
-                "Invalid state_dtype: '8bit'; the moments of few entries are not kept in blocks of 8 bits: use "
-                "torch.bfloat16"
-            )
 
     def moves(self, owner: Owner, param: Tensor) -> bool:
         """Return whether a parameter has trainable entries.

@@ -44,7 +44,7 @@ def write_(
 
 def noise_of(place: Place, step: float, shape: torch.Size, device: torch.device) -> Noise:
     """Return the noise of all entries of a tensor."""
-    return Noise(place, step, torch.arange(shape.numel(), device=device).view(shape))
+    return Noise(place, step, torch.arange(shape.numel(), dtype=torch.int64, device=device).view(shape))
 
 
 def weight_of(param: Tensor, rest: Tensor | None, dtype: torch.dtype) -> Tensor:

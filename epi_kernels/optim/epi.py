@@ -80,7 +80,8 @@ class EPIAdamW(Isolating, FusedOptimizer, AdamW):
 
     State of a parameter: torch's ``step``, ``exp_avg``, ``exp_avg_sq``, ``max_exp_avg_sq`` and ``importance``: S with
     the lock in its sign bit (see `epi_kernels.lock`). What is in blocks of 8 bits has other keys, such as
-    ``exp_avg_codes`` and ``exp_avg_scales``; bits of a weight beyond those of its parameter are ``rest``. With
+    ``exp_avg_codes`` and ``exp_avg_scales``; bits of a weight beyond those of its parameter are ``rest`` (in
+    `state_dict`, 16 bits are two bytes in a last dimension, since process groups do not send int16). With
     ``importance="exp_avg_sq"``, ``importance`` and ``exp_avg_sq`` are one tensor, which carries the lock (in blocks of
     8 bits it has the second name alone); where a loader or an offloader has made two tensors of that one, the next step
     takes ``importance`` for both. A group has the settings above, a digest of its layers, and ``isolation_clock``: how

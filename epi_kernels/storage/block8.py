@@ -46,7 +46,7 @@ def decoded(codes: Tensor, scales: Tensor) -> Tensor:
     code = (codes & 127).to(torch.float32)
     value = code * code * _of_entries(scales, codes.shape)
     value = torch.where(code > LARGEST, torch.nan, value)
-    return torch.copysign(value, torch.where(codes > 127, -1.0, 1.0))
+    return torch.copysign(value, 0.5 - (codes >> 7).to(torch.float32))
 
 
 def encoded(value: Tensor, noise: Tensor, *, positive: bool) -> tuple[Tensor, Tensor]:
@@ -78,7 +78,7 @@ def encoded(value: Tensor, noise: Tensor, *, positive: bool) -> tuple[Tensor, Te
 def _largest(magnitudes: Tensor) -> Tensor:
     """Return the largest value of each block."""
     rows, blocks = scales_shape(magnitudes.shape)
-    flat = magnitudes.reshape(rows, magnitudes.shape[1:].numel())
+    flat = magnitudes.reshape(rows, magnitudes.shape[1:].numel())  # a shard may have no rows, and -1 no value then
     flat = torch.nn.functional.pad(flat, (0, blocks * BLOCK - flat.shape[1]))
     return flat.view(rows, blocks, BLOCK).amax(2) if flat.numel() else flat.new_zeros(rows, blocks)
 

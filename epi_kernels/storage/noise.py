@@ -90,7 +90,7 @@ class Noise:
 
     def __init__(self, place: Place, step: float, local: Tensor) -> None:
         offsets = place.offsets(local)
-        bits = int(torch.tensor(step, dtype=torch.float32).view(torch.int32)) & _MASK
+        bits = int(torch.tensor(step, dtype=torch.float32, device="cpu").view(torch.int32)) & _MASK
         key = _mix((place.key & _MASK) + _mix((place.key >> 32 & _MASK) + _mix(bits)))
         x = (offsets & _MASK) ^ _mix_tensor(key + (offsets >> 32))
         z = (x ^ x >> 16) * FIRST & _MASK
