@@ -111,7 +111,7 @@ def test_arguments_that_do_not_belong_together() -> None:
         ({"slots": call["slots"][:1]}, "slots has 1 tensors for 1 params"),
         ({"slots": [None, *call["slots"][1:]]}, r"exp_avg\[0\] is None; the rule adamw keeps it"),
         ({"rule": "sgd"}, "Invalid rule: 'sgd'; choose one of"),
-        ({"scalars": call["scalars"][:, 1:]}, r"scalars has shape \(1, 10\), not \[n, 11\]"),
+        ({"scalars": call["scalars"][:, 1:]}, r"scalars has shape \(1, 11\), not \[n, 12\]"),
         ({"rows": [1]}, r"rows is \[1\]; pass for each of 1 tensors one of 1 rows"),
     ):
         with pytest.raises(ValueError, match=message):

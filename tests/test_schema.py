@@ -96,15 +96,15 @@ GROUP = {"lr": 0.1, "betas": (0.5, 0.75), "eps": 1e-3, "weight_decay": 0.5, "max
 
 def test_a_row_of_scalars_is_the_sweeps_and_then_the_rules() -> None:
     row = scalars_of(ADAMW, GROUP, 2)
-    assert len(row) == width_of(ADAMW) == 11
-    assert SweepScalars(*row[:3]) == (-1.0, 0.9, 1.0 - 0.9)
-    assert row[3:] == ADAMW.scalars(0.95, 0.5, 0.5, 0.75, 0.25, 0.1 / 0.75, (1 - 0.75**2) ** 0.5, 1e-3)
+    assert len(row) == width_of(ADAMW) == 12
+    assert SweepScalars(*row[:4]) == (-1.0, 0.9, 1.0 - 0.9, 2)
+    assert row[4:] == ADAMW.scalars(0.95, 0.5, 0.5, 0.75, 0.25, 0.1 / 0.75, (1 - 0.75**2) ** 0.5, 1e-3)
 
 
 def test_the_beta_of_an_importance_in_a_slot_is_that_slots() -> None:
-    own = SweepScalars(*scalars_of(ADAMW, {**GROUP, "importance": "exp_avg_sq"}, 1)[:3])
+    own = SweepScalars(*scalars_of(ADAMW, {**GROUP, "importance": "exp_avg_sq"}, 1)[:4])
     assert (own.importance_beta, own.one_minus_importance_beta) == (0.75, 0.25)
-    own = SweepScalars(*scalars_of(ADAMW, {**GROUP, "importance": "ema"}, 1)[:3])
+    own = SweepScalars(*scalars_of(ADAMW, {**GROUP, "importance": "ema"}, 1)[:4])
     assert own.importance_beta == 0.9
 
 

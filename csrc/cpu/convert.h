@@ -170,8 +170,7 @@ inline void close_blocks(const float* values, uint8_t* codes, float* scales, con
         const float inverse = inverses[block];
         scales[block] = of_blocks[block];
         if (finite[block])
-            for (int64_t j = 0; j < size; ++j)
-                wide[j] = Block8::store<positive, true>(from[j], inverse, noise(own[j]));
+            for (int64_t j = 0; j < size; ++j) wide[j] = Block8::store<positive, true>(from[j], inverse, noise(own[j]));
         else
             for (int64_t j = 0; j < size; ++j)
                 wide[j] = Block8::store<positive, false>(from[j], inverse, noise(own[j]));

@@ -68,7 +68,8 @@ inline void prefetch(const float* next) {
 
 // Not inlined: within a larger function gcc finds fewer registers for the loop, and a step takes a tenth longer.
 template <typename Rule, Lock lock, bool advanced, bool optional, std::size_t... k>
-[[gnu::noinline]] int64_t sweep_streams(std::index_sequence<k...> every, const Streams<Rule>& at, int64_t size, const Scalars& scalars) {
+[[gnu::noinline]] int64_t sweep_streams(std::index_sequence<k...> every, const Streams<Rule>& at, int64_t size,
+                                        const Scalars& scalars) {
     const epi_sweep_scalars all = scalars.of_sweep();
     const typename Rule::Scalars s = scalars.of_rule<Rule>();
     const auto part = [&](int64_t begin, int64_t end) {

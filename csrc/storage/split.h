@@ -28,7 +28,8 @@ struct Split {
         return float_of((param << 16) + selected(edge & (limit < 0), 0u, low));
     }
 
-    // up: what is added before the bits below the last one are cut off, from 0 to CUT. finite: the value is known to be.
+    // up: what is added before the bits below the last one are cut off, from 0 to CUT. finite: the value is known to
+    // be.
     template <bool finite>
     static inline Split store(float value, uint32_t up) {
         uint32_t bits = bits_of(value);
