@@ -60,9 +60,11 @@ def encoded(value: Tensor, noise: Tensor, *, positive: bool) -> tuple[Tensor, Te
         positive: no value but 0 gets code 0; a second moment of 0 would make an entry's step unbounded.
     """
     finite = value.isfinite()
-    scales = _largest(torch.where(finite, value.abs(), 0.0)) / float(LARGEST * LARGEST)
+    largest = _largest(torch.where(finite, value.abs(), 0.0))
+    # a tensor: by a number, torch divides on a GPU as it multiplies, by the rounded reciprocal
+    scales = largest / torch.full_like(largest, LARGEST * LARGEST)
     scales = torch.where(scales < NEGLIGIBLE, 0.0, scales)
-    inverse = torch.where(scales > 0, 1.0 / scales, 0.0)
+    inverse = torch.where(scales > 0, scales.reciprocal(), 0.0)
     units = value.abs() * _of_entries(inverse, value.shape)
     # the largest whole number whose square is not above: exact, since a double has room for the square
     below = torch.where(finite, units, 0.0).double().sqrt().floor().float()
