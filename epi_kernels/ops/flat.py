@@ -18,6 +18,8 @@ class Flat:
     Args:
         written, read: the lists. An empty list counts as absent; None skips a position.
         strided: the positions that need copies, if they are already known from tensors of the same layouts.
+        row_major: the order of all entries must be row-major, on which noise and blocks depend: wherever a tensor is
+            not contiguous its position gets copies.
 
     Example:
         >>> columns = torch.zeros(2, 3)[:, ::2]
@@ -29,14 +31,17 @@ class Flat:
                 [1., 1.]])
     """
 
-    def __init__(self, *, written: Lists, read: Lists = (), strided: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, *, written: Lists, read: Lists = (), strided: Sequence[int] | None = None, row_major: bool = False
+    ) -> None:
         self.written = [list(tensors) for tensors in written]
         self.read = [list(tensors) for tensors in read]
         self._copies: list[tuple[Tensor, Tensor]] = []
         lists = [tensors for tensors in (*self.written, *self.read) if tensors]
         if strided is None:
             count = len(lists[0]) if lists else 0
-            strided = [i for i in range(count) if not _same_order([tensors[i] for tensors in lists])]
+            usable = _contiguous if row_major else _same_order
+            strided = [i for i in range(count) if not usable([tensors[i] for tensors in lists])]
         self.strided = strided
         for i in strided:
             for tensors in lists:
@@ -74,9 +79,13 @@ def put_(tensor: Tensor, positions: Tensor, values: Tensor) -> Tensor:
     return tensor
 
 
+def _contiguous(tensors: Sequence[Tensor | None]) -> bool:
+    return all(tensor is None or tensor.is_contiguous() for tensor in tensors)
+
+
 def _same_order(tensors: list[Tensor | None]) -> bool:
     present = [tensor for tensor in tensors if tensor is not None]
-    if all(tensor.is_contiguous() for tensor in present):
+    if _contiguous(present):
         return True
     strides = {tensor.stride() for tensor in present}
     # empty_like keeps the strides of a tensor only if the tensor is dense

@@ -23,7 +23,9 @@ class Offsets:
         ([tensor([2, 4], dtype=torch.int32)], [tensor([1, 2], dtype=torch.int32)], False)
     """
 
-    def __init__(self, params: Sequence[Tensor], grads: Sequence[Tensor], indices: Sequence[Tensor]) -> None:
+    def __init__(
+        self, params: Sequence[Tensor], grads: Sequence[Tensor], indices: Sequence[Tensor], *, positions: bool = False
+    ) -> None:
         self.wide = any(_span(tensor) > _NARROW for tensor in (*params, *grads))
         dtype = torch.int64 if self.wide else torch.int32
         self.of_params = [_offsets(param, chosen, dtype) for param, chosen in zip(params, indices, strict=True)]
@@ -32,12 +34,19 @@ class Offsets:
             known if grad.stride() == param.stride() else _offsets(grad, chosen, dtype)
             for param, grad, chosen, known in zip(params, grads, indices, self.of_params, strict=True)
         ]
+        # in row-major order whatever the strides, for the noise of stochastic rounding
+        self.positions = [
+            known if param.is_contiguous() else chosen.to(dtype).contiguous()
+            for param, chosen, known in zip(params, indices, self.of_params, strict=True)
+            if positions
+        ]
 
     def kept(self) -> WeakTensorKeyDictionary:
         """Return the dictionary that keeps the offsets alive exactly as long as their indices."""
         kept = WeakTensorKeyDictionary()
-        for chosen, *both in zip(self._indices, self.of_params, self.of_grads, strict=True):
-            made = [offsets for offsets in both if offsets is not chosen]
+        of_positions = self.positions or self._indices
+        for chosen, *others in zip(self._indices, self.of_params, self.of_grads, of_positions, strict=True):
+            made = [offsets for offsets in others if offsets is not chosen]
             if made:
                 kept[chosen] = [*kept.get(chosen, ()), *made]
         return kept
