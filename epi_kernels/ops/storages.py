@@ -34,8 +34,11 @@ def write_(
         codes, new = block8.encoded(value, of.of(slot), positive=positive)
         tensor.copy_(codes)
         scales.copy_(new)
-    elif tensor.dtype == torch.bfloat16 and of is not None:
-        tensor.copy_(half.stochastic(value, tensor.dtype, of.of(slot)))
+    elif tensor.dtype == torch.bfloat16:
+        tensor.copy_(value if of is None else half.stochastic(value, tensor.dtype, of.of(slot)))
+        # torch gives a NaN of bfloat16 any sign, and the sign of an importance is its lock
+        bits = tensor.view(torch.int16)
+        bits.copy_(torch.where(torch.signbit(value), bits | -0x8000, bits & 0x7FFF))
     else:
         tensor.copy_(value)
 

@@ -78,7 +78,7 @@ def encoded(value: Tensor, noise: Tensor, *, positive: bool) -> tuple[Tensor, Te
 def _largest(magnitudes: Tensor) -> Tensor:
     """Return the largest value of each block."""
     rows, blocks = scales_shape(magnitudes.shape)
-    flat = magnitudes.reshape(rows, -1)
+    flat = magnitudes.reshape(rows, magnitudes.shape[1:].numel())
     flat = torch.nn.functional.pad(flat, (0, blocks * BLOCK - flat.shape[1]))
     return flat.view(rows, blocks, BLOCK).amax(2) if flat.numel() else flat.new_zeros(rows, blocks)
 

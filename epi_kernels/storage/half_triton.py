@@ -28,12 +28,21 @@ def nearest(value):
 @triton.jit
 def stochastic(value, noise, DTYPE: tl.constexpr):
     """Return float32 values in bfloat16 or float16; contract: `epi_kernels.storage.half.stochastic`. noise: uint32."""
+    return _to_bfloat16(value, noise) if DTYPE == tl.bfloat16 else _to_float16(value, noise)
+
+
+@triton.jit
+def _to_bfloat16(value, noise):
     bits = bits_of(value)
-    if DTYPE == tl.bfloat16:
-        # the largest NaN stays a NaN with its sign bit, whatever its low bits were
-        nan = (bits & _MAGNITUDE) > INFINITE
-        rounded = tl.where(is_finite(value), bits + noise.to(tl.int32), tl.where(nan, bits | 0x400000, bits))
-        return (rounded >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    # a NaN stays one, whichever bits it has, and keeps its sign bit
+    kept = bits | tl.where((bits & _MAGNITUDE) > INFINITE, 0x400000, 0)
+    rounded = tl.where(is_finite(value), bits + noise.to(tl.int32), kept)
+    return (rounded >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def _to_float16(value, noise):
+    bits = bits_of(value)
     low = (noise >> 3).to(tl.int32)
     rounded = tl.where(is_finite(value), float_of((bits + low) & -8192), value).to(tl.float16)
     # below 2^-14 a unit of float16 is 2^-24, whatever the exponent

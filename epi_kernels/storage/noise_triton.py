@@ -11,6 +11,9 @@ _OF_SLOT = tl.constexpr(sum(number << 4 * k for k, number in enumerate(noise.OF_
 _FIRST = tl.constexpr(noise.FIRST)
 _LAST0, _LAST1, _LAST2 = (tl.constexpr(constant) for constant in noise.LAST)
 
+# no chunk has as many entries as two to this power
+_BEYOND_CHUNKS = tl.constexpr(20)
+
 # the words of a place lie side by side in a row
 _KEY, _START, _RUN, _GAP = (tl.constexpr(i) for i in range(4))
 
@@ -38,32 +41,43 @@ def key_of(place, step):
 
 @triton.jit
 def begun(place, step, start):
-    """Return what the noise of a chunk needs: (first low word, key, key after the low word wraps, whether it has gaps).
+    """Return what the noise of a chunk needs: (first low word, key, key after the low word wraps).
 
     A chunk has less than 2^32 entries, so that the low words of their offsets wrap at most once.
     """
     key = key_of(place, step)
     offset = tl.load(place + _START) + start
     high = key + (offset >> 32).to(tl.uint32)
-    return offset.to(tl.uint32), mix(high), mix(high + 1), tl.load(place + _GAP) != 0
+    return offset.to(tl.uint32), mix(high), mix(high + 1)
 
 
 @triton.jit
-def mixed(begun_at, place, step, start, at, CHUNK: tl.constexpr):
+def has_gaps(place):
+    """Return whether a tensor has entries between which there are others in the whole tensor."""
+    return tl.load(place + _GAP) != 0
+
+
+@triton.jit
+def mixed(begun_at, place, step, start, at, end, tile, CHUNK: tl.constexpr, FULL: tl.constexpr):
     """Return the part that all words of an entry share, uint32.
 
-    begun_at: from `begun`. at: int32, the entries from `start` on, below CHUNK; others get any word.
+    begun_at: from `begun`. at: int32, the entries from `start` on, below CHUNK; others get any word. end: at most CHUNK.
+    tile: int32, anything that comes from a tile that was read. FULL: the tensor has no gaps.
     """
-    first, key, following, spread = begun_at
-    low = first + at.to(tl.uint32)
-    x = low ^ tl.where(low < first, following, key)
-    if spread:
+    if FULL:
+        first, key, following = begun_at
+        low = first + at.to(tl.uint32)
+        x = low ^ tl.where(low < first, following, key)
+    else:
         # one division of 64 bits finds the run of the first entry; those of the others are of 32 bits
         run = tl.load(place + _RUN)
         left = tl.minimum(run - start % run, CHUNK).to(tl.int32)
         further = tl.where(at < left, 0, 1 + (at - left) // tl.minimum(run, CHUNK).to(tl.int32))
         offset = tl.load(place + _START) + start + at + (start // run + further) * tl.load(place + _GAP)
         x = _hashed(offset, key_of(place, step))
+    # nothing is added: it gives the noise the layout of the tiles. It would get one of its own, from which each word
+    # would be moved through shared memory
+    x ^= (tile & (end >> _BEYOND_CHUNKS)).to(tl.uint32, bitcast=True)
     return _shared(x)
 
 

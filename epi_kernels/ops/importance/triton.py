@@ -13,6 +13,7 @@ from epi_kernels.ops.equations_triton import (
     INFINITE,
     MINUS_INFINITE,
     advanced_importance,
+    bits_of,
     is_finite,
     noticed,
     usable_bits,
@@ -34,7 +35,7 @@ from epi_kernels.schema import IMPORTANCE, SUMS
 from epi_kernels.storage import BFLOAT16, CODES, Storage
 from epi_kernels.storage import BLOCK8 as OF_BLOCK8
 from epi_kernels.storage.noise import Place
-from epi_kernels.storage.noise_triton import OF_IMPORTANCE, begun, mixed, of_slot
+from epi_kernels.storage.noise_triton import OF_IMPORTANCE, begun, has_gaps, mixed, of_slot
 
 _WIDTH, _SUMS_WIDTH = tl.constexpr(len(IMPORTANCE.words)), tl.constexpr(len(SUMS.words))
 _IMPORTANCE, _GRAD, _GRAD_DTYPE, _LAYER, _ALIGNED = words(
@@ -81,6 +82,7 @@ def importance_kernel(
     step, noise = None, None
     if steps is not None:
         step = tl.load(steps + tensor)
+        full = full & (has_gaps(row + _PLACE) == 0)
         noise = begun(row + _PLACE, step, entry_of(row + _ROW, start, blocks))
     if full:
         for tile in range(TILES):
@@ -109,7 +111,7 @@ def _advance_tile(
 ):  # fmt: skip
     """Advance the tile at position `first` of the chunk; return the counts and bounds updated with it."""
     where = tile_at(row + _ROW, start, first, left, BLOCK, TILES, FULL, STORAGE == BLOCK8)
-    start, at, left, _position, _first, _end = where
+    start, at, left, _position, _first, end = where
     importance = read_stored(tl.load(row + _IMPORTANCE), row + _SCALES, where, STORAGE, BLOCK, FULL, False)
     if tl.load(row + _GRAD) != 0:
         grad = read_as_float32(tl.load(row + _GRAD), tl.load(row + _GRAD_DTYPE), start, at, left, FULL)
@@ -123,7 +125,7 @@ def _advance_tile(
         bad += tl.where(counted, 1, 0)
         shared = None
         if noise is not None:
-            shared = mixed(noise, row + _PLACE, step, start, at, BLOCK * TILES)
+            shared = mixed(noise, row + _PLACE, step, start, at, end, bits_of(grad), BLOCK * TILES, FULL)
         importance = write_stored(
             tl.load(row + _IMPORTANCE), row + _SCALES, where, importance, shared, STORAGE,
             OF_IMPORTANCE if KEEP_FINITE else of_slot(1), not KEEP_FINITE, BLOCK, FULL, False,

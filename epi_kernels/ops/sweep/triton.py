@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from epi_kernels.ops import tiles
-from epi_kernels.ops.equations_triton import advanced_importance, is_finite, is_locked, magnitude, with_lock
+from epi_kernels.ops.equations_triton import advanced_importance, bits_of, is_finite, is_locked, magnitude, with_lock
 from epi_kernels.ops.flat import Flat
 from epi_kernels.ops.slots_triton import (
     IMPORTANCE_BETA,
@@ -46,7 +46,7 @@ from epi_kernels.schema import SWEEP
 from epi_kernels.storage import CODES, STORAGES
 from epi_kernels.storage.block8 import BLOCK8 as OF_BLOCK8
 from epi_kernels.storage.half_triton import stochastic
-from epi_kernels.storage.noise_triton import OF_IMPORTANCE, OF_PARAM, begun, mixed, noise_of
+from epi_kernels.storage.noise_triton import OF_IMPORTANCE, OF_PARAM, begun, has_gaps, mixed, noise_of
 from epi_kernels.storage.split_triton import joined, split
 
 _WIDTH = tl.constexpr(len(SWEEP.words))
@@ -108,6 +108,7 @@ def sweep_kernel(
     noise = None
     if NOISE:
         step = tl.load(row_of(scalars, tl.load(row + _SCALARS), SCALARS) + STEP)
+        full = full & (has_gaps(row + _PLACE) == 0)
         noise = begun(row + _PLACE, step, entry_of(row + _ROW, start, blocks))
     bad = tl.zeros([BLOCK], tl.int32)
     if full:
@@ -142,7 +143,7 @@ def _step_tile(
     """Step the tile at position `first` of the chunk; return where the squared gradient is not finite, int32 0 or 1."""
     s = row_of(scalars, tl.load(row + _SCALARS), SCALARS)
     where = tile_at(row + _ROW, start, first, left, BLOCK, TILES, FULL, BLOCKS)
-    start, at, left, _position, _first, _end = where
+    start, at, left, _position, _first, end = where
     param_at = pointer(tl.load(row + _PARAM), start, PARAM)
     lock = tl.load(row + _LOCK)
     lockable = lock != 0
@@ -183,7 +184,7 @@ def _step_tile(
         bad += tl.where(counted & (is_finite(grad * grad) == 0), 1, 0)
     shared = None
     if noise is not None:
-        shared = mixed(noise, row + _PLACE, tl.load(s + STEP), start, at, BLOCK * TILES)
+        shared = mixed(noise, row + _PLACE, tl.load(s + STEP), start, at, end, bits_of(grad), BLOCK * TILES, FULL)
 
     # advance the importance, which is in a tensor of its own or in a slot
     beta, one_minus_beta = tl.load(s + IMPORTANCE_BETA), tl.load(s + ONE_MINUS_IMPORTANCE_BETA)
