@@ -50,7 +50,7 @@ def encoded(value, noise, left, at, POSITIVE: tl.constexpr, BLOCK: tl.constexpr,
         counted = counted & (at < left)
     # as integers, magnitudes have the same order
     largest = tl.max(tl.reshape(tl.where(counted, size, 0), [BLOCK // BLOCK8, BLOCK8]), 1)
-    scales = tl.div_rn(float_of(largest), tl.full([BLOCK // BLOCK8], _SQUARE, tl.float32))
+    scales = _divided(float_of(largest))
     scales = tl.where(scales < _NEGLIGIBLE, 0.0, scales)
     inverse = tl.where(scales > 0, tl.div_rn(tl.full([BLOCK // BLOCK8], 1.0, tl.float32), scales), 0.0)
     units = float_of(size) * of_entries(inverse, BLOCK)
@@ -59,13 +59,22 @@ def encoded(value, noise, left, at, POSITIVE: tl.constexpr, BLOCK: tl.constexpr,
     below = (root + _AROUND) - _AROUND
     below = tl.where(below * below > units, below - 1.0, below)
     share = float_of(((noise.to(tl.int32) >> 1) << 8) | (_ONE_BITS | 0x80)) - 1.0
-    code = below + tl.where(units > below * below + share * (2.0 * below + 1.0), 1.0, 0.0)
-    code = tl.minimum(code, _LARGEST)
-    whole = bits_of(code + _WHOLE) & 127
+    # the products are exact, so that a multiply-add rounds as a product and a sum do
+    bound = tl.fma(share, tl.fma(below, 2.0, 1.0), below * below)
+    # at most LARGEST: the largest value has LARGEST^2 units and 3 roundings, the next code is further
+    whole = bits_of(below + tl.where(units > bound, 1.0, 0.0) + _WHOLE) & 127
     if POSITIVE:
-        whole = tl.where((whole == 0) & (size != 0), 1, whole)
+        whole = tl.maximum(whole, tl.minimum(size, 1))
     whole = tl.where(finite, whole, 127)
     return (whole | ((bits >> 24) & 128)).to(tl.uint8), scales, of_entries(scales, BLOCK)
+
+
+@triton.jit
+def _divided(largest):
+    """Return the quotient by 126^2, rounded correctly for every quotient from `NEGLIGIBLE` up."""
+    inverse = 1.0 / _SQUARE
+    near = largest * inverse
+    return tl.fma(tl.fma(-near, _SQUARE, largest), inverse, near)
 
 
 @triton.jit
