@@ -192,8 +192,6 @@ def assert_steps_agree(
     assert_same_bits(*results)
 
 
-
-
 @pytest.fixture(params=[backend for backend in AVAILABLE if backend == "triton"])
 def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -293,7 +291,7 @@ def test_places(backend: str, first: int, run: int, gap: int) -> None:
 
 @pytest.mark.parametrize("row", [1, 63, 64, 65, 100, 4095, 4097, 9000])
 def test_rows(backend: str, row: int) -> None:
-    shapes = ((max(2, 9000 // row), row), (1, row), (7, row), (0, row))
+    shapes = ((max(2, min(30, 9000 // row)), row), (1, row), (7, row), (0, row))
     assert_steps_agree(
         backend, ADAMW, "importance", slots=(BLOCKS, BLOCKS), lock_dtype=BLOCKS, shapes=shapes, special=True
     )

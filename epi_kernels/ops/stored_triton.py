@@ -1,9 +1,8 @@
 """How Triton kernels find the entries of a tile, and read and write them in whatever storage they are kept.
 
-A tile's place is a tuple ``where = (start, at, left, position, first, end)``. Entry ``start + at`` of the tensor is
-read, where ``at < left``. For blocks of 8 bits, the table, the chunks and the tiles count every row as whole blocks:
-`position` and `first` are where the chunk and the tile in it start in this count, and `end` is what the chunk has. For
-other tensors both counts are the same.
+A tile's place is a tuple ``where = (start, at, left, block, blocks)``. Entry ``start + at`` of the tensor is read,
+where ``at < left``; the scales of its blocks of 8 bits are `blocks` numbers from `block` on. If the rows of a tensor are not
+whole blocks, its table, chunks and tiles count every row as whole tiles, so that a tile has entries of one row.
 """
 
 import torch
@@ -20,8 +19,6 @@ from epi_kernels.storage.noise_triton import noise_of
 FLOAT32, BFLOAT16, BLOCK8 = (tl.constexpr(CODES[dtype]) for dtype in (torch.float32, torch.bfloat16, torch.uint8))
 
 _BLOCK_OF_SCALE = tl.constexpr(BLOCK_OF_SCALE)
-# beyond every entry of a chunk; odd, so that the compiler does not take neighbours to be masked alike
-_NOWHERE = tl.constexpr((1 << 30) + 1)
 
 
 @triton.constexpr_function
@@ -37,48 +34,35 @@ def has_blocks(storages):
 
 
 @triton.jit
-def padding_of(length):
-    """Return how many entries a row lacks to whole blocks. length: int64, its entries."""
-    return -length & (_BLOCK_OF_SCALE - 1)
+def is_ragged(length):
+    """Return whether rows are not whole blocks of 8 bits. length: a pointer to the entries of a row."""
+    return tl.load(length) % _BLOCK_OF_SCALE != 0
 
 
 @triton.jit
-def entry_of(length, position, BLOCKS: tl.constexpr):
-    """Return the entry at a position, both int64. length: a pointer to the entries of a row. BLOCKS: see `tile_at`."""
-    if BLOCKS:
-        padding = padding_of(tl.load(length))
-        if padding != 0:
-            position -= position // (tl.load(length) + padding) * padding
-    return position
+def tile_at(length, position, first, end, BLOCK: tl.constexpr, FULL: tl.constexpr, BLOCKS: tl.constexpr):
+    """Return the place of the tile at `first` of the chunk from `position` on, of which the tensor has `end`.
 
-
-@triton.jit
-def tile_at(
-    length, position, first, end, BLOCK: tl.constexpr, TILES: tl.constexpr, FULL: tl.constexpr, BLOCKS: tl.constexpr
-):
-    """Return the place of a tile. BLOCKS: whether the launch has blocks of 8 bits, so that rows count as whole blocks.
-
-    length: a pointer to the entries of a row.
+    length: a pointer to the entries of a row. BLOCKS: whether the launch has blocks of 8 bits. FULL: if so, rows are
+    whole blocks.
     """
-    start, at, left = position, first + tl.arange(0, BLOCK), end
+    start, left, offset = position, end, first
+    block, blocks = (position + first) // _BLOCK_OF_SCALE, tl.cdiv(end - first, _BLOCK_OF_SCALE)
     if BLOCKS and not FULL:
-        row = tl.load(length)
-        padding = padding_of(row)
-        if padding != 0:
-            # one division of 64 bits finds the row of the chunk; those of the entries are of 32 bits
-            padded = row + padding
-            number = position // padded
-            column = position - number * padded
-            here = tl.minimum(padded - column, BLOCK * TILES).to(tl.int32)
-            further = tl.where(at < here, 0, 1 + (at - here) // tl.minimum(padded, BLOCK * TILES).to(tl.int32))
-            inside = (at < end) & (column + at - further * padded < row)
-            # the layout of a tile follows from the neighbours that a thread is said to have. At the end of a row they
-            # are not there, but under a mask of single entries none is read or written together with another
-            at = tl.where(inside, at - further * padding.to(tl.int32), _NOWHERE)
-            at = tl.max_contiguous(tl.multiple_of(at, 4), 4)
-            start = position - number * padding
-            left = tl.zeros_like(end) + _NOWHERE
-    return start, at, left, position, first, end
+        if is_ragged(length):
+            row = tl.load(length)
+            tiles = tl.cdiv(row, BLOCK)
+            tile = (position + first) // BLOCK
+            number = tile // tiles
+            column = (tile - number * tiles) * BLOCK
+            # neither is so, but it gives all reads and writes the layout of full tiles: see `epi_kernels.ops.tiles.pointer`
+            start = tl.multiple_of(number * row + column, 16)
+            left = tl.minimum(row - column, BLOCK).to(tl.int32)
+            offset = first * 0
+            block = tl.multiple_of(number * tl.cdiv(row, _BLOCK_OF_SCALE) + column // _BLOCK_OF_SCALE, 4)
+            blocks = tl.cdiv(left, _BLOCK_OF_SCALE)
+    at = offset + tl.arange(0, BLOCK)
+    return start, at, left, block, blocks
 
 
 @triton.jit
@@ -95,14 +79,14 @@ def read_stored(
     address: of the tensor. scales: a pointer to the address of its scales, read for blocks of 8 bits only. SCATTERED:
     see `epi_kernels.ops.tiles.scattered`.
     """
-    start, at, left, position, first, end = where
+    start, at, left, block, blocks = where
     if STORAGE == FLOAT32:
         value = read(_first(address, start, tl.float32, SCATTERED), at, left, FULL)
     elif STORAGE == BFLOAT16:
         value = of_bfloat16(read(_first(address, start, tl.bfloat16, SCATTERED), at, left, FULL))
     else:
         codes = read(_first(address, start, tl.uint8, SCATTERED), at, left, FULL)
-        value = decoded(codes, read_scales(tl.load(scales), position, first, end, BLOCK, FULL))
+        value = decoded(codes, read_scales(tl.load(scales), block, blocks, BLOCK, FULL))
     return value
 
 
@@ -116,7 +100,7 @@ def write_stored(
     shared: what the words of noise share (`noise_triton.mixed`), or None: nothing is rounded stochastically. SLOT:
     whose noise it is. POSITIVE: see `epi_kernels.storage.block8.encoded`.
     """
-    start, at, left, position, first, end = where
+    start, at, left, block, blocks = where
     if STORAGE == FLOAT32:
         write(_first(address, start, tl.float32, SCATTERED), at, value, left, FULL)
     elif STORAGE == BFLOAT16:
@@ -129,6 +113,6 @@ def write_stored(
     else:
         codes, of_blocks, of_entries = encoded(value, noise_of(shared, SLOT), left, at, POSITIVE, BLOCK, FULL)
         write(_first(address, start, tl.uint8, SCATTERED), at, codes, left, FULL)
-        write_scales(tl.load(scales), position, first, of_blocks, end, BLOCK, FULL)
+        write_scales(tl.load(scales), block, of_blocks, blocks, BLOCK, FULL)
         value = decoded(codes, of_entries)
     return value

@@ -104,16 +104,16 @@ def row_length(tensor: Tensor) -> int:
     return max(1, tensor.shape[1:].numel()) if tensor.dim() else 1
 
 
-def size_in_blocks(tensor: Tensor) -> int:
-    """Return the entries of a tensor if each row counts as whole blocks of 8 bits."""
+def size_in_tiles(tensor: Tensor, tile: int) -> int:
+    """Return the size of a tensor with blocks of 8 bits in a table: rows that are not whole blocks are whole tiles."""
     length = row_length(tensor)
-    return tensor.numel() // length * (length + -length % BLOCK)
+    return tensor.numel() // length * (length + (-length % tile if length % BLOCK else 0))
 
 
-def table_sizes(tensors: Sequence[Tensor | None]) -> list[int]:
-    """Return the size of each tensor in a table: those in blocks of 8 bits count as whole blocks, None as 0."""
+def table_sizes(tensors: Sequence[Tensor | None], tile: int) -> list[int]:
+    """Return the size of each tensor in a table; see `size_in_tiles`. None has no entries."""
     return [
-        0 if tensor is None else size_in_blocks(tensor) if tensor.dtype == torch.uint8 else tensor.numel()
+        0 if tensor is None else size_in_tiles(tensor, tile) if tensor.dtype == torch.uint8 else tensor.numel()
         for tensor in tensors
     ]
 

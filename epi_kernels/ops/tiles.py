@@ -64,6 +64,7 @@ class Budget(NamedTuple):
     state: str = "float32"  # the storage of the slots, and of an importance of its own
     rest: int = 0  # bits of the rest of a weight
     stochastic: bool = False  # whether weights are rounded stochastically
+    registers: int = 64  # as in `Variant`
     changes: Mapping[str, Any] = {}  # arguments of the kernel that differ from the usual ones
 
 

@@ -84,33 +84,28 @@ def of_entries(of_blocks, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def read_scales(address, start, first, left, BLOCK: tl.constexpr, FULL: tl.constexpr):
-    """Return the scale of each entry of a tile.
-
-    start, first: int64 and int32, the positions of the chunk and of the tile in it. left: the positions of the chunk.
-    In all of them, a row counts as whole blocks.
-    """
-    block = first // BLOCK8 + tl.arange(0, BLOCK) // BLOCK8
-    at = address.to(tl.pointer_type(tl.float32)) + start // BLOCK8
+def read_scales(address, block, blocks, BLOCK: tl.constexpr, FULL: tl.constexpr):
+    """Return the scale of each entry of a tile. block: int64, the first scale. blocks: the tile has so many."""
+    at = address.to(tl.pointer_type(tl.float32)) + block
+    of_entry = tl.arange(0, BLOCK) // BLOCK8
     if FULL:
-        scale = tl.load(at + block)
+        scale = tl.load(at + of_entry)
     else:
-        scale = tl.load(at + block, mask=block * BLOCK8 < left, other=0)
+        scale = tl.load(at + of_entry, mask=of_entry < blocks, other=0)
     return scale
 
 
 @triton.jit
-def write_scales(address, start, first, scales, left, BLOCK: tl.constexpr, FULL: tl.constexpr):
+def write_scales(address, block, scales, blocks, BLOCK: tl.constexpr, FULL: tl.constexpr):
     """Write the scales of a tile; arguments as in `read_scales`."""
     # as a tile of entries of which one in a block is written: a tile of scales alone would get a layout of its own, to
     # which the compiler would move the scales through shared memory
     entry = tl.arange(0, BLOCK)
-    block = first // BLOCK8 + entry // BLOCK8
-    at = tl.multiple_of(address.to(tl.pointer_type(tl.float32)), 16) + start // BLOCK8
+    at = tl.multiple_of(address.to(tl.pointer_type(tl.float32)), 16) + block
     chosen = entry % BLOCK8 == 0
     if not FULL:
-        chosen = chosen & (block * BLOCK8 < left)
+        chosen = chosen & (entry // BLOCK8 < blocks)
     # the layout of a tile follows from the neighbours that a thread is said to have. They are not there, but the mask
     # chooses single entries, so that none is written together with another
-    block = tl.max_contiguous(tl.multiple_of(block, 4), 4)
-    tl.store(at + block, of_entries(scales, BLOCK), mask=chosen)
+    of_entry = tl.max_contiguous(tl.multiple_of(entry // BLOCK8, 4), 4)
+    tl.store(at + of_entry, of_entries(scales, BLOCK), mask=chosen)

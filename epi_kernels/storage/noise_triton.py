@@ -61,8 +61,8 @@ def has_gaps(place):
 def mixed(begun_at, place, step, start, at, end, tile, CHUNK: tl.constexpr, FULL: tl.constexpr):
     """Return the part that all words of an entry share, uint32.
 
-    begun_at: from `begun`. at: int32, the entries from `start` on, below CHUNK; others get any word. end: at most CHUNK.
-    tile: int32, anything that comes from a tile that was read. FULL: the tensor has no gaps.
+    begun_at: from `begun`. at: int32, the entries from `start` on, below CHUNK; others get any word. end: int32, at
+    most CHUNK. tile: int32, anything that comes from a tile that was read. FULL: the tensor has no gaps.
     """
     if FULL:
         first, key, following = begun_at
@@ -71,9 +71,10 @@ def mixed(begun_at, place, step, start, at, end, tile, CHUNK: tl.constexpr, FULL
     else:
         # one division of 64 bits finds the run of the first entry; those of the others are of 32 bits
         run = tl.load(place + _RUN)
-        left = tl.minimum(run - start % run, CHUNK).to(tl.int32)
+        number = start // run
+        left = tl.minimum((number + 1) * run - start, CHUNK).to(tl.int32)
         further = tl.where(at < left, 0, 1 + (at - left) // tl.minimum(run, CHUNK).to(tl.int32))
-        offset = tl.load(place + _START) + start + at + (start // run + further) * tl.load(place + _GAP)
+        offset = tl.load(place + _START) + start + at + (number + further) * tl.load(place + _GAP)
         x = _hashed(offset, key_of(place, step))
     # nothing is added: it gives the noise the layout of the tiles. It would get one of its own, from which each word
     # would be moved through shared memory

@@ -89,7 +89,7 @@ def gather_kernel(
             rest_at = scattered(tl.load(row + _REST), start, tl.int16 if REST == 16 else tl.int8)
             rest = read(rest_at, at, left, False)
             weight = joined(param, rest, REST)
-        where = (start, at, left, start, tile * BLOCK, left)  # no storage here is in blocks
+        where = (start, at, left, start, 0)  # no storage here is in blocks
         kept = read_slots(row + _FIRST_SLOT, row, where, STORAGES, SLOTS, REQUIRED, OPTIONAL, BLOCK, False, True)
         slots = ()
         for k in tl.static_range(SLOTS):

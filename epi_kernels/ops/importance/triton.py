@@ -23,8 +23,7 @@ from epi_kernels.ops.slots_triton import place_in
 from epi_kernels.ops.stored_triton import (
     BLOCK8,
     FLOAT32,
-    entry_of,
-    padding_of,
+    is_ragged,
     read_stored,
     tile_at,
     write_stored,
@@ -78,12 +77,12 @@ def importance_kernel(
     full = (left == BLOCK * TILES) & (tl.load(row + _ALIGNED) != 0)
     blocks: tl.constexpr = STORAGE == BLOCK8
     if blocks:
-        full = full & (padding_of(tl.load(row + _ROW)) == 0)
+        full = full & (is_ragged(row + _ROW) == 0)
     step, noise = None, None
     if steps is not None:
         step = tl.load(steps + tensor)
         full = full & (has_gaps(row + _PLACE) == 0)
-        noise = begun(row + _PLACE, step, entry_of(row + _ROW, start, blocks))
+        noise = begun(row + _PLACE, step, start)
     if full:
         for tile in range(TILES):
             bad, low, high = _advance_tile(
@@ -110,8 +109,8 @@ def _advance_tile(
     KEEP_FINITE: tl.constexpr, STORAGE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Advance the tile at position `first` of the chunk; return the counts and bounds updated with it."""
-    where = tile_at(row + _ROW, start, first, left, BLOCK, TILES, FULL, STORAGE == BLOCK8)
-    start, at, left, _position, _first, end = where
+    where = tile_at(row + _ROW, start, first, left, BLOCK, FULL, STORAGE == BLOCK8)
+    start, at, left, _block, _blocks = where
     importance = read_stored(tl.load(row + _IMPORTANCE), row + _SCALES, where, STORAGE, BLOCK, FULL, False)
     if tl.load(row + _GRAD) != 0:
         grad = read_as_float32(tl.load(row + _GRAD), tl.load(row + _GRAD_DTYPE), start, at, left, FULL)
@@ -125,7 +124,7 @@ def _advance_tile(
         bad += tl.where(counted, 1, 0)
         shared = None
         if noise is not None:
-            shared = mixed(noise, row + _PLACE, step, start, at, end, bits_of(grad), BLOCK * TILES, FULL)
+            shared = mixed(noise, row + _PLACE, step, start, at, left, bits_of(grad), BLOCK * TILES, FULL)
         importance = write_stored(
             tl.load(row + _IMPORTANCE), row + _SCALES, where, importance, shared, STORAGE,
             OF_IMPORTANCE if KEEP_FINITE else of_slot(1), not KEEP_FINITE, BLOCK, FULL, False,
@@ -169,9 +168,9 @@ def _add_tile(row, start, first, left, BLOCK: tl.constexpr, FULL: tl.constexpr):
 def _compact(name: str, storage: Storage, instructions: int, **changes: Any) -> Variant:
     """Return a variant with importances in a compact storage, rounded stochastically."""
     arguments = {**_ARGUMENTS, "KEEP_FINITE": True, "steps": "*fp32", "STORAGE": CODES[storage.dtype], **changes}
-    # the codes read float32 gradients 128 bits at a time; a scale is a write of its own
+    # the code reads float32 gradients 128 bits at a time; a scale is a write of its own
     writes = {32: 2} if storage is OF_BLOCK8 else {64: 1}
-    return Variant(name, importance_kernel, arguments, 4 + 2 * storage.bytes, instructions, {128: 1}, writes)
+    return Variant(name, importance_kernel, arguments, 4 + 2 * storage.bytes, instructions, {128: 1}, writes, 72)
 
 
 _TABLES = {"rows": "*i64", "chunks": "*i64"}
@@ -189,9 +188,9 @@ VARIANTS = (
         {128: 1},
     ),
     Variant("importance in v", importance_kernel, {**_ARGUMENTS, "KEEP_FINITE": False}, 12, 38, {128: 2}, {128: 1}),
-    _compact("importance in bfloat16", BFLOAT16, 70),
-    _compact("importance in blocks of 8 bits", OF_BLOCK8, 130),
-    _compact("importance in v, in blocks of 8 bits", OF_BLOCK8, 130, KEEP_FINITE=False),
+    _compact("importance in bfloat16", BFLOAT16, 60),
+    _compact("importance in blocks of 8 bits", OF_BLOCK8, 108),
+    _compact("importance in v, in blocks of 8 bits", OF_BLOCK8, 108, KEEP_FINITE=False),
     Variant("gradient sums", gradient_sums_kernel, _TABLES, 20, 19, {128: 3}, {128: 2}),
 )
 
@@ -214,7 +213,7 @@ class Importance:
         flat = Flat(written=[importances], read=[grads], row_major=self._row_major)
         self._strided, self._keep_finite, self._betas = flat.strided, keep_finite, betas.float()
         kinds = tiles.dtype_codes(importances)
-        self._table = Table(IMPORTANCE.words, table_sizes(importances), tiles.CHUNK, device, kinds)
+        self._table = Table(IMPORTANCE.words, table_sizes(importances, tiles.BLOCK), tiles.CHUNK, device, kinds)
         self._table.point("importance", flat.written[0])
         self._table.set("grad_dtype", tiles.dtype_codes(grads))
         self._table.set("layer", layers)

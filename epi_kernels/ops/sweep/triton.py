@@ -30,14 +30,13 @@ from epi_kernels.ops.slots_triton import (
 from epi_kernels.ops.stored_triton import (
     BLOCK8,
     FLOAT32,
-    entry_of,
     has_blocks,
-    padding_of,
+    is_ragged,
     read_stored,
     tile_at,
     write_stored,
 )
-from epi_kernels.ops.table import Table, on_device, row_length, size_in_blocks
+from epi_kernels.ops.table import Table, on_device, row_length, size_in_tiles
 from epi_kernels.ops.tensors import Tensors
 from epi_kernels.ops.tiles import Budget, Variant, left_of, located, pointer, read, words, write
 from epi_kernels.rules import RULES, Rule
@@ -104,12 +103,12 @@ def sweep_kernel(
     tiles = tl.cdiv(left, BLOCK)
     blocks: tl.constexpr = has_blocks(STORAGES) or LOCK_STORAGE == BLOCK8
     if blocks:
-        full = full & (padding_of(tl.load(row + _ROW)) == 0)
+        full = full & (is_ragged(row + _ROW) == 0)
     noise = None
     if NOISE:
         step = tl.load(row_of(scalars, tl.load(row + _SCALARS), SCALARS) + STEP)
         full = full & (has_gaps(row + _PLACE) == 0)
-        noise = begun(row + _PLACE, step, entry_of(row + _ROW, start, blocks))
+        noise = begun(row + _PLACE, step, start)
     bad = tl.zeros([BLOCK], tl.int32)
     if full:
         for tile in range(tiles):
@@ -142,8 +141,8 @@ def _step_tile(
 ):  # fmt: skip
     """Step the tile at position `first` of the chunk; return where the squared gradient is not finite, int32 0 or 1."""
     s = row_of(scalars, tl.load(row + _SCALARS), SCALARS)
-    where = tile_at(row + _ROW, start, first, left, BLOCK, TILES, FULL, BLOCKS)
-    start, at, left, _position, _first, end = where
+    where = tile_at(row + _ROW, start, first, left, BLOCK, FULL, BLOCKS)
+    start, at, left, _block, _blocks = where
     param_at = pointer(tl.load(row + _PARAM), start, PARAM)
     lock = tl.load(row + _LOCK)
     lockable = lock != 0
@@ -184,7 +183,7 @@ def _step_tile(
         bad += tl.where(counted & (is_finite(grad * grad) == 0), 1, 0)
     shared = None
     if noise is not None:
-        shared = mixed(noise, row + _PLACE, tl.load(s + STEP), start, at, end, bits_of(grad), BLOCK * TILES, FULL)
+        shared = mixed(noise, row + _PLACE, tl.load(s + STEP), start, at, left, bits_of(grad), BLOCK * TILES, FULL)
 
     # advance the importance, which is in a tensor of its own or in a slot
     beta, one_minus_beta = tl.load(s + IMPORTANCE_BETA), tl.load(s + ONE_MINUS_IMPORTANCE_BETA)
@@ -317,7 +316,7 @@ def _variant(rule: Rule, budget: Budget) -> Variant:
         "NOISE": budget.stochastic or storages != 0,
         **budget.changes,
     }
-    return Variant(budget.name, sweep_kernel, arguments, size, budget.instructions, reads, writes)
+    return Variant(budget.name, sweep_kernel, arguments, size, budget.instructions, reads, writes, budget.registers)
 
 
 VARIANTS = tuple(_variant(rule, budget) for rule in RULES for budget in twin_of(rule).SWEEPS)
@@ -335,7 +334,7 @@ class Sweep:
         flat = Flat(written=list(tensors.written()), read=[grads], row_major=self._row_major)
         self._strided = flat.strided
         self._device = params[0].device
-        sizes = [size_in_blocks(param) if blocks else param.numel() for param in params]
+        sizes = [size_in_tiles(param, tiles.BLOCK) if blocks else param.numel() for param in params]
         self._table = Table(SWEEP.words, sizes, tiles.CHUNK, self._device)
         self._words = {slot.name: f"slots[{i}]" for i, slot in enumerate(rule.slots)}
         self._scales = {slot.name: f"scales[{i}]" for i, slot in enumerate(rule.slots)}

@@ -18,13 +18,14 @@ def table_of(
     chunk: int,
     device: torch.device,
     scales: Sequence[Tensor | None] = (),
+    tile: int = 1,
 ) -> Table:
     """Return the table of flat importances, each with its layer, its budget and its scales if it has some.
 
-    The importances of one storage are one kind. Rows in blocks of 8 bits count as whole blocks.
+    The importances of one storage are one kind. `tile`: the entries of a tile, see `epi_kernels.ops.table.table_sizes`.
     """
     codes = [CODES[torch.float32 if tensor is None else tensor.dtype] for tensor in importances]
-    table = Table(SCORE.words, table_sizes(importances), chunk, device, codes)
+    table = Table(SCORE.words, table_sizes(importances, tile), chunk, device, codes)
     table.point("importance", importances)
     table.set("layer", layers)
     table.set("budget", budgets)
@@ -37,6 +38,8 @@ def table_of(
 
 class Scored:
     """A fixed list of importances as a table on a GPU; copies replace those whose entries do not lie side by side."""
+
+    tile = 1  # entries of a tile, where a backend takes blocks of 8 bits
 
     def chunk(self) -> int:
         """Return the number of entries in a chunk."""
@@ -53,7 +56,7 @@ class Scored:
         self._row_major = any(own is not None for own in scales)
         flat = Flat(written=[importances], row_major=self._row_major)
         self._strided = flat.strided
-        self.table = table_of(flat.written[0], layers, budgets, self.chunk(), device, scales)
+        self.table = table_of(flat.written[0], layers, budgets, self.chunk(), device, scales, self.tile)
 
     def placed(self, importances: Sequence[Tensor]) -> Flat | None:
         """Point the table to new copies and return them, to be written back; None if no copies are needed."""

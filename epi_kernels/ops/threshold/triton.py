@@ -10,7 +10,7 @@ from torch import Tensor
 
 from epi_kernels.ops import tiles
 from epi_kernels.ops.equations_triton import bits_of, float_of, is_locked, score, with_lock
-from epi_kernels.ops.stored_triton import BFLOAT16, BLOCK8, FLOAT32, padding_of, read_stored, tile_at
+from epi_kernels.ops.stored_triton import BFLOAT16, BLOCK8, FLOAT32, is_ragged, read_stored, tile_at
 from epi_kernels.ops.table import zeros
 from epi_kernels.ops.threshold.rows import Scored
 from epi_kernels.ops.tiles import Variant, left_of, located, pointer, read, words, write
@@ -62,8 +62,8 @@ def score_histogram_kernel(
     zeros = tl.zeros([BLOCK], tl.int32)
     one = tl.full([BLOCK], 1, tl.int64)
     for tile in range(tl.cdiv(left, BLOCK)):
-        where = tile_at(row + _ROW, start, tile * BLOCK, left, BLOCK, TILES, False, STORAGE == BLOCK8)
-        _start, at, end, _position, _first, _end = where
+        where = tile_at(row + _ROW, start, tile * BLOCK, left, BLOCK, False, STORAGE == BLOCK8)
+        _start, at, end, _block, _blocks = where
         inside = at < end
         # an entry at a time: with 128 bits, the compiler moved each tile through shared memory for the atomics, with 11
         # barriers
@@ -137,7 +137,7 @@ def lock_kernel(
     released = tl.zeros([BLOCK], tl.int32)
     full = (left == BLOCK * TILES) & (tl.load(row + _ALIGNED) != 0)
     if STORAGE == BLOCK8:
-        full = full & (padding_of(tl.load(row + _ROW)) == 0)
+        full = full & (is_ragged(row + _ROW) == 0)
     if full:
         for tile in range(TILES):
             locked, newly, released = _lock_tile(
@@ -169,8 +169,8 @@ def _lock_tile(
     NORMALIZED: tl.constexpr, STORAGE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Lock one tile; return the counts updated with it, entry by entry."""
-    where = tile_at(row + _ROW, start, first, left, BLOCK, TILES, FULL, STORAGE == BLOCK8)
-    start, at, left, position, first, end = where
+    where = tile_at(row + _ROW, start, first, left, BLOCK, FULL, STORAGE == BLOCK8)
+    start, at, left, block, blocks = where
     # past the end zeros are read: they were not locked before, and their score of 0 is not locked now
     if STORAGE == FLOAT32:
         stored_at = pointer(address, start, tl.float32)
@@ -183,7 +183,7 @@ def _lock_tile(
     else:
         stored_at = pointer(address, start, tl.uint8)
         stored = read(stored_at, at, left, FULL)
-        importance = decoded(stored, read_scales(tl.load(row + _SCALES), position, first, end, BLOCK, FULL))
+        importance = decoded(stored, read_scales(tl.load(row + _SCALES), block, blocks, BLOCK, FULL))
     value = score(importance, low, high, NORMALIZED)
     before = is_locked(importance)
     after = (value >= threshold) & (value > 0)
@@ -240,8 +240,8 @@ VARIANTS = (
     _select(512, 64),
     _lock("lock", 46),
     _lock("lock by S itself", 25, ranges=None),
-    _histogram("histogram of bfloat16", 19, 12, OF_BFLOAT16),
-    _histogram("histogram of blocks of 8 bits", 19, 12, OF_BLOCK8, 80),
+    _histogram("histogram of bfloat16", 19, 12, OF_BFLOAT16, 61),
+    _histogram("histogram of blocks of 8 bits", 19, 12, OF_BLOCK8, 95),
     _lock("lock in bfloat16", 50, OF_BFLOAT16),
     _lock("lock in blocks of 8 bits", 60, OF_BLOCK8),
 )
@@ -249,6 +249,8 @@ VARIANTS = (
 
 class Histogram(Scored):
     """The histograms of a fixed list of importances; contract: `epi_kernels.ops.prepared_histogram`."""
+
+    tile = tiles.BLOCK
 
     def chunk(self) -> int:
         """Return the number of entries in a chunk."""
@@ -302,6 +304,8 @@ def select_digit_(counts: Tensor, selection: Tensor, shift: int) -> Tensor:
 
 class Lock(Scored):
     """The lock of a fixed list of importances; contract: `epi_kernels.ops.prepared_lock`."""
+
+    tile = tiles.BLOCK
 
     def chunk(self) -> int:
         """Return the number of entries in a chunk."""
