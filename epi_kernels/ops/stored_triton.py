@@ -1,8 +1,9 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """How Triton kernels find the entries of a tile, and read and write them in whatever storage they are kept.
 
 A tile's place is a tuple ``where = (start, at, left, block, blocks)``. Entry ``start + at`` of the tensor is read,
-where ``at < left``; the scales of its blocks of 8 bits are `blocks` numbers from `block` on. If the rows of a tensor are not
-whole blocks, its table, chunks and tiles count every row as whole tiles, so that a tile has entries of one row.
+where ``at < left``; the scales of its blocks of 8 bits are `blocks` numbers from `block` on. If the rows of a tensor
+are not whole blocks, its table, chunks and tiles count every row as whole tiles, so that a tile has entries of one row.
 """
 
 import torch
@@ -55,7 +56,8 @@ def tile_at(length, position, first, end, BLOCK: tl.constexpr, FULL: tl.constexp
             tile = (position + first) // BLOCK
             number = tile // tiles
             column = (tile - number * tiles) * BLOCK
-            # neither is so, but it gives all reads and writes the layout of full tiles: see `epi_kernels.ops.tiles.pointer`
+            # neither is so, but it gives all reads and writes the layout of full tiles: see
+            # `epi_kernels.ops.tiles.pointer`
             start = tl.multiple_of(number * row + column, 16)
             left = tl.minimum(row - column, BLOCK).to(tl.int32)
             offset = first * 0

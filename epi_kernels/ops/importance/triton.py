@@ -174,7 +174,15 @@ def _compact(name: str, storage: Storage, instructions: int, **changes: Any) -> 
 
 
 _TABLES = {"rows": "*i64", "chunks": "*i64"}
-_ARGUMENTS = {**_TABLES, "betas": "*fp32", "ranges": "*i32", "nonfinite": "*i64", "grad_factor": None}
+_ARGUMENTS = {
+    **_TABLES,
+    "betas": "*fp32",
+    "ranges": "*i32",
+    "nonfinite": "*i64",
+    "grad_factor": None,
+    "steps": None,
+    "STORAGE": FLOAT32.value,
+}
 VARIANTS = (
     # the code reads all three dtypes of a gradient: 128 bits at a time for float32, 64 for the others
     Variant("importance", importance_kernel, {**_ARGUMENTS, "KEEP_FINITE": True}, 12, 39, {128: 2}, {128: 1}),

@@ -57,6 +57,7 @@ def score_histogram_kernel(
     budget = tl.load(row + _BUDGET)
     prefix = tl.load(selection + 2 * budget).to(tl.int32)
     histogram = counts + ((tl.program_id(0) % COPIES) * BUDGETS + budget) * (1 << DIGIT_BITS)
+    address = tl.load(row + _IMPORTANCE)
     low, high = _range(ranges, tl.load(row + _LAYER))
     # most scores may be 0, and in a constant layer all are: they are counted apart, not to queue for one address
     zeros = tl.zeros([BLOCK], tl.int32)
@@ -67,7 +68,7 @@ def score_histogram_kernel(
         inside = at < end
         # an entry at a time: with 128 bits, the compiler moved each tile through shared memory for the atomics, with 11
         # barriers
-        importance = read_stored(tl.load(row + _IMPORTANCE), row + _SCALES, where, STORAGE, BLOCK, False, True)
+        importance = read_stored(address, row + _SCALES, where, STORAGE, BLOCK, False, True)
         key = bits_of(score(importance, low, high, ranges is not None))
         counted = ((key >> (SHIFT + DIGIT_BITS)) == prefix) & (key != 0)
         zeros += ((key == 0) & inside).to(tl.int32)
