@@ -144,7 +144,10 @@ def _dumped(option: str, path: str) -> str:
 
 
 def _widest_loop(code: str) -> list[str]:
-    """Return the instructions of the loop that moves the most bits by its widest accesses; [] without a loop."""
+    """Return the instructions of the loop that moves the most bits by its widest accesses; [] without a loop.
+
+    The widths of writes come first: where tensors have few bits for each entry, the words of the table are the widest.
+    """
     found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", code, re.M)
     position = {int(address, 16): i for i, (address, _) in enumerate(found)}
     loops = []
@@ -152,7 +155,9 @@ def _widest_loop(code: str) -> list[str]:
         jump = re.search(r"\bBRA\b.*?\b0x([0-9a-f]+)", text)
         if jump and position.get(int(jump[1], 16), i) < i:
             loops.append([text for _, text in found[position[int(jump[1], 16)] : i + 1]])
-    return max(loops, key=lambda loop: _widest(_widths("(?:LDG|STG)", loop)), default=[])
+    return max(
+        loops, key=lambda loop: (_widest(_widths("STG", loop)), _widest(_widths("(?:LDG|STG)", loop))), default=[]
+    )
 
 
 def _widest(widths: dict[int, int]) -> tuple[int, int]:

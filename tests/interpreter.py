@@ -14,9 +14,15 @@ def round_as_hardware() -> None:
     cast = InterpreterBuilder.cast_impl
 
     def fused(self: Any, x: Any, y: Any, z: Any) -> Any:
-        # the product is exact in double. What its sum with z loses there is beyond float32, but for ties: 1 in 2^29
+        # the product is exact in double. What its sum with z loses there matters in float32 only at ties, so that a sum
+        # that lost something gets an odd last bit
         with np.errstate(all="ignore"):
-            exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
+            product, addend = x.data.astype(np.float64) * y.data.astype(np.float64), z.data.astype(np.float64)
+            total = np.asarray(product + addend)
+            part = total - product
+            lost = (product - (total - part)) + (addend - part)
+            even = (total.view(np.int64) & 1 == 0) & np.isfinite(lost) & (lost != 0)
+            exact = np.where(even, np.nextafter(total, np.where(lost > 0, np.inf, -np.inf)), total)
             return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
 
     def converted(self: Any, value: Any, dtype: Any) -> Any:

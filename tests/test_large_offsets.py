@@ -20,7 +20,7 @@ from epi_kernels.schema import CHUNK_BITS, GATHER, IMPORTANCE, LOCK_IN, SCORE, S
 
 BEYOND = 1 << 31
 # beta 0: m = g, v = S = g^2, theta - 1
-ROW = (*SweepScalars(1.0, 0.0, 1.0), *ADAMW.scalars(1.0, 0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 0.0))
+ROW = (*SweepScalars(1.0, 0.0, 1.0, 1.0), *ADAMW.scalars(1.0, 0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 0.0))
 SLOTS = {"exp_avg": "slots[0]", "exp_avg_sq": "slots[1]", "max_exp_avg_sq": "slots[2]"}
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from epi_kernels.schema import CHUNK_BITS
+from epi_kernels.storage.block8 import BLOCK
 
 # the alignment, in bytes, that lets kernels read and write 128 bits at a time
 ALIGNMENT = 16
@@ -30,6 +31,8 @@ class Table:
         sizes: the number of entries of each tensor.
         chunk: the number of entries in a chunk; the last chunk of a tensor may have fewer.
         device: the device that reads the table.
+        kinds: the kind of each tensor; a launch for one kind takes its chunks from `chunks_of`. Without, all have
+            kind 0.
 
     Example:
         >>> table = Table(("size", "layer"), sizes=[5, 0, 2], chunk=4, device=torch.device("cpu"))
@@ -38,8 +41,23 @@ class Table:
         ([[5, 1], [0, 1], [2, 2]], [(0, 0), (0, 1), (2, 0)])
     """
 
-    def __init__(self, fields: Sequence[str], sizes: Sequence[int], chunk: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        fields: Sequence[str],
+        sizes: Sequence[int],
+        chunk: int,
+        device: torch.device,
+        kinds: Sequence[int] = (),
+    ) -> None:
         self.chunks = _chunks_of(tuple(sizes), chunk, device)
+        self.chunks_of = {0: self.chunks}
+        if any(kinds):
+            self.chunks_of = {
+                kind: _chunks_of(
+                    tuple(size if own == kind else 0 for size, own in zip(sizes, kinds, strict=True)), chunk, device
+                )
+                for kind in sorted(set(kinds))
+            }
         self._columns = {name: i for i, name in enumerate(fields)}
         self._host = np.zeros((len(sizes), len(fields)), np.int64)
         self._addresses: set[int] = set()  # columns
@@ -73,12 +91,31 @@ class Table:
             self._there = on_device(values, self._device) if uploads is None else uploads.of(values, self._device)
         uploads = Uploads.current()
         if uploads is not None:  # the rows may have been sent in a step long before
-            uploads.keep((self.chunks, self._there))
+            uploads.keep((self.chunks, self.chunks_of, self._there))
         if due is None:
             return self._there
         rows = self._there.clone()
         rows[:, self._columns["size"]] *= (due != 0).to(rows.dtype).reshape(())
         return rows
+
+
+def row_length(tensor: Tensor) -> int:
+    """Return the entries of a row of a tensor, which is one index of dimension 0; at least 1."""
+    return max(1, tensor.shape[1:].numel()) if tensor.dim() else 1
+
+
+def size_in_tiles(tensor: Tensor, tile: int) -> int:
+    """Return the size of a tensor with blocks of 8 bits in a table: rows that are not whole blocks are whole tiles."""
+    length = row_length(tensor)
+    return tensor.numel() // length * (length + (-length % tile if length % BLOCK else 0))
+
+
+def table_sizes(tensors: Sequence[Tensor | None], tile: int) -> list[int]:
+    """Return the size of each tensor in a table; see `size_in_tiles`. None has no entries."""
+    return [
+        0 if tensor is None else size_in_tiles(tensor, tile) if tensor.dtype == torch.uint8 else tensor.numel()
+        for tensor in tensors
+    ]
 
 
 def on_device(values: Tensor, device: torch.device) -> Tensor:

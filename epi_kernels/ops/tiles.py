@@ -61,6 +61,10 @@ class Budget(NamedTuple):
     grad: str = "float32"
     lock_in: str = "none"  # for a sweep: one of `epi_kernels.schema.LOCK_IN`
     optional: bool = False  # with the rule's optional slots
+    state: str = "float32"  # the storage of the slots, and of an importance of its own
+    rest: int = 0  # bits of the rest of a weight
+    stochastic: bool = False  # whether weights are rounded stochastically
+    registers: int = 64  # as in `Variant`
     changes: Mapping[str, Any] = {}  # arguments of the kernel that differ from the usual ones
 
 

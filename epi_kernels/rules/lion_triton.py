@@ -27,6 +27,16 @@ SWEEPS = (
     Budget("Lion with locks after a refresh, float32", 32, lock_in="importance", changes={"ADVANCED": True}),
     Budget("Lion with locks, bfloat16", 55, "bfloat16", "bfloat16", "importance"),
     Budget("Lion with a fixed mask, float32", 32, lock_in="static"),
+    Budget(
+        "Lion with locks, stochastic bfloat16",
+        95,
+        "bfloat16",
+        "bfloat16",
+        "importance",
+        state="bfloat16",
+        stochastic=True,
+        registers=80,
+    ),
 )
 
 GATHERS = (Budget("Lion of selected entries, float32", 45),)

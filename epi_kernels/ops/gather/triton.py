@@ -10,18 +10,34 @@ from epi_kernels.ops import tiles
 from epi_kernels.ops.equations_triton import magnitude
 from epi_kernels.ops.flat import Flat
 from epi_kernels.ops.gather.offsets import Offsets
-from epi_kernels.ops.slots_triton import SIGN, constants_of, read_slots, row_of, rule_scalars, twin_of, write_slots
+from epi_kernels.ops.slots_triton import (
+    SIGN,
+    STEP,
+    constants_of,
+    packed,
+    place_in,
+    read_slots,
+    rounding_of,
+    row_of,
+    rule_scalars,
+    twin_of,
+    write_slots,
+)
 from epi_kernels.ops.table import Table, on_device
 from epi_kernels.ops.tensors import Tensors
-from epi_kernels.ops.tiles import Budget, Variant, left_of, located, read, scattered, words
+from epi_kernels.ops.tiles import Budget, Variant, left_of, located, read, scattered, words, write
 from epi_kernels.rules import RULES, Rule
 from epi_kernels.schema import GATHER
-from epi_kernels.storage import FLOAT32
+from epi_kernels.storage import CODES, STORAGES
+from epi_kernels.storage.half_triton import stochastic
+from epi_kernels.storage.noise_triton import OF_PARAM, mixed_at, noise_of
+from epi_kernels.storage.split_triton import joined, split
 
 _WIDTH = tl.constexpr(len(GATHER.words))
 _PARAM, _GRAD, _PARAM_OFFSETS, _GRAD_OFFSETS, _FIRST_SLOT, _SCALARS = words(
     GATHER, "param", "grad", "param_offsets", "grad_offsets", "slots", "scalars"
 )
+_REST, _POSITIONS, _PLACE = words(GATHER, "rest", "positions", "key")
 
 # A tile waits for its offsets, then for the entries at these offsets. A chunk of several tiles would wait for one tile
 # after the other, and few entries would then leave most of a GPU idle.
@@ -37,8 +53,7 @@ def gather_kernel(
     GRAD: tl.constexpr,
     OFFSET: tl.constexpr,
     UPDATE: tl.constexpr,
-    LOAD: tl.constexpr,
-    STORE: tl.constexpr,
+    STORAGES: tl.constexpr,
     SLOTS: tl.constexpr,
     REQUIRED: tl.constexpr,
     OPTIONAL: tl.constexpr,
@@ -46,11 +61,14 @@ def gather_kernel(
     SCALARS: tl.constexpr,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
+    REST: tl.constexpr = 0,
+    STOCHASTIC: tl.constexpr = False,
+    NOISE: tl.constexpr = False,
 ):
     """Step one chunk of the trainable entries of one tensor.
 
     rows: int64 [tensors, words of GATHER]. scalars: float32 [.., m], see `epi_kernels.schema`. OFFSET: int32 or
-    int64. UPDATE to SCALARS: from `constants_of`.
+    int64. UPDATE to SCALARS: from `constants_of`. REST to NOISE: as in the sweep.
     """
     tensor, start = located(chunks, BLOCK * TILES)
     row = rows + tensor * _WIDTH
@@ -64,14 +82,39 @@ def gather_kernel(
         here = param_at + read(scattered(param_offsets, start, OFFSET), at, left, False)
         there = grad_at + read(scattered(grad_offsets, start, OFFSET), at, left, False)
         grad = tl.load(there, mask=at < left, other=0).to(tl.float32) * tl.load(s + SIGN)
-        param = tl.load(here, mask=at < left, other=0).to(tl.float32)
-        kept = read_slots(row + _FIRST_SLOT, start, at, left, LOAD, SLOTS, REQUIRED, OPTIONAL, BLOCK, False, True)
+        param = tl.load(here, mask=at < left, other=0)
+        if REST == 0:
+            weight = param.to(tl.float32)
+        else:
+            rest_at = scattered(tl.load(row + _REST), start, tl.int16 if REST == 16 else tl.int8)
+            rest = read(rest_at, at, left, False)
+            weight = joined(param, rest, REST)
+        where = (start, at, left, start, 0)  # no storage here is in blocks
+        kept = read_slots(row + _FIRST_SLOT, row, where, STORAGES, SLOTS, REQUIRED, OPTIONAL, BLOCK, False, True)
         slots = ()
         for k in tl.static_range(SLOTS):
             slots = slots + (magnitude(kept[k]) if k == IMPORTANCE_SLOT else kept[k],)
-        theta, slots = UPDATE(param, grad, slots, rule_scalars(s, SCALARS), None, OPTIONAL)
-        write_slots(row + _FIRST_SLOT, start, at, slots, left, STORE, SLOTS, REQUIRED, OPTIONAL, False, True)
-        tl.store(here, theta.to(PARAM), mask=at < left)
+        shared = None
+        if NOISE:
+            positions = read(scattered(tl.load(row + _POSITIONS), start, OFFSET), at, left, False)
+            shared = mixed_at(row + _PLACE, tl.load(s + STEP), positions)
+        theta, slots = UPDATE(weight, grad, slots, rule_scalars(s, SCALARS), None, OPTIONAL)
+        write_slots(
+            row + _FIRST_SLOT, row, where, slots, shared, None, STORAGES, SLOTS, REQUIRED, OPTIONAL, IMPORTANCE_SLOT,
+            BLOCK, False, True,
+        )  # fmt: skip
+        if REST == 0:
+            if STOCHASTIC:
+                theta = stochastic(theta, noise_of(shared, OF_PARAM), PARAM)
+            else:
+                theta = theta.to(PARAM)
+        else:
+            drawn = None
+            if STOCHASTIC:
+                drawn = noise_of(shared, OF_PARAM)
+            theta, left_over = split(theta, param, rest, drawn, REST)
+            write(rest_at, at, left_over, left, False)
+        tl.store(here, theta, mask=at < left)
 
 
 def _variant(rule: Rule, budget: Budget) -> Variant:
@@ -81,6 +124,9 @@ def _variant(rule: Rule, budget: Budget) -> Variant:
     """
     param, grad = getattr(tl, budget.param), getattr(tl, budget.grad)
     slots = len(rule.slots) if budget.optional else rule.required
+    state = next(storage for storage in STORAGES if storage.name == budget.state)
+    storages = sum(CODES[state.dtype] << 4 * k for k in range(slots))
+    noise = budget.stochastic or storages != 0
     arguments = {
         "rows": "*i64",
         "chunks": "*i64",
@@ -88,11 +134,15 @@ def _variant(rule: Rule, budget: Budget) -> Variant:
         "PARAM": param,
         "GRAD": grad,
         "OFFSET": tl.int32,
-        **constants_of(rule, budget.optional),
+        **constants_of(rule, budget.optional, storages),
+        "REST": budget.rest,
+        "STOCHASTIC": budget.stochastic,
+        "NOISE": noise,
         **budget.changes,
     }
-    offset = arguments["OFFSET"].primitive_bitwidth
-    size = (2 * param.primitive_bitwidth + grad.primitive_bitwidth + offset) / 8 + 2 * FLOAT32.bytes * slots
+    offset = arguments["OFFSET"].primitive_bitwidth * (1 + noise)
+    size = (2 * param.primitive_bitwidth + grad.primitive_bitwidth + offset + 2 * budget.rest) / 8
+    size += 2 * state.bytes * slots
     # a scatter: each entry of p and g takes its own sector of 32 bytes, so wider accesses do not help
     return Variant(budget.name, gather_kernel, arguments, size, budget.instructions, {}, {})
 
@@ -114,29 +164,37 @@ class Gather:
 
     def __init__(self, rule: Rule, tensors: Tensors, indices: Sequence[Tensor]) -> None:
         params, grads = tensors.params, tensors.grads
-        flat = Flat(written=list(tensors.slots.values()))
+        flat = Flat(written=[*tensors.slots.values(), tensors.rests])
         self._strided = flat.strided
-        offsets = Offsets(params, grads, indices)
+        storages = packed(rule, tensors.slots)
+        rest_bits, stochastic, noise = rounding_of(tensors, storages)
+        offsets = Offsets(params, grads, indices, noisy=noise)
         self._device = params[0].device
         self._table = Table(GATHER.words, [chosen.numel() for chosen in indices], tiles.BLOCK * TILES, self._device)
         self._words = {slot.name: f"slots[{i}]" for i, slot in enumerate(rule.slots)}
         self._table.point("param", params)
         self._table.point("param_offsets", offsets.of_params)
         self._table.point("grad_offsets", offsets.of_grads)
+        if noise:
+            self._table.point("positions", offsets.positions)
+            place_in(self._table, tensors.places)
         self._point(tensors, flat)
         self._constants = {
             "PARAM": tiles.DTYPES[params[0].dtype],
             "GRAD": tiles.DTYPES[grads[0].dtype],
             "OFFSET": tl.int64 if offsets.wide else tl.int32,
-            **constants_of(rule, tensors.has_optional(rule)),
+            **constants_of(rule, tensors.has_optional(rule), storages),
             "BLOCK": tiles.BLOCK,
             "TILES": TILES,
+            "REST": rest_bits,
+            "STOCHASTIC": stochastic,
+            "NOISE": noise,
         }
         self._offsets = offsets.kept()
 
     def step_(self, tensors: Tensors, indices: Sequence[Tensor], scalars: Tensor, rows: Sequence[int]) -> None:
         """Take the step."""
-        flat = Flat(written=list(tensors.slots.values()), strided=self._strided)
+        flat = Flat(written=[*tensors.slots.values(), tensors.rests], strided=self._strided)
         if self._strided:  # the copies have new addresses in each step
             self._point(tensors, flat)
         self._table.point("grad", tensors.grads)
@@ -154,6 +212,9 @@ class Gather:
         flat.write_back()
 
     def _point(self, tensors: Tensors, flat: Flat) -> None:
-        """Write the addresses of the slots."""
-        for name, of_slot in zip(tensors.slots, flat.written, strict=True):
+        """Write the addresses of the slots and the rests."""
+        *slots, rests = flat.written
+        for name, of_slot in zip(tensors.slots, slots, strict=True):
             self._table.point(self._words[name], of_slot)
+        if rests:
+            self._table.point("rest", rests)

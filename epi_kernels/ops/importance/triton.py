@@ -1,6 +1,7 @@
 """Importance in Triton: the EMA of squared gradients with each layer's range, and the sums that PIECE needs."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -12,19 +13,34 @@ from epi_kernels.ops.equations_triton import (
     INFINITE,
     MINUS_INFINITE,
     advanced_importance,
+    bits_of,
     is_finite,
     noticed,
     usable_bits,
 )
 from epi_kernels.ops.flat import Flat
-from epi_kernels.ops.table import Table, on_device
+from epi_kernels.ops.slots_triton import place_in
+from epi_kernels.ops.stored_triton import (
+    BLOCK8,
+    FLOAT32,
+    is_ragged,
+    read_stored,
+    tile_at,
+    write_stored,
+)
+from epi_kernels.ops.table import Table, on_device, row_length, table_sizes
 from epi_kernels.ops.tiles import Variant, left_of, located, pointer, read, read_as_float32, words, write
 from epi_kernels.schema import IMPORTANCE, SUMS
+from epi_kernels.storage import BFLOAT16, CODES, Storage
+from epi_kernels.storage import BLOCK8 as OF_BLOCK8
+from epi_kernels.storage.noise import Place
+from epi_kernels.storage.noise_triton import OF_IMPORTANCE, begun, has_gaps, mixed, of_slot
 
 _WIDTH, _SUMS_WIDTH = tl.constexpr(len(IMPORTANCE.words)), tl.constexpr(len(SUMS.words))
 _IMPORTANCE, _GRAD, _GRAD_DTYPE, _LAYER, _ALIGNED = words(
     IMPORTANCE, "importance", "grad", "grad_dtype", "layer", "aligned"
 )
+_SCALES, _PLACE, _ROW = words(IMPORTANCE, "scales", "key", "row")
 _SUM, _SQUARE_SUM, _SUMS_GRAD, _SUMS_GRAD_DTYPE, _SUMS_ALIGNED = words(
     SUMS, "sum", "square_sum", "grad", "grad_dtype", "aligned"
 )
@@ -41,12 +57,15 @@ def importance_kernel(
     KEEP_FINITE: tl.constexpr,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
+    steps=None,
+    STORAGE: tl.constexpr = FLOAT32,
 ):
     """Advance one chunk of one tensor and merge its range into its layer's.
 
     rows: int64 [tensors, words of IMPORTANCE]. betas: float32 [tensors, 2]. ranges: the bits of float32 [layers, 2] as
     int32, which have the same order as the values; they start from (inf, -inf). nonfinite: int64 [tensors].
-    grad_factor: float32, or None.
+    grad_factor: float32, or None. steps: float32 [tensors], the clocks, if the importances are rounded stochastically;
+    or None. STORAGE: of the importances.
     """
     tensor, start = located(chunks, BLOCK * TILES)
     row = rows + tensor * _WIDTH
@@ -55,17 +74,26 @@ def importance_kernel(
     bad = tl.zeros([BLOCK], tl.int32)
     low = tl.full([BLOCK], INFINITE, tl.int32)
     high = tl.full([BLOCK], MINUS_INFINITE, tl.int32)
-    if (left == BLOCK * TILES) & (tl.load(row + _ALIGNED) != 0):
+    full = (left == BLOCK * TILES) & (tl.load(row + _ALIGNED) != 0)
+    blocks: tl.constexpr = STORAGE == BLOCK8
+    if blocks:
+        full = full & (is_ragged(row + _ROW) == 0)
+    step, noise = None, None
+    if steps is not None:
+        step = tl.load(steps + tensor)
+        full = full & (has_gaps(row + _PLACE) == 0)
+        noise = begun(row + _PLACE, step, start)
+    if full:
         for tile in range(TILES):
             bad, low, high = _advance_tile(
-                row, beta, one_minus_beta, grad_factor, start, tile * BLOCK, left, bad, low, high,
-                KEEP_FINITE, BLOCK, True,
+                row, beta, one_minus_beta, grad_factor, start, tile * BLOCK, left, bad, low, high, step, noise,
+                KEEP_FINITE, STORAGE, BLOCK, TILES, True,
             )  # fmt: skip
     else:
         for tile in range(tl.cdiv(left, BLOCK)):
             bad, low, high = _advance_tile(
-                row, beta, one_minus_beta, grad_factor, start, tile * BLOCK, left, bad, low, high,
-                KEEP_FINITE, BLOCK, False,
+                row, beta, one_minus_beta, grad_factor, start, tile * BLOCK, left, bad, low, high, step, noise,
+                KEEP_FINITE, STORAGE, BLOCK, TILES, False,
             )  # fmt: skip
     layer = ranges + 2 * tl.load(row + _LAYER)
     tl.atomic_min(layer, tl.min(low), sem="relaxed")
@@ -77,13 +105,13 @@ def importance_kernel(
 
 @triton.jit
 def _advance_tile(
-    row, beta, one_minus_beta, grad_factor, start, first, left, bad, low, high,
-    KEEP_FINITE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+    row, beta, one_minus_beta, grad_factor, start, first, left, bad, low, high, step, noise,
+    KEEP_FINITE: tl.constexpr, STORAGE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Advance the tile at entry `first` of the chunk; return the counts and bounds updated with it, entry by entry."""
-    at = first + tl.arange(0, BLOCK)
-    importance_at = pointer(tl.load(row + _IMPORTANCE), start, tl.float32)
-    importance = read(importance_at, at, left, FULL)
+    """Advance the tile at position `first` of the chunk; return the counts and bounds updated with it."""
+    where = tile_at(row + _ROW, start, first, left, BLOCK, FULL, STORAGE == BLOCK8)
+    start, at, left, _block, _blocks = where
+    importance = read_stored(tl.load(row + _IMPORTANCE), row + _SCALES, where, STORAGE, BLOCK, FULL, False)
     if tl.load(row + _GRAD) != 0:
         grad = read_as_float32(tl.load(row + _GRAD), tl.load(row + _GRAD_DTYPE), start, at, left, FULL)
         if grad_factor is not None:
@@ -94,7 +122,13 @@ def _advance_tile(
             # past the end of the tensor zeros are read, and 0 times a factor that is not finite is NaN
             counted = counted & (at < left)
         bad += tl.where(counted, 1, 0)
-        write(importance_at, at, importance, left, FULL)
+        shared = None
+        if noise is not None:
+            shared = mixed(noise, row + _PLACE, step, start, at, left, bits_of(grad), BLOCK * TILES, FULL)
+        importance = write_stored(
+            tl.load(row + _IMPORTANCE), row + _SCALES, where, importance, shared, STORAGE,
+            OF_IMPORTANCE if KEEP_FINITE else of_slot(1), not KEEP_FINITE, BLOCK, FULL, False,
+        )  # fmt: skip
     bits = usable_bits(importance)
     valid = bits < INFINITE
     if not FULL:
@@ -131,8 +165,24 @@ def _add_tile(row, start, first, left, BLOCK: tl.constexpr, FULL: tl.constexpr):
     write(square_sum_at, at, read(square_sum_at, at, left, FULL) + noticed(grad * grad), left, FULL)
 
 
+def _compact(name: str, storage: Storage, instructions: int, **changes: Any) -> Variant:
+    """Return a variant with importances in a compact storage, rounded stochastically."""
+    arguments = {**_ARGUMENTS, "KEEP_FINITE": True, "steps": "*fp32", "STORAGE": CODES[storage.dtype], **changes}
+    # the code reads float32 gradients 128 bits at a time; a scale is a write of its own
+    writes = {32: 2} if storage is OF_BLOCK8 else {64: 1}
+    return Variant(name, importance_kernel, arguments, 4 + 2 * storage.bytes, instructions, {128: 1}, writes, 72)
+
+
 _TABLES = {"rows": "*i64", "chunks": "*i64"}
-_ARGUMENTS = {**_TABLES, "betas": "*fp32", "ranges": "*i32", "nonfinite": "*i64", "grad_factor": None}
+_ARGUMENTS = {
+    **_TABLES,
+    "betas": "*fp32",
+    "ranges": "*i32",
+    "nonfinite": "*i64",
+    "grad_factor": None,
+    "steps": None,
+    "STORAGE": FLOAT32.value,
+}
 VARIANTS = (
     # the code reads all three dtypes of a gradient: 128 bits at a time for float32, 64 for the others
     Variant("importance", importance_kernel, {**_ARGUMENTS, "KEEP_FINITE": True}, 12, 39, {128: 2}, {128: 1}),
@@ -146,6 +196,9 @@ VARIANTS = (
         {128: 1},
     ),
     Variant("importance in v", importance_kernel, {**_ARGUMENTS, "KEEP_FINITE": False}, 12, 38, {128: 2}, {128: 1}),
+    _compact("importance in bfloat16", BFLOAT16, 60),
+    _compact("importance in blocks of 8 bits", OF_BLOCK8, 108),
+    _compact("importance in v, in blocks of 8 bits", OF_BLOCK8, 108, KEEP_FINITE=False),
     Variant("gradient sums", gradient_sums_kernel, _TABLES, 20, 19, {128: 3}, {128: 2}),
 )
 
@@ -161,13 +214,22 @@ class Importance:
         layers: Sequence[int],
         keep_finite: bool,
         device: torch.device,
+        scales: Sequence[Tensor | None],
+        places: Sequence[Place],
     ) -> None:
-        flat = Flat(written=[importances], read=[grads])
+        self._row_major = bool(places)
+        flat = Flat(written=[importances], read=[grads], row_major=self._row_major)
         self._strided, self._keep_finite, self._betas = flat.strided, keep_finite, betas.float()
-        self._table = Table(IMPORTANCE.words, [importance.numel() for importance in importances], tiles.CHUNK, device)
+        kinds = tiles.dtype_codes(importances)
+        self._table = Table(IMPORTANCE.words, table_sizes(importances, tiles.BLOCK), tiles.CHUNK, device, kinds)
         self._table.point("importance", flat.written[0])
         self._table.set("grad_dtype", tiles.dtype_codes(grads))
         self._table.set("layer", layers)
+        self._table.set("row", [row_length(importance) for importance in importances])
+        if places:
+            place_in(self._table, places)
+        if scales:
+            self._table.point("scales", scales)
 
     def advance_(
         self,
@@ -177,28 +239,35 @@ class Importance:
         nonfinite: Tensor,
         grad_factor: Tensor | None,
         due: Tensor | None,
+        scales: Sequence[Tensor | None],
+        steps: Tensor | None,
     ) -> None:
         """Advance where there is a gradient, extend the ranges."""
         table, flat = self._table, None
         if self._strided:  # the copies have new addresses in each refresh
-            flat = Flat(written=[importances], read=[grads], strided=self._strided)
+            flat = Flat(written=[importances], read=[grads], strided=self._strided, row_major=self._row_major)
             table.point("importance", flat.written[0])
             grads = flat.read[0]
         table.point("grad", grads)
-        tiles.launch(
-            importance_kernel,
-            table.chunks.numel(),
-            ranges.device,
-            table.rows(due),
-            table.chunks,
-            on_device(self._betas, ranges.device),
-            ranges.view(torch.int32),
-            nonfinite,
-            grad_factor,
-            self._keep_finite,
-            tiles.BLOCK,
-            tiles.TILES,
-        )
+        rows, betas = table.rows(due), on_device(self._betas, ranges.device)
+        for kind, chunks in table.chunks_of.items():
+            rounded = kind != FLOAT32.value and self._row_major
+            tiles.launch(
+                importance_kernel,
+                chunks.numel(),
+                ranges.device,
+                rows,
+                chunks,
+                betas,
+                ranges.view(torch.int32),
+                nonfinite,
+                grad_factor,
+                self._keep_finite,
+                tiles.BLOCK,
+                tiles.TILES,
+                steps if rounded else None,
+                kind,
+            )
         if flat is not None:
             flat.write_back()
 

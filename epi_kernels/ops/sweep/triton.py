@@ -9,31 +9,50 @@ import triton.language as tl
 from torch import Tensor
 
 from epi_kernels.ops import tiles
-from epi_kernels.ops.equations_triton import advanced_importance, is_finite, is_locked, magnitude, with_lock
+from epi_kernels.ops.equations_triton import advanced_importance, bits_of, is_finite, is_locked, magnitude, with_lock
 from epi_kernels.ops.flat import Flat
 from epi_kernels.ops.slots_triton import (
     IMPORTANCE_BETA,
     ONE_MINUS_IMPORTANCE_BETA,
     SIGN,
+    STEP,
     constants_of,
+    packed,
+    place_in,
     read_slots,
+    rounding_of,
     row_of,
     rule_scalars,
+    storage,
     twin_of,
     write_slots,
 )
-from epi_kernels.ops.table import Table, on_device
+from epi_kernels.ops.stored_triton import (
+    BLOCK8,
+    FLOAT32,
+    has_blocks,
+    is_ragged,
+    read_stored,
+    tile_at,
+    write_stored,
+)
+from epi_kernels.ops.table import Table, on_device, row_length, size_in_tiles
 from epi_kernels.ops.tensors import Tensors
 from epi_kernels.ops.tiles import Budget, Variant, left_of, located, pointer, read, words, write
 from epi_kernels.rules import RULES, Rule
 from epi_kernels.schema import LOCK_IN as LOCKS
 from epi_kernels.schema import SWEEP
-from epi_kernels.storage import FLOAT32
+from epi_kernels.storage import CODES, STORAGES
+from epi_kernels.storage.block8 import BLOCK8 as OF_BLOCK8
+from epi_kernels.storage.half_triton import stochastic
+from epi_kernels.storage.noise_triton import OF_IMPORTANCE, OF_PARAM, begun, has_gaps, mixed, noise_of
+from epi_kernels.storage.split_triton import joined, split
 
 _WIDTH = tl.constexpr(len(SWEEP.words))
 _PARAM, _GRAD, _FIRST_SLOT, _LOCK, _SCALARS, _ALIGNED = words(
     SWEEP, "param", "grad", "slots", "lock", "scalars", "aligned"
 )
+_FIRST_SCALES, _LOCK_SCALES, _REST, _PLACE, _ROW = words(SWEEP, "scales", "lock_scales", "rest", "key", "row")
 
 _NONE, _IMPORTANCE, _SLOT, _STATIC = (
     tl.constexpr(LOCKS.index(name)) for name in ("none", "importance", "slot", "static")
@@ -52,8 +71,7 @@ def sweep_kernel(
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
     UPDATE: tl.constexpr,
-    LOAD: tl.constexpr,
-    STORE: tl.constexpr,
+    STORAGES: tl.constexpr,
     SLOTS: tl.constexpr,
     REQUIRED: tl.constexpr,
     OPTIONAL: tl.constexpr,
@@ -63,12 +81,18 @@ def sweep_kernel(
     ADVANCED: tl.constexpr,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
+    LOCK_STORAGE: tl.constexpr = FLOAT32,
+    REST: tl.constexpr = 0,
+    STOCHASTIC: tl.constexpr = False,
+    NOISE: tl.constexpr = False,
 ):
     """Step one chunk of one tensor.
 
     rows: int64 [tensors, words of SWEEP]. scalars: float32 [.., m], see `epi_kernels.schema`. nonfinite: int64
     [tensors]. refreshed, grad_factor, found_inf: float32, or None. If refreshed is given, it replaces ADVANCED: not 0
-    means True. UPDATE to SCALARS: from `constants_of`.
+    means True. UPDATE to SCALARS: from `constants_of`. LOCK_STORAGE: that of importances in tensors of their own. REST:
+    the bits of the rests of the weights, 16 or 8, or 0. STOCHASTIC: whether weights are rounded stochastically, NOISE:
+    whether anything is.
     """
     tensor, start = located(chunks, BLOCK * TILES)
     row = rows + tensor * _WIDTH
@@ -77,18 +101,28 @@ def sweep_kernel(
     if found_inf is not None:
         left = tl.where(tl.load(found_inf) == 0, left, 0)
     tiles = tl.cdiv(left, BLOCK)
+    blocks: tl.constexpr = has_blocks(STORAGES) or LOCK_STORAGE == BLOCK8
+    if blocks:
+        full = full & (is_ragged(row + _ROW) == 0)
+    noise = None
+    if NOISE:
+        step = tl.load(row_of(scalars, tl.load(row + _SCALARS), SCALARS) + STEP)
+        full = full & (has_gaps(row + _PLACE) == 0)
+        noise = begun(row + _PLACE, step, start)
     bad = tl.zeros([BLOCK], tl.int32)
     if full:
         for tile in range(tiles):
             bad += _step_tile(
-                row, scalars, refreshed, grad_factor, start, tile * BLOCK, left, PARAM, GRAD, UPDATE, LOAD, STORE,
-                SLOTS, REQUIRED, OPTIONAL, IMPORTANCE_SLOT, SCALARS, LOCK_IN, ADVANCED, BLOCK, True,
+                row, scalars, refreshed, grad_factor, start, tile * BLOCK, left, noise, PARAM, GRAD, UPDATE, STORAGES,
+                SLOTS, REQUIRED, OPTIONAL, IMPORTANCE_SLOT, SCALARS, LOCK_IN, ADVANCED, LOCK_STORAGE, REST, STOCHASTIC,
+                blocks, BLOCK, TILES, True,
             )  # fmt: skip
     else:
         for tile in range(tiles):
             bad += _step_tile(
-                row, scalars, refreshed, grad_factor, start, tile * BLOCK, left, PARAM, GRAD, UPDATE, LOAD, STORE,
-                SLOTS, REQUIRED, OPTIONAL, IMPORTANCE_SLOT, SCALARS, LOCK_IN, ADVANCED, BLOCK, False,
+                row, scalars, refreshed, grad_factor, start, tile * BLOCK, left, noise, PARAM, GRAD, UPDATE, STORAGES,
+                SLOTS, REQUIRED, OPTIONAL, IMPORTANCE_SLOT, SCALARS, LOCK_IN, ADVANCED, LOCK_STORAGE, REST, STOCHASTIC,
+                blocks, BLOCK, TILES, False,
             )  # fmt: skip
     if (LOCK_IN == _IMPORTANCE or LOCK_IN == _SLOT) and not ADVANCED:
         count = tl.sum(bad)
@@ -98,28 +132,38 @@ def sweep_kernel(
 
 @triton.jit
 def _step_tile(
-    row, scalars, refreshed, grad_factor, start, first, left,
-    PARAM: tl.constexpr, GRAD: tl.constexpr, UPDATE: tl.constexpr, LOAD: tl.constexpr, STORE: tl.constexpr,
+    row, scalars, refreshed, grad_factor, start, first, left, noise,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, UPDATE: tl.constexpr, STORAGES: tl.constexpr,
     SLOTS: tl.constexpr, REQUIRED: tl.constexpr, OPTIONAL: tl.constexpr, IMPORTANCE_SLOT: tl.constexpr,
-    SCALARS: tl.constexpr, LOCK_IN: tl.constexpr, ADVANCED: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+    SCALARS: tl.constexpr, LOCK_IN: tl.constexpr, ADVANCED: tl.constexpr, LOCK_STORAGE: tl.constexpr,
+    REST: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+    FULL: tl.constexpr,
 ):  # fmt: skip
-    """Step the tile at entry `first` of the chunk; return where the squared gradient is not finite, int32 0 or 1."""
+    """Step the tile at position `first` of the chunk; return where the squared gradient is not finite, int32 0 or 1."""
     s = row_of(scalars, tl.load(row + _SCALARS), SCALARS)
-    at = first + tl.arange(0, BLOCK)
+    where = tile_at(row + _ROW, start, first, left, BLOCK, FULL, BLOCKS)
+    start, at, left, _block, _blocks = where
     param_at = pointer(tl.load(row + _PARAM), start, PARAM)
     lock = tl.load(row + _LOCK)
-    importance_at = pointer(lock, start, tl.float32)
     lockable = lock != 0
 
     # all reads come before the first write, or later reads would wait for the arithmetic
     param = read(param_at, at, left, FULL)
+    if REST == 16:
+        rest_at = pointer(tl.load(row + _REST), start, tl.int16)
+        rest = read(rest_at, at, left, FULL)
+    if REST == 8:
+        rest_at = pointer(tl.load(row + _REST), start, tl.int8)
+        rest = read(rest_at, at, left, FULL)
     grad = read(pointer(tl.load(row + _GRAD), start, GRAD), at, left, FULL).to(tl.float32)
-    kept = read_slots(row + _FIRST_SLOT, start, at, left, LOAD, SLOTS, REQUIRED, OPTIONAL, BLOCK, FULL, False)
+    kept = read_slots(
+        row + _FIRST_SLOT, row + _FIRST_SCALES, where, STORAGES, SLOTS, REQUIRED, OPTIONAL, BLOCK, FULL, False
+    )
     importance = tl.zeros([BLOCK], tl.float32)
     locked = tl.zeros([BLOCK], tl.int1)
     if LOCK_IN == _IMPORTANCE:
         if lockable:
-            importance = read(importance_at, at, left, FULL)
+            importance = read_stored(lock, row + _LOCK_SCALES, where, LOCK_STORAGE, BLOCK, FULL, False)
     if LOCK_IN == _STATIC:
         if lockable:
             locked = read(pointer(lock, start, tl.int8), at, left, FULL) < 0
@@ -137,6 +181,9 @@ def _step_tile(
         if refreshed is not None:
             counted = lockable & (tl.load(refreshed) == 0)
         bad += tl.where(counted & (is_finite(grad * grad) == 0), 1, 0)
+    shared = None
+    if noise is not None:
+        shared = mixed(noise, row + _PLACE, tl.load(s + STEP), start, at, left, bits_of(grad), BLOCK * TILES, FULL)
 
     # advance the importance, which is in a tensor of its own or in a slot
     beta, one_minus_beta = tl.load(s + IMPORTANCE_BETA), tl.load(s + ONE_MINUS_IMPORTANCE_BETA)
@@ -144,10 +191,27 @@ def _step_tile(
         locked = is_locked(importance)
         if not ADVANCED:
             after = advanced_importance(importance, grad, beta, one_minus_beta, True)
+            changes = lockable
             if refreshed is not None:
-                after = tl.where(tl.load(refreshed) == 0, after, importance)
-            if lockable:
-                write(importance_at, at, after, left, FULL)
+                if LOCK_STORAGE == FLOAT32:
+                    after = tl.where(tl.load(refreshed) == 0, after, importance)
+                else:
+                    # what is not advanced must not be rounded a second time
+                    changes = lockable & (tl.load(refreshed) == 0)
+            if changes:
+                write_stored(
+                    lock,
+                    row + _LOCK_SCALES,
+                    where,
+                    after,
+                    shared,
+                    LOCK_STORAGE,
+                    OF_IMPORTANCE,
+                    False,
+                    BLOCK,
+                    FULL,
+                    False,
+                )
     slots = ()
     for k in tl.static_range(SLOTS):
         value = kept[k]
@@ -166,11 +230,27 @@ def _step_tile(
     given = None
     if LOCK_IN == _SLOT:
         given = lockable
-    theta, slots = UPDATE(param.to(tl.float32), grad, slots, rule_scalars(s, SCALARS), given, OPTIONAL)
-    theta = theta.to(PARAM)
+    if REST == 0:
+        weight = param.to(tl.float32)
+    else:
+        weight = joined(param, rest, REST)
+    theta, slots = UPDATE(weight, grad, slots, rule_scalars(s, SCALARS), given, OPTIONAL)
 
+    # a choice between bits, never a product with 0: 0 * inf is NaN
+    if REST == 0:
+        if STOCHASTIC:
+            theta = stochastic(theta, noise_of(shared, OF_PARAM), PARAM)
+        else:
+            theta = theta.to(PARAM)
+    else:
+        drawn = None
+        if STOCHASTIC:
+            drawn = noise_of(shared, OF_PARAM)
+        theta, left_over = split(theta, param, rest, drawn, REST)
+        if LOCK_IN != _NONE:
+            left_over = tl.where(locked, rest, left_over)
+        write(rest_at, at, left_over, left, FULL)
     if LOCK_IN != _NONE:
-        # a choice between bits, never a product with 0: 0 * inf is NaN
         theta = tl.where(locked, param, theta)
     write(param_at, at, theta, left, FULL)
     stored = ()
@@ -179,7 +259,15 @@ def _step_tile(
         if LOCK_IN == _SLOT and k == IMPORTANCE_SLOT:
             value = with_lock(value, locked)
         stored = stored + (value,)
-    write_slots(row + _FIRST_SLOT, start, at, stored, left, STORE, SLOTS, REQUIRED, OPTIONAL, FULL, False)
+    keeps = None
+    if LOCK_IN == _SLOT and ADVANCED:
+        keeps = lockable
+    elif LOCK_IN == _SLOT and refreshed is not None:
+        keeps = lockable & (tl.load(refreshed) != 0)
+    write_slots(
+        row + _FIRST_SLOT, row + _FIRST_SCALES, where, stored, shared, keeps, STORAGES, SLOTS, REQUIRED, OPTIONAL,
+        IMPORTANCE_SLOT, BLOCK, FULL, False,
+    )  # fmt: skip
     return bad
 
 
@@ -188,16 +276,27 @@ def _variant(rule: Rule, budget: Budget) -> Variant:
     advanced = budget.changes.get("ADVANCED", False)
     param, grad = getattr(tl, budget.param), getattr(tl, budget.grad)
     param_bits, grad_bits = (min(128, 4 * dtype.primitive_bitwidth) for dtype in (param, grad))
-    slots = len(rule.slots) if budget.optional else rule.required
-    reads, writes = Counter([param_bits, grad_bits, *[128] * slots]), Counter([param_bits, *[128] * slots])
-    size = param_bits / 16 + grad_bits / 32 + 2 * FLOAT32.bytes * slots
+    reads, writes = Counter([param_bits, grad_bits]), Counter([param_bits])
+    size = param_bits / 16 + grad_bits / 32 + budget.rest / 4
+    if budget.rest:
+        reads[4 * budget.rest] += 1
+        writes[4 * budget.rest] += 1
+    state = next(storage for storage in STORAGES if storage.name == budget.state)
+    # a scale is an access of its own, for one thread in 16
+    of_state = [32, 32] if state is OF_BLOCK8 else [32 * int(state.bytes)]
+    states = len(rule.slots) if budget.optional else rule.required
+    for _ in range(states):
+        reads.update(of_state)
+        writes.update(of_state)
+        size += 2 * state.bytes
     if budget.lock_in == "importance":
-        reads[128] += 1
-        writes[128] += not advanced
-        size += 4 if advanced else 8
+        reads.update(of_state)
+        writes.update([] if advanced else of_state)
+        size += state.bytes * (1 if advanced else 2)
     if budget.lock_in == "static":
         reads[32] += 1
         size += 1
+    storages = sum(CODES[state.dtype] << 4 * k for k in range(states))
     arguments = {
         "rows": "*i64",
         "chunks": "*i64",
@@ -208,12 +307,16 @@ def _variant(rule: Rule, budget: Budget) -> Variant:
         "found_inf": None,
         "PARAM": param,
         "GRAD": grad,
-        **constants_of(rule, budget.optional),
+        **constants_of(rule, budget.optional, storages),
         "LOCK_IN": LOCKS.index(budget.lock_in),
         "ADVANCED": False,
+        "LOCK_STORAGE": CODES[state.dtype],
+        "REST": budget.rest,
+        "STOCHASTIC": budget.stochastic,
+        "NOISE": budget.stochastic or storages != 0,
         **budget.changes,
     }
-    return Variant(budget.name, sweep_kernel, arguments, size, budget.instructions, reads, writes)
+    return Variant(budget.name, sweep_kernel, arguments, size, budget.instructions, reads, writes, budget.registers)
 
 
 VARIANTS = tuple(_variant(rule, budget) for rule in RULES for budget in twin_of(rule).SWEEPS)
@@ -224,21 +327,35 @@ class Sweep:
 
     def __init__(self, rule: Rule, tensors: Tensors, lock_in: str, lockable: Sequence[bool]) -> None:
         params, grads = tensors.params, tensors.grads
-        flat = Flat(written=list(tensors.written()), read=[grads])
+        storages, lock_storage = packed(rule, tensors.slots), storage([] if lock_in == "static" else tensors.locks)
+        rest_bits, stochastic, noise = rounding_of(tensors, storages | lock_storage)
+        blocks = has_blocks(storages) or lock_storage == BLOCK8.value
+        self._row_major = noise or blocks
+        flat = Flat(written=list(tensors.written()), read=[grads], row_major=self._row_major)
         self._strided = flat.strided
         self._device = params[0].device
-        self._table = Table(SWEEP.words, [param.numel() for param in params], tiles.CHUNK, self._device)
+        sizes = [size_in_tiles(param, tiles.BLOCK) if blocks else param.numel() for param in params]
+        self._table = Table(SWEEP.words, sizes, tiles.CHUNK, self._device)
         self._words = {slot.name: f"slots[{i}]" for i, slot in enumerate(rule.slots)}
+        self._scales = {slot.name: f"scales[{i}]" for i, slot in enumerate(rule.slots)}
         self._point(tensors, flat)
         if lock_in == "slot":
             self._table.set("lock", lockable)
+        if noise:
+            place_in(self._table, tensors.places)
+        if blocks:
+            self._table.set("row", [row_length(param) for param in params])
         self._constants = {
             "PARAM": tiles.DTYPES[params[0].dtype],
             "GRAD": tiles.DTYPES[grads[0].dtype],
-            **constants_of(rule, tensors.has_optional(rule)),
+            **constants_of(rule, tensors.has_optional(rule), storages),
             "LOCK_IN": LOCKS.index(lock_in),
             "BLOCK": tiles.BLOCK,
             "TILES": tiles.TILES,
+            "LOCK_STORAGE": lock_storage,
+            "REST": rest_bits,
+            "STOCHASTIC": stochastic,
+            "NOISE": noise,
         }
 
     def step_(
@@ -255,7 +372,8 @@ class Sweep:
         """Take the step."""
         table, flat, grads = self._table, None, tensors.grads
         if moved or self._strided:  # the copies have new addresses in each step
-            flat = Flat(written=list(tensors.written()), read=[grads], strided=self._strided)
+            written = list(tensors.written())
+            flat = Flat(written=written, read=[grads], strided=self._strided, row_major=self._row_major)
             self._point(tensors, flat)
             grads = flat.read[0]
         table.point("grad", grads)
@@ -284,9 +402,10 @@ class Sweep:
 
     def _point(self, tensors: Tensors, flat: Flat) -> None:
         """Write into the table the addresses of the tensors that a step writes."""
-        params, *slots, locks = flat.written
-        columns = {"param": params, "lock": locks}
+        params, *slots, locks, rests = flat.written
+        columns = {"param": params, "lock": locks, "rest": rests, "lock_scales": tensors.lock_scales}
         columns |= {self._words[name]: of_slot for name, of_slot in zip(tensors.slots, slots, strict=True)}
+        columns |= {self._scales[name]: of_slot for name, of_slot in tensors.scales.items()}
         for word, of_word in columns.items():
             if any(tensor is not None for tensor in of_word):
                 self._table.point(word, of_word)

@@ -30,6 +30,7 @@ class Histogram(Scored):
         shift: int,
         bins: int,
         due: Tensor | None,
+        scales: Sequence[Tensor | None] = (),  # it takes float32 alone, which has none
     ) -> Tensor:
         """Count the scores of each budget by one digit of their bits."""
         table, flat = self.table, self.placed(importances)

@@ -10,13 +10,21 @@ from torch import Tensor
 
 from epi_kernels.ops import tiles
 from epi_kernels.ops.equations_triton import bits_of, float_of, is_locked, score, with_lock
+from epi_kernels.ops.stored_triton import BFLOAT16, BLOCK8, FLOAT32, is_ragged, read_stored, tile_at
 from epi_kernels.ops.table import zeros
 from epi_kernels.ops.threshold.rows import Scored
-from epi_kernels.ops.tiles import Variant, left_of, located, pointer, read, scattered, words, write
+from epi_kernels.ops.tiles import Variant, left_of, located, pointer, read, words, write
 from epi_kernels.schema import SCORE
+from epi_kernels.storage import BFLOAT16 as OF_BFLOAT16
+from epi_kernels.storage import BLOCK8 as OF_BLOCK8
+from epi_kernels.storage import CODES, Storage
+from epi_kernels.storage import FLOAT32 as OF_FLOAT32
+from epi_kernels.storage.block8_triton import decoded, read_scales
+from epi_kernels.storage.half_triton import of_bfloat16
 
 _WIDTH = tl.constexpr(len(SCORE.words))
 _IMPORTANCE, _LAYER, _BUDGET, _ALIGNED = words(SCORE, "importance", "layer", "budget", "aligned")
+_SCALES, _ROW = words(SCORE, "scales", "row")
 
 # The number of histograms for each budget, among which the programs are divided: atomics on equal scores go to one
 # address and wait for one another. `select_kernel` adds the histograms up, not the host.
@@ -36,11 +44,12 @@ def score_histogram_kernel(
     DIGIT_BITS: tl.constexpr,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
+    STORAGE: tl.constexpr = FLOAT32,
 ):
     """Count the digits of one chunk of one tensor.
 
     rows: int64 [tensors, words of SCORE]. ranges: float32 [layers, 2], or None. selection: int64 [budgets, 2]. counts:
-    int64 [COPIES, budgets, 1 << DIGIT_BITS].
+    int64 [COPIES, budgets, 1 << DIGIT_BITS]. STORAGE: of the importances.
     """
     tensor, start = located(chunks, BLOCK * TILES)
     row = rows + tensor * _WIDTH
@@ -48,16 +57,18 @@ def score_histogram_kernel(
     budget = tl.load(row + _BUDGET)
     prefix = tl.load(selection + 2 * budget).to(tl.int32)
     histogram = counts + ((tl.program_id(0) % COPIES) * BUDGETS + budget) * (1 << DIGIT_BITS)
-    # 32 bits at a time: with 128, the compiler moved each tile through shared memory for the atomics, with 11 barriers
-    at = scattered(tl.load(row + _IMPORTANCE), start, tl.float32)
+    address = tl.load(row + _IMPORTANCE)
     low, high = _range(ranges, tl.load(row + _LAYER))
     # most scores may be 0, and in a constant layer all are: they are counted apart, not to queue for one address
     zeros = tl.zeros([BLOCK], tl.int32)
     one = tl.full([BLOCK], 1, tl.int64)
     for tile in range(tl.cdiv(left, BLOCK)):
-        offsets = tile * BLOCK + tl.arange(0, BLOCK)
-        inside = offsets < left
-        importance = tl.load(at + offsets, mask=inside, other=0)
+        where = tile_at(row + _ROW, start, tile * BLOCK, left, BLOCK, False, STORAGE == BLOCK8)
+        _start, at, end, _block, _blocks = where
+        inside = at < end
+        # an entry at a time: with 128 bits, the compiler moved each tile through shared memory for the atomics, with 11
+        # barriers
+        importance = read_stored(address, row + _SCALES, where, STORAGE, BLOCK, False, True)
         key = bits_of(score(importance, low, high, ranges is not None))
         counted = ((key >> (SHIFT + DIGIT_BITS)) == prefix) & (key != 0)
         zeros += ((key == 0) & inside).to(tl.int32)
@@ -101,31 +112,45 @@ def select_kernel(counts, selection, thresholds, BUDGETS, COPIES, SHIFT: tl.cons
 
 
 @triton.jit
-def lock_kernel(rows, chunks, ranges, thresholds, counts, BLOCK: tl.constexpr, TILES: tl.constexpr):
+def lock_kernel(
+    rows,
+    chunks,
+    ranges,
+    thresholds,
+    counts,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+    STORAGE: tl.constexpr = FLOAT32,
+):
     """Lock one chunk of one tensor.
 
     rows: int64 [tensors, words of SCORE]. ranges: float32 [layers, 2], or None. thresholds: float32 [budgets]. counts:
-    int64 [tensors, 3]; the kernel adds to them.
+    int64 [tensors, 3]; the kernel adds to them. STORAGE: of the importances.
     """
     tensor, start = located(chunks, BLOCK * TILES)
     row = rows + tensor * _WIDTH
     left = left_of(row, start, BLOCK * TILES)
-    at = pointer(tl.load(row + _IMPORTANCE), start, tl.float32)
+    address = tl.load(row + _IMPORTANCE)
     low, high = _range(ranges, tl.load(row + _LAYER))
     threshold = tl.load(thresholds + tl.load(row + _BUDGET))
     locked = tl.zeros([BLOCK], tl.int32)
     newly = tl.zeros([BLOCK], tl.int32)
     released = tl.zeros([BLOCK], tl.int32)
-    if (left == BLOCK * TILES) & (tl.load(row + _ALIGNED) != 0):
+    full = (left == BLOCK * TILES) & (tl.load(row + _ALIGNED) != 0)
+    if STORAGE == BLOCK8:
+        full = full & (is_ragged(row + _ROW) == 0)
+    if full:
         for tile in range(TILES):
             locked, newly, released = _lock_tile(
-                at, low, high, threshold, tile * BLOCK, left, locked, newly, released, ranges is not None, BLOCK, True
-            )
+                row, address, low, high, threshold, start, tile * BLOCK, left, locked, newly, released,
+                ranges is not None, STORAGE, BLOCK, TILES, True,
+            )  # fmt: skip
     else:
         for tile in range(tl.cdiv(left, BLOCK)):
             locked, newly, released = _lock_tile(
-                at, low, high, threshold, tile * BLOCK, left, locked, newly, released, ranges is not None, BLOCK, False
-            )
+                row, address, low, high, threshold, start, tile * BLOCK, left, locked, newly, released,
+                ranges is not None, STORAGE, BLOCK, TILES, False,
+            )  # fmt: skip
     # most chunks have nothing to add, and none has where nothing is due: else all would queue for three words
     _add(counts + 3 * tensor, tl.sum(locked))
     _add(counts + 3 * tensor + 1, tl.sum(newly))
@@ -141,17 +166,36 @@ def _add(count, more):
 
 @triton.jit
 def _lock_tile(
-    at, low, high, threshold, first, left, locked, newly, released,
-    NORMALIZED: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+    row, address, low, high, threshold, start, first, left, locked, newly, released,
+    NORMALIZED: tl.constexpr, STORAGE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Lock one tile; return the counts updated with it, entry by entry."""
-    offsets = first + tl.arange(0, BLOCK)
-    importance = read(at, offsets, left, FULL)
+    where = tile_at(row + _ROW, start, first, left, BLOCK, FULL, STORAGE == BLOCK8)
+    start, at, left, block, blocks = where
+    # past the end zeros are read: they were not locked before, and their score of 0 is not locked now
+    if STORAGE == FLOAT32:
+        stored_at = pointer(address, start, tl.float32)
+        stored = read(stored_at, at, left, FULL)
+        importance = stored
+    elif STORAGE == BFLOAT16:
+        stored_at = pointer(address, start, tl.int16)
+        stored = read(stored_at, at, left, FULL)
+        importance = of_bfloat16(stored)
+    else:
+        stored_at = pointer(address, start, tl.uint8)
+        stored = read(stored_at, at, left, FULL)
+        importance = decoded(stored, read_scales(tl.load(row + _SCALES), block, blocks, BLOCK, FULL))
     value = score(importance, low, high, NORMALIZED)
     before = is_locked(importance)
-    # past the end zeros are read: they were not locked before, and their score of 0 is not locked now
     after = (value >= threshold) & (value > 0)
-    write(at, offsets, with_lock(importance, after), left, FULL)
+    # only the bit of the lock changes, in whatever storage
+    if STORAGE == FLOAT32:
+        stored = with_lock(stored, after)
+    elif STORAGE == BFLOAT16:
+        stored = (stored & 0x7FFF) | tl.where(after, -0x8000, 0).to(tl.int16)
+    else:
+        stored = (stored & 127) | tl.where(after, 128, 0).to(tl.uint8)
+    write(stored_at, at, stored, left, FULL)
     locked += after.to(tl.int32)
     newly += (after & (before == 0)).to(tl.int32)
     released += (before & (after == 0)).to(tl.int32)
@@ -161,12 +205,16 @@ def _lock_tile(
 _TABLES = {"rows": "*i64", "chunks": "*i64", "ranges": "*fp32"}
 
 
-def _histogram(name: str, shift: int, bits: int, **changes: Any) -> Variant:
+def _histogram(
+    name: str, shift: int, bits: int, storage: Storage = OF_FLOAT32, limit: int = 57, **more: Any
+) -> Variant:
+    changes = {"STORAGE": CODES[storage.dtype], **more}
     arguments = {**_TABLES, "selection": "*i64", "counts": "*i64", "BUDGETS": "i32", "COPIES": COPIES, **changes}
     # 32 bits at a time, see the kernel. A division and an atomic for each entry take 1.3 to 1.4 times as long as
     # reading its 4 bytes (51 instructions with Triton 3.7, 56 with 3.6). The histogram in csrc/cuda does not exceed
     # that time
-    return Variant(name, score_histogram_kernel, {**arguments, "SHIFT": shift, "DIGIT_BITS": bits}, 4, 57, {}, {})
+    arguments |= {"SHIFT": shift, "DIGIT_BITS": bits}
+    return Variant(name, score_histogram_kernel, arguments, storage.bytes, limit, {}, {})
 
 
 def _select(bins: int, registers: int) -> Variant:
@@ -177,9 +225,10 @@ def _select(bins: int, registers: int) -> Variant:
     )
 
 
-def _lock(name: str, instructions: int, **changes: Any) -> Variant:
-    arguments = {**_TABLES, "thresholds": "*fp32", "counts": "*i64", **changes}
-    return Variant(name, lock_kernel, arguments, 8, instructions, {128: 1}, {128: 1})
+def _lock(name: str, instructions: int, storage: Storage = OF_FLOAT32, **changes: Any) -> Variant:
+    arguments = {**_TABLES, "thresholds": "*fp32", "counts": "*i64", "STORAGE": CODES[storage.dtype], **changes}
+    bits = 32 * int(storage.bytes)
+    return Variant(name, lock_kernel, arguments, storage.bytes + int(storage.bytes), instructions, {bits: 1}, {bits: 1})
 
 
 VARIANTS = (
@@ -192,11 +241,17 @@ VARIANTS = (
     _select(512, 64),
     _lock("lock", 46),
     _lock("lock by S itself", 25, ranges=None),
+    _histogram("histogram of bfloat16", 19, 12, OF_BFLOAT16, 61),
+    _histogram("histogram of blocks of 8 bits", 19, 12, OF_BLOCK8, 95),
+    _lock("lock in bfloat16", 50, OF_BFLOAT16),
+    _lock("lock in blocks of 8 bits", 60, OF_BLOCK8),
 )
 
 
 class Histogram(Scored):
     """The histograms of a fixed list of importances; contract: `epi_kernels.ops.prepared_histogram`."""
+
+    tile = tiles.BLOCK
 
     def chunk(self) -> int:
         """Return the number of entries in a chunk."""
@@ -210,28 +265,32 @@ class Histogram(Scored):
         shift: int,
         bins: int,
         due: Tensor | None,
+        scales: Sequence[Tensor | None],
     ) -> Tensor:
         """Count the scores of each budget by one digit of their bits."""
         table, flat = self.table, self.placed(importances)
         # several budgets already spread the entries over addresses, and each copy costs 32 KiB for each budget
         copies = max(1, COPIES // max(1, len(selection)))
         counts = zeros((copies, len(selection), bins), torch.int64, selection.device)
-        tiles.launch(
-            score_histogram_kernel,
-            table.chunks.numel(),
-            selection.device,
-            table.rows(due),
-            table.chunks,
-            ranges,
-            selection,
-            counts,
-            len(selection),
-            copies,
-            shift,
-            bins.bit_length() - 1,
-            tiles.BLOCK,
-            tiles.TILES,
-        )
+        rows = table.rows(due)
+        for kind, chunks in table.chunks_of.items():
+            tiles.launch(
+                score_histogram_kernel,
+                chunks.numel(),
+                selection.device,
+                rows,
+                chunks,
+                ranges,
+                selection,
+                counts,
+                len(selection),
+                copies,
+                shift,
+                bins.bit_length() - 1,
+                tiles.BLOCK,
+                tiles.TILES,
+                kind,
+            )
         del flat  # the copies that it holds had to live until now
         return counts
 
@@ -247,28 +306,38 @@ def select_digit_(counts: Tensor, selection: Tensor, shift: int) -> Tensor:
 class Lock(Scored):
     """The lock of a fixed list of importances; contract: `epi_kernels.ops.prepared_lock`."""
 
+    tile = tiles.BLOCK
+
     def chunk(self) -> int:
         """Return the number of entries in a chunk."""
         return tiles.CHUNK
 
     def lock_(
-        self, importances: Sequence[Tensor], ranges: Tensor | None, thresholds: Tensor, due: Tensor | None
+        self,
+        importances: Sequence[Tensor],
+        ranges: Tensor | None,
+        thresholds: Tensor,
+        due: Tensor | None,
+        scales: Sequence[Tensor | None],
     ) -> Tensor:
         """Lock every entry whose score reaches its budget's threshold."""
         table, flat = self.table, self.placed(importances)
         counts = zeros((len(importances), 3), torch.int64, thresholds.device)
-        tiles.launch(
-            lock_kernel,
-            table.chunks.numel(),
-            thresholds.device,
-            table.rows(due),
-            table.chunks,
-            ranges,
-            thresholds,
-            counts,
-            tiles.BLOCK,
-            tiles.TILES,
-        )
+        rows = table.rows(due)
+        for kind, chunks in table.chunks_of.items():
+            tiles.launch(
+                lock_kernel,
+                chunks.numel(),
+                thresholds.device,
+                rows,
+                chunks,
+                ranges,
+                thresholds,
+                counts,
+                tiles.BLOCK,
+                tiles.TILES,
+                kind,
+            )
         if flat is not None:
             flat.write_back()
         return counts
