@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import AVAILABLE
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -39,6 +40,12 @@ STORAGES: dict[str, dict[str, Any]] = {
     "24 bits, stochastic": {"master_weight_bits": 24, "state_dtype": BF16, "rounding": "stochastic"},
     "32 bits": {"master_weight_bits": 32},
 }
+
+
+@pytest.fixture(params=[one for one in AVAILABLE if one != "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Run on every backend but Triton's, which would take minutes for these steps; see the last test."""
+    return str(request.param)
 
 
 def weights(dtype: torch.dtype = BF16, seed: int = 0) -> dict[str, Parameter]:
@@ -464,3 +471,31 @@ def test_float32_is_accepted_wherever_none_means_it() -> None:
     train(plain, one, 1, 4)
     train(asked, other, 1, 4)
     assert same(all_of(plain, one), all_of(asked, other))
+
+
+# Backends ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", [one for one in AVAILABLE if one != "reference"])
+@pytest.mark.parametrize(
+    ("build", "settings"),
+    [
+        ("EPIAdamW", STORAGES["bfloat16"]),
+        ("EPIAdamW", STORAGES["24 bits"]),
+        ("EPIAdamW", STORAGES["32 bits"]),
+        ("EPIAdamW, exp_avg_sq", STORAGES["24 bits"]),
+        ("EPILion", STORAGES["stochastic"]),
+        ("SparseAdamW", STORAGES["24 bits, stochastic"]),
+    ],
+)
+def test_every_backend_takes_the_same_steps(build: str, settings: dict[str, Any], backend: str) -> None:
+    found = []
+    for one in (backend, "reference"):
+        params = weights()
+        optimizer = BUILDS[build](params, backend=one, **settings)
+        for group in optimizer.param_groups:
+            if "mask_interval" in group:
+                group["mask_interval"] = 2
+        train(optimizer, params, 1, 2)
+        found.append(all_of(optimizer, params))
+    assert same(*found)
