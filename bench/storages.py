@@ -32,7 +32,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -62,6 +62,7 @@ LAST = 100  # steps whose losses make the final loss
 BAR = 0.1  # of what bfloat16 weights rounded to nearest lose
 LARGEST_EXCESS = 0.01  # protected entries beyond k, as a share of k
 LEAST_SHARE = 0.8  # of the model's entries are to be in the storage that is tested
+EXCESS = "(protected - k) / k"
 MASK_RATE = demo.LEARNING_RATE
 
 # the 97.5% quantiles of Student's t for 1, 2, ... degrees of freedom
@@ -133,7 +134,6 @@ STORAGES = {
         HALF, {"master_weight_bits": 32}, (FULL, FULL, FULL, torch.int16), FLOAT32
     ),
 }
-BASELINES = {storage.baseline for storage in STORAGES.values()}
 
 # the masks that are compared: name -> (arguments of EPIAdamW, the name of the float32 mask that it is compared with)
 OTHER_BATCHES = "float32, other batches"
@@ -387,71 +387,79 @@ def missing(results: Mapping[str, Any], seeds: int) -> list[tuple[str, int, floa
     return [run for run in wanted if run not in there]
 
 
-def difference(
-    runs: Sequence[Mapping[str, Any]], name: str, rate: float, field: str
-) -> tuple[float, float, int] | None:
-    """Return (mean, half of the 95% interval, seeds) of the paired differences of a storage to its baseline.
+def difference(runs: Sequence[Mapping[str, Any]], name: str, rate: float, field: str) -> tuple[float, float, int]:
+    """Return (mean, half of the 95% interval, seeds) of a storage's paired differences to its baseline.
 
-    None where no seed has both; with one seed half of the interval is infinite.
+    Only seeds that both have count. With one seed half of the interval is infinite, and with none the mean is NaN.
     """
     values = {(run["storage"], run["seed"]): run[field] for run in runs if run["lr"] == rate}
     baseline = STORAGES[name].baseline
-    pairs = [value - values[baseline, seed] for (own, seed), value in values.items() if own == name]
-    if not pairs:
-        return None
-    if len(pairs) == 1:
-        return pairs[0], math.inf, 1
+    pairs = [
+        value - values[baseline, seed]
+        for (own, seed), value in values.items()
+        if own == name and (baseline, seed) in values
+    ]
+    if len(pairs) < 2:
+        return pairs[0] if pairs else math.nan, math.inf, len(pairs)
     spread = statistics.stdev(pairs) / math.sqrt(len(pairs))
     return statistics.fmean(pairs), QUANTILES[len(pairs) - 2] * spread, len(pairs)
 
 
 def rows(results: Mapping[str, Any], rate: float, field: str = "loss") -> Iterator[dict[str, Any]]:
-    """Yield what the tables say of each storage at a learning rate: "storage", "bytes", "mean", "half", "seeds", "met".
+    """Yield what is found of each storage at a learning rate, but for float32, and for storages without a run.
 
-    Runs whose baseline is not there yet are left out. "met" is whether the interval ends below the bar; None for
-    rounding to nearest, by which the bar is set, and where there is nothing yet to set it by.
+    Its "storage", "bytes" for each entry, the "mean" difference, "half" of the interval, "seeds", the difference
+    "of_nearest", the largest "excess" of protected entries, and whether the bar is "met"; None for rounding to
+    nearest, which sets the bar.
     """
-    seeds = {run["seed"] for run in results["runs"] if run["lr"] == rate and run["storage"] in BASELINES}
-    both = [
-        seed
-        for seed in seeds
-        if BASELINES <= {run["storage"] for run in results["runs"] if run["seed"] == seed and run["lr"] == rate}
-    ]
-    runs = [run for run in results["runs"] if run["seed"] in both]
-    nearest = difference(runs, NEAREST, rate, field)
-    for name in STORAGES:
-        found = None if name in BASELINES else difference(runs, name, rate, field)
-        if found is None:
+    runs = results["runs"]
+    nearest = difference(runs, NEAREST, rate, field)[0]
+    for name, storage in STORAGES.items():
+        mean, half, seeds = difference(runs, name, rate, field)
+        if name == storage.baseline or not seeds:
             continue
-        mean, half, count = found
+        own = [run for run in runs if run["storage"] == name and run["lr"] == rate]
         yield {
             "storage": name,
-            "bytes": next(run["bytes_per_entry"] for run in runs if run["storage"] == name),
+            "bytes": own[0]["bytes_per_entry"],
             "mean": mean,
             "half": half,
-            "seeds": count,
-            "of_nearest": mean / nearest[0] if nearest else math.nan,
-            "met": None if nearest is None or name == NEAREST else mean + half < BAR * nearest[0],
+            "seeds": seeds,
+            "of_nearest": mean / nearest,
+            "excess": max(run["excess"] for run in own),
+            "met": None if name == NEAREST else mean + half < BAR * nearest,
         }
 
 
 def report(results: Mapping[str, Any]) -> str:
     """Return the tables of bench/README.md."""
-    lines = []
-    for rate in RATES:
-        title = f"learning rate {rate:g}"
-        lines += [f"| {title} | bytes | loss - float32 | of nearest's | held out | seeds | bar |", "|" + " --- |" * 7]
-        held_out = {row["storage"]: row for row in rows(results, rate, "held_out")}
-        for row in rows(results, rate):
-            cells = [row["storage"], f"{row['bytes']:.1f}", interval(row), f"{row['of_nearest']:.1%}"]
-            cells += [interval(held_out[row["storage"]]), str(row["seeds"]), said(row["met"])]
-            lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
+    tables = [
+        table(
+            [f"lr {rate:g}", "bytes", "loss - float32", "of nearest's", "held out - float32", "seeds", "bar", EXCESS],
+            loss_cells(results, rate),
+        )
+        for rate in RATES
+    ]
     if results["masks"]:
-        lines += ["| importance | Jaccard: least, mean | closer | (protected - k) / k | bars |", "|" + " --- |" * 5]
-        lines += [f"| {' | '.join(cells)} |" for cells in mask_cells(results["masks"]["masks"])]
-        lines.append("")
-    return "\n".join(lines)
+        titles = ["importance", "Jaccard, least", "mean", "closer than other batches", "bar", EXCESS]
+        tables.append(table(titles, mask_cells(results["masks"]["masks"])))
+    return "\n\n".join(tables)
+
+
+def table(titles: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown, its columns as wide as their widest cells."""
+    lines = [titles, *body]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+    padded.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+
+
+def loss_cells(results: Mapping[str, Any], rate: float) -> Iterator[list[str]]:
+    """Yield the cells of a row for each storage."""
+    for row, held_out in zip(rows(results, rate), rows(results, rate, "held_out"), strict=True):
+        cells = [row["storage"], f"{row['bytes']:.1f}", interval(row), f"{row['of_nearest']:.1%}"]
+        yield [*cells, interval(held_out), str(row["seeds"]), said(row["met"]), beyond(row["excess"])]
 
 
 def mask_cells(masks: Mapping[str, Mapping[str, Any]]) -> Iterator[list[str]]:
@@ -465,19 +473,23 @@ def mask_cells(masks: Mapping[str, Mapping[str, Any]]) -> Iterator[list[str]]:
             if other.startswith(OTHER_BATCHES) and own["against"] == row["against"]
         )
         closer = sum(mine > theirs for mine, theirs in zip(row["jaccard"], other, strict=True))
-        excess = max(row["excess"])
-        cells = [name, f"{min(row['jaccard']):.4f}, {statistics.fmean(row['jaccard']):.4f}"]
+        cells = [name, f"{min(row['jaccard']):.4f}", f"{statistics.fmean(row['jaccard']):.4f}"]
         if name.startswith(OTHER_BATCHES):
-            yield [*cells, "", f"{excess:.2%}", ""]
+            yield [*cells, "", "", beyond(max(row["excess"]))]
         else:
-            met = closer == len(other) and excess <= LARGEST_EXCESS
-            yield [*cells, f"{closer} of {len(other)}", f"{excess:.2%}", said(met)]
+            closer_than = f"{closer} of {len(other)} refreshes"
+            yield [*cells, closer_than, said(closer == len(other)), beyond(max(row["excess"]))]
 
 
 def interval(row: Mapping[str, Any]) -> str:
     """Return a mean and half of its interval, in thousandths of a nat for each byte."""
     half = "?" if math.isinf(row["half"]) else f"{1e3 * row['half']:.2f}"
     return f"{1e3 * row['mean']:+.2f} ± {half}"
+
+
+def beyond(excess: float) -> str:
+    """Return what a table says of the largest (protected - k) / k."""
+    return f"{excess:.2%}" if excess <= LARGEST_EXCESS else f"**{excess:.2%}, not met**"
 
 
 def said(met: bool | None) -> str:
