@@ -1,8 +1,8 @@
 """What it costs in quality to keep weights, moments and importances in fewer bits: in loss, and in the choice of masks.
 
-    python bench/storages.py                 # everything that the results do not have yet; many hours in all
+    python bench/storages.py                 # everything that the results do not have yet; hours in all
     python bench/storages.py --workers 2     # two runs at a time, each with one thread
-    python bench/storages.py --report        # only the tables and the picture, from the results that are there
+    python bench/storages.py --report        # only the tables, here and in bench/README.md, and the picture
     python bench/storages.py --quick         # a few steps, to see that it works
 
 Both experiments learn Python source with the demo's model, from the demo's pre-trained weights rounded to bfloat16.
@@ -56,6 +56,8 @@ from model import ByteTransformer  # noqa: E402
 from tasks import CONTEXT, Task, make_tasks  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results" / "storages.json"
+README = ROOT / "bench" / "README.md"
+BEGIN, END = (f"<!-- tables of storages.py {edge} here -->" for edge in ("begin", "end"))
 TASK = "Python source"
 RATES = (1e-5, demo.LEARNING_RATE)  # one of fine-tuning a large model, and the demo's
 LAST = 100  # steps whose losses make the final loss
@@ -443,7 +445,19 @@ def report(results: Mapping[str, Any]) -> str:
     if results["masks"]:
         titles = ["importance", "Jaccard, least", "mean", "closer than other batches", "bar", EXCESS]
         tables.append(table(titles, mask_cells(results["masks"]["masks"])))
+    named, settings = results["machine"], results["settings"]
+    tables.append(
+        f"{len(results['runs'])} runs of {settings['steps']} steps; {named['device']}, {named['threads']} thread, "
+        f"torch {named['torch']}, {named['date']}"
+    )
     return "\n\n".join(tables)
+
+
+def put_into_readme(text: str) -> None:
+    """Replace the tables in bench/README.md."""
+    before, rest = README.read_text().split(BEGIN)
+    after = rest.split(END)[1]
+    README.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
 
 
 def table(titles: Sequence[str], body: Iterable[Sequence[str]]) -> str:
@@ -557,6 +571,8 @@ def main(arguments: list[str] | None = None) -> None:
         run(results, seeds, settings, options, file)
     print(report(results))
     draw(results, file.with_suffix(".png"))
+    if file == RESULTS:
+        put_into_readme(report(results))
 
 
 def run(results: dict[str, Any], seeds: int, settings: Settings, options: argparse.Namespace, file: Path) -> None:
