@@ -515,24 +515,22 @@ def draw(results: Mapping[str, Any], file: Path) -> None:
     """Write the picture: losses of the storages beside the bar, and the masks over the refreshes."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 7), dpi=150, layout="constrained")
+    figure = Figure(figsize=(11, 8), dpi=120, layout="constrained")
     grid = figure.subplot_mosaic([[*map(str, RATES)], ["masks", "masks"]])
+    names = [name for name, storage in STORAGES.items() if name not in (NEAREST, storage.baseline)]
     for rate in RATES:
         axes = grid[str(rate)]
-        found = [row for row in rows(results, rate) if row["storage"] != NEAREST]
-        nearest = next((row["mean"] for row in rows(results, rate) if row["storage"] == NEAREST), None)
-        places = range(len(found))
-        means = [1e3 * row["mean"] for row in found]
-        halves = [0 if math.isinf(row["half"]) else 1e3 * row["half"] for row in found]
-        axes.errorbar(means, places, xerr=halves, fmt="o", color="#00517d", capsize=3)
+        found = {row["storage"]: row for row in rows(results, rate)}
+        shown = {names.index(name): row for name, row in found.items() if name != NEAREST}
+        means = [1e3 * row["mean"] for row in shown.values()]
+        halves = [0 if math.isinf(row["half"]) else 1e3 * row["half"] for row in shown.values()]
+        axes.errorbar(means, list(shown), xerr=halves, fmt="o", color="#00517d", capsize=3)
         axes.axvline(0, color="#333333", linewidth=0.8)
-        if nearest is not None:
-            axes.axvline(BAR * 1e3 * nearest, color="#e69f00", linestyle="--", label="bar: a tenth of nearest's loss")
-            axes.legend(frameon=False, loc="lower right", fontsize=8)
-        axes.set_yticks(places, [row["storage"] for row in found], fontsize=8)
-        axes.invert_yaxis()
-        axes.set_xlabel("final loss - float32's (thousandths of a nat per byte)")
-        axes.set_title(f"learning rate {rate:g}", fontsize=10)
+        if NEAREST in found:
+            axes.axvline(BAR * 1e3 * found[NEAREST]["mean"], color="#e69f00", linestyle="--")
+        axes.set_yticks(range(len(names)), names if rate == RATES[0] else [], fontsize=8)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_title(f"learning rate {rate:g}: final loss - float32's, thousandths of a nat", fontsize=8)
     axes = grid["masks"]
     if results["masks"]:
         colours = iter(("#9a9a9a", "#56b4e9", "#00517d", "#d9a9a9", "#e69f00", "#cc79a7"))
@@ -543,7 +541,10 @@ def draw(results: Mapping[str, Any], file: Path) -> None:
         axes.set_ylabel("Jaccard with float32's mask")
         axes.set_ylim(0, 1.02)
         axes.legend(frameon=False, ncols=2, fontsize=8)
-    figure.suptitle("What it costs to keep numbers in fewer bits: in loss (mean, 95% interval), and in masks")
+    figure.suptitle(
+        "What it costs to keep numbers in fewer bits: in loss (mean, 95% interval; dashed: the bar), and in masks",
+        fontsize=10,
+    )
     figure.savefig(file)
 
 
