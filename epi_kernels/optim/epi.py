@@ -83,11 +83,11 @@ class EPIAdamW(Isolating, FusedOptimizer, AdamW):
     ``exp_avg_codes`` and ``exp_avg_scales``; bits of a weight beyond those of its parameter are ``rest`` (in
     `state_dict`, 16 bits are two bytes in a last dimension, since process groups do not send int16). With
     ``importance="exp_avg_sq"``, ``importance`` and ``exp_avg_sq`` are one tensor, which carries the lock (in blocks of
-    8 bits it has the second name alone); where a loader or an offloader has made two tensors of that one, the next step
-    takes ``importance`` for both. A group has the settings above, a digest of its layers, and ``isolation_clock``: how
-    many steps the optimizer has taken, which decides when masks are refreshed. (Under ``capturable`` this clock runs on
-    the device, and `state_dict` copies its value into the groups.) If a state of torch.optim.AdamW is loaded, which has
-    no such clock, the clock starts at the largest ``step``.
+    8 bits there is no such second name: the locks are in ``exp_avg_sq_codes``); where a loader or an offloader has made
+    two tensors of that one, the next step takes ``importance`` for both. A group has the settings above, a digest of
+    its layers, and ``isolation_clock``: how many steps the optimizer has taken, which decides when masks are refreshed.
+    (Under ``capturable`` this clock runs on the device, and `state_dict` copies its value into the groups.) If a state
+    of torch.optim.AdamW is loaded, which has no such clock, the clock starts at the largest ``step``.
 
     Raises:
         ValueError: an argument is out of its range; the message names it and its value.
