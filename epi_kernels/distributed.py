@@ -84,8 +84,8 @@ def offsets_of(tensor: Tensor) -> list[int]:
 
     mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
     _, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
-    # a rank without entries may get the end of the tensor
-    return [int(offset) for offset in offsets]
+    # a rank outside of the mesh has no entries, and gets no offsets
+    return [int(offset) for offset in offsets] or [0] * tensor.dim()
 
 
 def shard_of(whole: Tensor, like: Tensor) -> Tensor:
