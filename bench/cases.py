@@ -14,7 +14,7 @@ from eager import EagerEPI
 from torch import Tensor
 from torch.nn import Parameter
 
-from epi_kernels import EPIAdamW, MaskedAdamW, SparseAdamW, __version__, ops
+from epi_kernels import EPIAdamW, MaskedAdamW, SparseAdamW, __version__, memory, ops
 
 TENSORS = 16  # each tensor is a layer
 PROTECTED = 0.01
@@ -47,6 +47,18 @@ BYTES = {
 }
 
 
+# name -> dtype of the parameters and settings of EPIAdamW, for compact states
+COMPACT: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "EPI, bfloat16 S": (torch.float32, {"importance_dtype": torch.bfloat16}),
+    "EPI, bfloat16 m, v and S": (torch.float32, {"state_dtype": torch.bfloat16}),
+    "EPI, 24-bit weights, 8-bit m, v and S": (torch.bfloat16, {"state_dtype": "8bit", "master_weight_bits": 24}),
+    "EPI, 24-bit weights, 8-bit m and v = S": (
+        torch.bfloat16,
+        {"state_dtype": "8bit", "master_weight_bits": 24, "importance": "exp_avg_sq"},
+    ),
+}
+
+
 # the bytes that a device moves to or from its memory to access a single entry
 SECTOR = {"cpu": 64, "cuda": 32}
 
@@ -60,6 +72,11 @@ def bytes_of(name: str, dtype: torch.dtype, device: str) -> float | None:
     """
     if name == SPARSE:
         return SELECTED * (3 * SECTOR[device] + 2 * 8 + 4)
+    if name in COMPACT:
+        weights, settings = COMPACT[name]
+        entries = torch.empty(1024, 1024, dtype=weights, device="meta")
+        moved = memory.total(memory.bytes_of([entries], memory.Settings(**settings)))
+        return (moved.read + moved.written) / entries.numel()
     size = BYTES[name]
     if size is None:
         return None
@@ -145,6 +162,26 @@ def candidates(
     }
     chosen = names or [name for name in steps if compiled or name != COMPILED_EAGER]
     return {name: steps[name]() for name in chosen}
+
+
+def compact_candidates(shapes: Shapes, device: str = "cpu") -> dict[str, Candidate]:
+    """Return name -> step of torch's fused AdamW in float32, of EPI and of all of COMPACT, over as many entries.
+
+    Args:
+        shapes: of the tensors, each a layer; with 2 dimensions, since vectors are not kept in blocks of 8 bits.
+        device: of the tensors.
+    """
+    made = candidates(shapes, names=(BASELINE, EPI), device=device)
+    for name, (dtype, settings) in COMPACT.items():
+        params = [Parameter(torch.randn(shape, device=device, dtype=dtype)) for shape in shapes]
+        for p in params:
+            p.grad = torch.randn_like(p) * 1e-3
+        named = [(f"layers.{i}.weight", p) for i, p in enumerate(params)]
+        optimizer = EPIAdamW(named, lr=LR, isolation_ratio=PROTECTED, mask_interval=None, **settings)
+        optimizer.step()
+        optimizer.refresh()
+        made[name] = of_optimizer(optimizer)
+    return made
 
 
 def said_by(*command: str) -> str:

@@ -1,6 +1,7 @@
 """The CPU path against torch: a step's time for each entry, bytes moved and kept, and ratios to torch's fused AdamW.
 
     python bench/cpu.py                      # 2^24 and 2^26 entries, with one thread and with all
+    python bench/cpu.py --compact            # moments, importances and weights in fewer bytes
     python bench/cpu.py --entries 20 --rounds 3 --compile
 
 Prints a table and, with --json, writes the table with the machine and the versions. All candidates share the parameters
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import BASELINE, TENSORS, Candidate, bytes_of, candidates, machine
+from cases import BASELINE, TENSORS, Candidate, bytes_of, candidates, compact_candidates, machine
 from measure import Timing, interleave, ratio
 
 
@@ -44,12 +45,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, torch.get_num_threads()}))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--compile", action="store_true", help="also eager EPI under torch.compile (slow to start)")
+    parser.add_argument("--compact", action="store_true", help="compact states instead, in tensors of 2 dimensions")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
 
     results = []
     for power in arguments.entries:
-        steps = candidates([((1 << power) // TENSORS,)] * TENSORS, compiled=arguments.compile)
+        if arguments.compact:
+            steps = compact_candidates([((1 << power) // TENSORS // 1024, 1024)] * TENSORS)
+        else:
+            steps = candidates([((1 << power) // TENSORS,)] * TENSORS, compiled=arguments.compile)
         for threads in arguments.threads:
             torch.set_num_threads(threads)
             title = f"2^{power} entries, {threads} thread{'s' if threads > 1 else ''}"
@@ -64,7 +69,7 @@ def main() -> None:
             for figures in rows:
                 speed = f"{figures['gb_per_s']:6.1f} GB/s" if figures["gb_per_s"] else " " * 11
                 print(
-                    f"  {figures['step']:<28}{figures['state_bytes_per_entry']:8.3f} B/entry kept"
+                    f"  {figures['step']:<38}{figures['state_bytes_per_entry']:8.3f} B/entry kept"
                     f"{figures['ns_per_entry']:8.3f} ns/entry {speed}  "
                     f"{figures['ratio']:6.2f} [{figures['ratio_least']:.2f}, {figures['ratio_greatest']:.2f}]  "
                     f"cpu/wall {figures['cpu_per_wall']:.2f}"
