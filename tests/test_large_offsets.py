@@ -60,7 +60,7 @@ def entries(request: pytest.FixtureRequest) -> int:
 
 
 def test_step(entries: int) -> None:
-    from epi_kernels.ops.slots_triton import constants_of
+    from epi_kernels.ops.slots import constants_of
     from epi_kernels.ops.sweep import triton as kernels
 
     grad = torch.randint(1, 9, (entries,)).float()
@@ -139,7 +139,7 @@ def test_selected_entries() -> None:
 
     from epi_kernels.ops import tiles
     from epi_kernels.ops.gather import triton as kernels
-    from epi_kernels.ops.slots_triton import constants_of
+    from epi_kernels.ops.slots import constants_of
 
     param, grad = torch.zeros(5), torch.arange(5.0)
     offsets = torch.tensor([1, 4]) + BEYOND
@@ -177,7 +177,7 @@ def not_due(fields: tuple[str, ...], tensors: dict[str, Tensor], aligned: int | 
 
 def test_a_step_that_is_not_due_does_nothing(aligned: int) -> None:
     from epi_kernels.ops import tiles
-    from epi_kernels.ops.slots_triton import constants_of
+    from epi_kernels.ops.slots import constants_of
     from epi_kernels.ops.sweep import triton as kernels
 
     names = ("param", "grad", "slots[0]", "slots[1]", "lock")
@@ -231,7 +231,7 @@ def test_selected_entries_that_are_not_due_do_not_move() -> None:
 
     from epi_kernels.ops import tiles
     from epi_kernels.ops.gather import triton as kernels
-    from epi_kernels.ops.slots_triton import constants_of
+    from epi_kernels.ops.slots import constants_of
 
     param, grad = torch.zeros(tiles.CHUNK), torch.ones(tiles.CHUNK)
     offsets = torch.arange(tiles.CHUNK)

@@ -20,21 +20,25 @@ TORCH = torch.optim.AdamW
 
 # what the classes add: constructor arguments, keys of a group, keys of a parameter's state, public methods
 SETTINGS = {"isolation_ratio", "importance_beta", "mask_interval", "layers", "normalize", "scope", "threshold"}
+# how numbers are kept; a group has these keys only where they say something
+STORAGES = {"state_dtype", "rounding", "master_weight_bits"}
 OURS: dict[type, dict[str, set[str]]] = {
     EPIAdamW: {
-        "arguments": SETTINGS | {"importance", "process_group", "clip_grad_norm", "backend"},
+        "arguments": SETTINGS
+        | STORAGES
+        | {"importance", "importance_dtype", "process_group", "clip_grad_norm", "backend"},
         "group": SETTINGS | {"importance", "clip_grad_norm", "layer_digest", "layers_auto", "isolation_clock"},
         "state": {"importance"},
         "methods": {"isolation_mask", "importance", "refresh", "telemetry", "bind_deepspeed"},
     },
     MaskedAdamW: {
-        "arguments": {"frozen", "clip_grad_norm", "process_group", "backend"},
+        "arguments": STORAGES | {"frozen", "clip_grad_norm", "process_group", "backend"},
         "group": {"clip_grad_norm"},
         "state": {"frozen"},
         "methods": {"isolation_mask"},
     },
     SparseAdamW: {
-        "arguments": {"trainable", "process_group", "backend"},
+        "arguments": STORAGES | {"trainable", "process_group", "backend"},
         "group": set(),
         "state": {"indices"},
         "methods": {"trainable_mask", "select", "delta"},

@@ -10,7 +10,7 @@ from epi_kernels.ops import tiles
 from epi_kernels.ops.equations_triton import magnitude
 from epi_kernels.ops.flat import Flat
 from epi_kernels.ops.gather.offsets import Offsets
-from epi_kernels.ops.slots_triton import (
+from epi_kernels.ops.slots import (
     SIGN,
     STEP,
     constants_of,

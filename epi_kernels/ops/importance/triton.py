@@ -19,8 +19,8 @@ from epi_kernels.ops.equations_triton import (
     usable_bits,
 )
 from epi_kernels.ops.flat import Flat
-from epi_kernels.ops.slots_triton import place_in
-from epi_kernels.ops.stored_triton import (
+from epi_kernels.ops.slots import place_in
+from epi_kernels.ops.stored import (
     BLOCK8,
     FLOAT32,
     is_ragged,

@@ -11,7 +11,7 @@ from torch import Tensor
 from epi_kernels.ops import tiles
 from epi_kernels.ops.equations_triton import advanced_importance, bits_of, is_finite, is_locked, magnitude, with_lock
 from epi_kernels.ops.flat import Flat
-from epi_kernels.ops.slots_triton import (
+from epi_kernels.ops.slots import (
     IMPORTANCE_BETA,
     ONE_MINUS_IMPORTANCE_BETA,
     SIGN,
@@ -27,7 +27,7 @@ from epi_kernels.ops.slots_triton import (
     twin_of,
     write_slots,
 )
-from epi_kernels.ops.stored_triton import (
+from epi_kernels.ops.stored import (
     BLOCK8,
     FLOAT32,
     has_blocks,

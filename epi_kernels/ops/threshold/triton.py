@@ -10,7 +10,7 @@ from torch import Tensor
 
 from epi_kernels.ops import tiles
 from epi_kernels.ops.equations_triton import bits_of, float_of, is_locked, score, with_lock
-from epi_kernels.ops.stored_triton import BFLOAT16, BLOCK8, FLOAT32, is_ragged, read_stored, tile_at
+from epi_kernels.ops.stored import BFLOAT16, BLOCK8, FLOAT32, is_ragged, read_stored, tile_at
 from epi_kernels.ops.table import zeros
 from epi_kernels.ops.threshold.rows import Scored
 from epi_kernels.ops.tiles import Variant, left_of, located, pointer, read, words, write

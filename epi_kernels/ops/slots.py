@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from epi_kernels.ops.stored_triton import FLOAT32, read_stored, storage_of, write_stored
+from epi_kernels.ops.stored import FLOAT32, read_stored, storage_of, write_stored
 from epi_kernels.ops.table import Table
 from epi_kernels.ops.tensors import Tensors, dtypes_of
 from epi_kernels.rules import Rule
@@ -37,7 +37,7 @@ def storage(*lists: Sequence[Tensor | None]) -> int:
 
 
 def packed(rule: Rule, slots: Mapping[str, Sequence[Tensor | None]]) -> int:
-    """Return the storages of a rule's slots as one number, with 4 bits for each; see `stored_triton.storage_of`."""
+    """Return the storages of a rule's slots as one number, with 4 bits for each; see `stored.storage_of`."""
     return sum(storage(slots.get(slot.name, ())) << 4 * k for k, slot in enumerate(rule.slots))
 
 
@@ -102,7 +102,7 @@ def read_slots(
 ):  # fmt: skip
     """Return a tile of every slot as a tuple, 0 for one that the tensor lacks.
 
-    words, scales: the addresses of the slots and of their scales. where: see `epi_kernels.ops.stored_triton`.
+    words, scales: the addresses of the slots and of their scales. where: see `epi_kernels.ops.stored`.
     """
     found = ()
     for k in tl.static_range(SLOTS):
@@ -127,7 +127,7 @@ def write_slots(
 ):  # fmt: skip
     """Write a tile of every slot that the tensor has.
 
-    shared: see `epi_kernels.ops.stored_triton.write_stored`. keeps: whether the importance slot stays as it is, which
+    shared: see `epi_kernels.ops.stored.write_stored`. keeps: whether the importance slot stays as it is, which
     would be rounded a second time; or None. float32 is then written with what it was.
     """
     # the addresses are read again: keeping them since the slots were read took up to 7 registers more than allowed

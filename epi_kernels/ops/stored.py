@@ -24,7 +24,7 @@ _BLOCK_OF_SCALE = tl.constexpr(BLOCK_OF_SCALE)
 
 @triton.constexpr_function
 def storage_of(storages, k):
-    """Return the storage of slot k; see `epi_kernels.ops.slots_triton.packed`."""
+    """Return the storage of slot k; see `epi_kernels.ops.slots.packed`."""
     return (storages >> 4 * k) & 15
 
 
