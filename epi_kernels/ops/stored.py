@@ -15,7 +15,8 @@ from epi_kernels.storage import CODES
 from epi_kernels.storage.block8 import BLOCK as BLOCK_OF_SCALE
 from epi_kernels.storage.block8_triton import decoded, encoded, read_scales, write_scales
 from epi_kernels.storage.half_triton import nearest, of_bfloat16, stochastic
-from epi_kernels.storage.noise_triton import noise_of
+from epi_kernels.storage.noise_triton import OF_PARAM, noise_of
+from epi_kernels.storage.split_triton import split
 
 FLOAT32, BFLOAT16, BLOCK8 = (tl.constexpr(CODES[dtype]) for dtype in (torch.float32, torch.bfloat16, torch.uint8))
 
@@ -118,3 +119,24 @@ def write_stored(
         write_scales(tl.load(scales), block, of_blocks, blocks, BLOCK, FULL)
         value = decoded(codes, of_entries)
     return value
+
+
+@triton.jit
+def stored_weight(value, param, rest, shared, PARAM: tl.constexpr, REST: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """Return (parameter, rest) as they are stored after a step; see `epi_kernels.ops.storages.stored_weight`.
+
+    value: the weights, float32. param, rest: before the step; without rests, `rest` is None, and what is returned for
+    it means nothing (the compiler returns no None). shared: the noise's words; None: nothing is rounded stochastically.
+    REST: the bits of a rest, 16 or 8, or 0: there is none.
+    """
+    drawn = None
+    if STOCHASTIC:
+        drawn = noise_of(shared, OF_PARAM)
+    left_over = param
+    if REST != 0:
+        stored, left_over = split(value, param, rest, drawn, REST)
+    elif STOCHASTIC:
+        stored = stochastic(value, drawn, PARAM)
+    else:
+        stored = value.to(PARAM)
+    return stored, left_over

@@ -23,15 +23,15 @@ from epi_kernels.ops.slots import (
     twin_of,
     write_slots,
 )
+from epi_kernels.ops.stored import stored_weight
 from epi_kernels.ops.table import Table, on_device
 from epi_kernels.ops.tensors import Tensors
 from epi_kernels.ops.tiles import Budget, Variant, left_of, located, read, scattered, words, write
 from epi_kernels.rules import RULES, Rule
 from epi_kernels.schema import GATHER
 from epi_kernels.storage import CODES, STORAGES
-from epi_kernels.storage.half_triton import stochastic
-from epi_kernels.storage.noise_triton import OF_PARAM, mixed_at, noise_of
-from epi_kernels.storage.split_triton import joined, split
+from epi_kernels.storage.noise_triton import mixed_at
+from epi_kernels.storage.split_triton import joined
 
 _WIDTH = tl.constexpr(len(GATHER.words))
 _PARAM, _GRAD, _PARAM_OFFSETS, _GRAD_OFFSETS, _FIRST_SLOT, _SCALARS = words(
@@ -83,6 +83,7 @@ def gather_kernel(
         there = grad_at + read(scattered(grad_offsets, start, OFFSET), at, left, False)
         grad = tl.load(there, mask=at < left, other=0).to(tl.float32) * tl.load(s + SIGN)
         param = tl.load(here, mask=at < left, other=0)
+        rest = None
         if REST == 0:
             weight = param.to(tl.float32)
         else:
@@ -103,16 +104,8 @@ def gather_kernel(
             row + _FIRST_SLOT, row, where, slots, shared, None, STORAGES, SLOTS, REQUIRED, OPTIONAL, IMPORTANCE_SLOT,
             BLOCK, False, True,
         )  # fmt: skip
-        if REST == 0:
-            if STOCHASTIC:
-                theta = stochastic(theta, noise_of(shared, OF_PARAM), PARAM)
-            else:
-                theta = theta.to(PARAM)
-        else:
-            drawn = None
-            if STOCHASTIC:
-                drawn = noise_of(shared, OF_PARAM)
-            theta, left_over = split(theta, param, rest, drawn, REST)
+        theta, left_over = stored_weight(theta, param, rest, shared, PARAM, REST, STOCHASTIC)
+        if REST != 0:
             write(rest_at, at, left_over, left, False)
         tl.store(here, theta, mask=at < left)
 

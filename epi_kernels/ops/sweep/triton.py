@@ -33,6 +33,7 @@ from epi_kernels.ops.stored import (
     has_blocks,
     is_ragged,
     read_stored,
+    stored_weight,
     tile_at,
     write_stored,
 )
@@ -44,9 +45,8 @@ from epi_kernels.schema import LOCK_IN as LOCKS
 from epi_kernels.schema import SWEEP
 from epi_kernels.storage import CODES, STORAGES
 from epi_kernels.storage.block8 import BLOCK8 as OF_BLOCK8
-from epi_kernels.storage.half_triton import stochastic
-from epi_kernels.storage.noise_triton import OF_IMPORTANCE, OF_PARAM, begun, has_gaps, mixed, noise_of
-from epi_kernels.storage.split_triton import joined, split
+from epi_kernels.storage.noise_triton import OF_IMPORTANCE, begun, has_gaps, mixed
+from epi_kernels.storage.split_triton import joined
 
 _WIDTH = tl.constexpr(len(SWEEP.words))
 _PARAM, _GRAD, _FIRST_SLOT, _LOCK, _SCALARS, _ALIGNED = words(
@@ -148,7 +148,7 @@ def _step_tile(
     lockable = lock != 0
 
     # all reads come before the first write, or later reads would wait for the arithmetic
-    param = read(param_at, at, left, FULL)
+    param, rest = read(param_at, at, left, FULL), None
     if REST == 16:
         rest_at = pointer(tl.load(row + _REST), start, tl.int16)
         rest = read(rest_at, at, left, FULL)
@@ -237,16 +237,8 @@ def _step_tile(
     theta, slots = UPDATE(weight, grad, slots, rule_scalars(s, SCALARS), given, OPTIONAL)
 
     # a choice between bits, never a product with 0: 0 * inf is NaN
-    if REST == 0:
-        if STOCHASTIC:
-            theta = stochastic(theta, noise_of(shared, OF_PARAM), PARAM)
-        else:
-            theta = theta.to(PARAM)
-    else:
-        drawn = None
-        if STOCHASTIC:
-            drawn = noise_of(shared, OF_PARAM)
-        theta, left_over = split(theta, param, rest, drawn, REST)
+    theta, left_over = stored_weight(theta, param, rest, shared, PARAM, REST, STOCHASTIC)
+    if REST != 0:
         if LOCK_IN != _NONE:
             left_over = tl.where(locked, rest, left_over)
         write(rest_at, at, left_over, left, FULL)
