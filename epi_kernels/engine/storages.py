@@ -5,7 +5,7 @@ their own, ``exp_avg_codes`` and ``exp_avg_scales``, so that no other optimizer 
 weight of more bits than its bfloat16 parameter is ``rest``.
 """
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -111,29 +111,38 @@ def is_usual(key: str, value: Any) -> bool:
     return key == "rounding_seed" or value == DEFAULTS[key] or (key == "state_dtype" and value == torch.float32)
 
 
-def check_parameters(groups: Groups, name_of: Any) -> None:
+def check_parameters(groups: Groups, name_of: Callable[[Tensor], str]) -> None:
     """Check that some parameter can have what the groups ask for; a group may ask for what some of it cannot have.
+
+    Args:
+        groups: torch's.
+        name_of: what messages call a parameter.
 
     Raises:
         ValueError: no parameter of the optimizer is bfloat16, and a group has ``master_weight_bits``; or no parameter
             is large enough for blocks of 8 bits, and a group asks for them.
     """
-    params = [param for group in groups for param in group["params"] if not torch.nn.parameter.is_lazy(param)]
-    if not params:
+
+    def params() -> Iterator[Tensor]:
+        """Yield the parameters that have entries: a step alone of each must not look at all of them."""
+        for group in groups:
+            yield from (param for param in group["params"] if not torch.nn.parameter.is_lazy(param))
+
+    first = next(params(), None)
+    if first is None:
         return
     bits = next((group["master_weight_bits"] for group in groups if group.get("master_weight_bits")), None)
-    if bits is not None and not any(param.dtype == torch.bfloat16 for param in params):
+    if bits is not None and not any(param.dtype == torch.bfloat16 for param in params()):
         raise ValueError(
-            f"master_weight_bits={bits}, and no parameter is bfloat16 ({name_of(params[0])} is {params[0].dtype}): "
-            "there is nothing to keep more bits of; leave it at None, or convert the model first, by "
-            "model.to(torch.bfloat16)"
+            f"master_weight_bits={bits}, and no parameter is bfloat16 ({name_of(first)} is {first.dtype}): there is "
+            "nothing to keep more bits of; leave it at None, or convert the model first, by model.to(torch.bfloat16)"
         )
     for key in ("state_dtype", "importance_dtype"):
-        if any(group.get(key) == "8bit" for group in groups) and not any(map(qualifies, params)):
+        if any(group.get(key) == "8bit" for group in groups) and not any(map(qualifies, params())):
             raise ValueError(
                 f"{key}='8bit', and no parameter has 2 dimensions, {SMALLEST} entries and rows of {block8.BLOCK} "
-                f"({name_of(params[0])} has shape {tuple(params[0].shape)}): a wrapper may have flattened the "
-                f"parameters, as FSDP1 and DeepSpeed do; use {key}=torch.bfloat16, or FSDP2 (fully_shard)"
+                f"({name_of(first)} has shape {tuple(first.shape)}): a wrapper may have flattened the parameters, as "
+                f"FSDP1 and DeepSpeed do; use {key}=torch.bfloat16, or FSDP2 (fully_shard)"
             )
 
 
