@@ -165,6 +165,25 @@ def test_codes_are_unbiased_in_the_value() -> None:
     assert (error / spread).abs().max() < 4.5
 
 
+def test_an_error_of_2_to_the_minus_23_in_the_root_changes_no_code() -> None:
+    """An approximate root, rounded down, is the wrong whole number only next to a square; both give the same code."""
+    squares = torch.arange(1, block8.LARGEST + 1, dtype=torch.float64)[:, None] ** 2
+    # all float32 numbers whose root an error of 2^-23 can take across the whole number
+    steps = torch.arange(-8, 9, dtype=torch.int32)
+    units = (squares.float().view(torch.int32) + steps).view(torch.float32).double()
+    near = (units / squares - 1).abs() <= 2.0**-22 * (1 + 2.0**-20)
+    assert (near.sum(1) >= 3).all()
+    assert not (near[:, 0] | near[:, -1]).any()
+    noise = torch.tensor([0.5, 1.5, 2.0**14 + 0.5, 2.0**15 - 0.5], dtype=torch.float64)[:, None, None] * 2.0**-15
+
+    def code(below: Tensor) -> Tensor:
+        return below + (units - below**2 > noise * (2 * below + 1))
+
+    roots = squares.sqrt()
+    assert torch.equal(torch.where(near, code(roots - 1), 0), torch.where(near, code(roots), 0))
+    assert not torch.equal(code(roots - 1), code(roots))
+
+
 def test_what_codes_represent_is_never_moved() -> None:
     values = torch.randn(40, 200, generator=torch.Generator().manual_seed(0))
     for step in range(20):

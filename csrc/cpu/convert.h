@@ -220,8 +220,21 @@ inline void join(const uint16_t* params, const Rest* rests, int64_t size, float*
     });
 }
 
+// Whether no value is 0, infinity or NaN.
+inline bool all_ordinary(const float* __restrict values, int64_t size) {
+    uint32_t largest = 0;  // of the magnitudes less one: that of 0 is beyond all others
+    for (int64_t j = 0; j < size; ++j) {
+        const uint32_t bits = (bits_of(values[j]) & ~SIGN) - 1;
+        largest = bits > largest ? bits : largest;
+    }
+    return largest < INFINITE - 1;
+}
+
 // Split weights into parameters and rests. Both stay as they are where `locks` has a sign bit, or where weight and
 // parameter are NaN. `mixed` is NULL to round to nearest.
+//
+// The weight of a locked entry is what its parameter and rest were joined to, and splits into them again. So locks
+// matter only where a rest did not count: where the weight is 0 or infinite.
 template <typename Rest>
 inline void split(const float* values, uint16_t* params, Rest* rests, int64_t size, const float* locks,
                   const uint32_t* mixed) {
@@ -230,26 +243,30 @@ inline void split(const float* values, uint16_t* params, Rest* rests, int64_t si
         alignas(64) uint32_t high[GROUP];
         alignas(64) int32_t low[GROUP];
         alignas(64) uint32_t up[GROUP];
-        copy(params + at, high, count);
-        copy(rests + at, low, count);
-        for (int64_t j = 0; j < count; ++j) up[j] = mixed ? noise(mixed[at + j]) >> 8 : 0x80u;
         const float* __restrict from = values + at;
         const float* __restrict own = locks + at;
-        const auto store = [&](auto finite) {
+        if (mixed)
+            for (int64_t j = 0; j < count; ++j) up[j] = noise(mixed[at + j]) >> 8;
+        else
+            for (int64_t j = 0; j < count; ++j) up[j] = 0x80u;
+        if (all_ordinary(from, count)) {
             for (int64_t j = 0; j < count; ++j) {
-                const auto now = Split<Rest>::template store<finite>(from[j], up[j]);
-                bool kept = (bits_of(own[j]) & SIGN) != 0;
-                if constexpr (!finite)
-                    kept = kept | (((bits_of(from[j]) & ~SIGN) > INFINITE) & Split<Rest>::is_nan(high[j]));
+                const auto now = Split<Rest>::template store<true>(from[j], up[j]);
+                high[j] = now.param;
+                low[j] = now.rest;
+            }
+        } else {
+            copy(params + at, high, count);
+            copy(rests + at, low, count);
+            for (int64_t j = 0; j < count; ++j) {
+                const auto now = Split<Rest>::template store<false>(from[j], up[j]);
+                const bool nan = (bits_of(from[j]) & ~SIGN) > INFINITE;
+                const bool kept = ((bits_of(own[j]) & SIGN) != 0) | (nan & Split<Rest>::is_nan(high[j]));
                 high[j] = selected(kept, high[j], now.param);
                 const auto rest = static_cast<uint32_t>(low[j]);
                 low[j] = static_cast<int32_t>(selected(kept, rest, static_cast<uint32_t>(now.rest)));
             }
-        };
-        if (largest_bits(from, count) < INFINITE)
-            store(std::true_type());
-        else
-            store(std::false_type());
+        }
         copy(high, params + at, count);
         copy(low, rests + at, count);
     });

@@ -44,9 +44,9 @@ struct Block8 {
         const float units = float_of(finite ? bits : selected(usable, bits, 0u)) * inverse;
         const auto root = static_cast<int32_t>(sqrtf(units));
         const auto below = static_cast<float>(root);
-        // (2 root + 1) times the noise, of which 15 bits and one half are used; both products are exact
+        // (2 root + 1) times the noise, of which 15 bits and one half are used; all of this is exact
         const float share = static_cast<float>(static_cast<int32_t>(noise | 1u)) * (below * 0x1p-15f + 0x1p-16f);
-        int32_t code = root + (units > below * below + share ? 1 : 0);
+        int32_t code = root + (units - below * below > share ? 1 : 0);
         if constexpr (positive) {
             const int32_t least = bits != 0 ? 1 : 0;
             code = code < least ? least : code;

@@ -20,12 +20,9 @@ struct Split {
 
     // param: the bits of a bfloat16, rest: the rest, both in 32 bits.
     static inline float load(uint32_t param, int32_t rest) {
-        const uint32_t low = static_cast<uint32_t>(rest) << SHIFT;
-        const uint32_t magnitude = param & 0x7fffu;
-        // of a parameter of 0 or infinity only a rest that leads away from 0, or towards it, can be a rest
-        const int32_t limit = magnitude == 0 ? rest : -rest;
-        const bool edge = (magnitude == 0) | (magnitude == 0x7f80u);
-        return float_of((param << 16) + selected(edge & (limit < 0), 0u, low));
+        const uint32_t weight = (param << 16) + (static_cast<uint32_t>(rest) << SHIFT);
+        // a sum that is NaN has a rest that cannot belong to its parameter
+        return float_of(selected((weight & ~SIGN) > INFINITE, param << 16, weight));
     }
 
     // up: what is added before the bits below the last one are cut off, from 0 to CUT. finite: the value is known to
@@ -33,13 +30,13 @@ struct Split {
     template <bool finite>
     static inline Split store(float value, uint32_t up) {
         uint32_t bits = bits_of(value);
-        const uint32_t magnitude = bits & ~SIGN;
-        if constexpr (SHIFT > 0) bits = (bits + (finite ? up : selected(magnitude < INFINITE, up, 0u))) & ~CUT;
-        const uint32_t high = (bits + 0x8000u) >> 16;
-        const uint32_t low = bits - (high << 16);
-        if constexpr (finite) return {high, static_cast<int32_t>(low) >> SHIFT};
-        const bool nan = magnitude > INFINITE;
-        return {selected(nan, (bits >> 16) | 0x40u, high), static_cast<int32_t>(selected(nan, 0u, low)) >> SHIFT};
+        const bool nan = !finite && (bits & ~SIGN) > INFINITE;
+        const uint32_t truncated = (bits >> 16) | 0x40u;
+        // infinity ends in zeros and keeps them
+        if constexpr (SHIFT > 0) bits = (bits + up) & ~CUT;
+        const uint32_t high = selected(nan, truncated, (bits + 0x8000u) >> 16);
+        // what is taken from the high half has zeros in the low one
+        return {high, static_cast<int32_t>(selected(nan, 0u, bits) >> SHIFT)};
     }
 
     static inline bool is_nan(uint32_t param) { return (param & 0x7fffu) > 0x7f80u; }

@@ -29,7 +29,7 @@ SWEEPS = (
     Budget("Lion with a fixed mask, float32", 32, lock_in="static"),
     Budget(
         "Lion with locks, stochastic bfloat16",
-        95,
+        85,
         "bfloat16",
         "bfloat16",
         "importance",

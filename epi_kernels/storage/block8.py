@@ -69,7 +69,8 @@ def encoded(value: Tensor, noise: Tensor, *, positive: bool) -> tuple[Tensor, Te
     # the largest whole number whose square is not above: exact, since a double has room for the square
     below = torch.where(finite, units, 0.0).double().sqrt().floor().float()
     share = ((noise >> 1).to(torch.float32) + 0.5) * 2.0**-15
-    code = below + (units > below * below + share * (2.0 * below + 1.0))
+    # the difference and the product are exact
+    code = below + (units - below * below > share * (2.0 * below + 1.0))
     code = code.clamp(max=LARGEST)
     if positive:
         code = torch.maximum(code, (value != 0).to(torch.float32))

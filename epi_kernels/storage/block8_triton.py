@@ -22,7 +22,7 @@ _NAN = tl.constexpr(0x7FC00000)
 # the sum of a small number and 2^23 has the number, rounded to a whole one, in its low bits; 1.5 * 2^23 takes numbers
 # just below 0 too
 _WHOLE, _AROUND = tl.constexpr(float(1 << 23)), tl.constexpr(float(3 << 22))
-_WHOLE_BITS = tl.constexpr(0x4B000000)
+_WHOLE_BITS, _AROUND_BITS = tl.constexpr(0x4B000000), tl.constexpr(0x4B400000)
 _ONE_BITS = tl.constexpr(0x3F800000)
 
 
@@ -54,18 +54,18 @@ def encoded(value, noise, left, at, POSITIVE: tl.constexpr, BLOCK: tl.constexpr,
     scales = tl.where(scales < _NEGLIGIBLE, 0.0, scales)
     inverse = tl.where(scales > 0, tl.div_rn(tl.full([BLOCK // BLOCK8], 1.0, tl.float32), scales), 0.0)
     units = float_of(size) * of_entries(inverse, BLOCK)
-    # an approximate root, a little too large: the whole number below it is the one that is wanted, or the next
-    root = tl.sqrt(units) + (2.0**-10 - 0.5)
-    below = (root + _AROUND) - _AROUND
-    below = tl.where(below * below > units, below - 1.0, below)
+    # the root rounded down, as the last bits of a float32. It may be approximate: with a relative error of 2^-23 it is
+    # the wrong whole number only next to a square, where both have the same code
+    root = (tl.sqrt(units) - 0.5) + _AROUND
+    below = root - _AROUND
     share = float_of(((noise.to(tl.int32) >> 1) << 8) | (_ONE_BITS | 0x80)) - 1.0
-    # the products are exact, so that a multiply-add rounds as a product and a sum do
-    bound = tl.fma(share, tl.fma(below, 2.0, 1.0), below * below)
-    # at most LARGEST: the largest value has LARGEST^2 units and 3 roundings, the next code is further
-    whole = bits_of(below + tl.where(units > bound, 1.0, 0.0) + _WHOLE) & 127
+    # all of this is exact
+    root += tl.where(tl.fma(-below, below, units) > share * tl.fma(below, 2.0, 1.0), 1.0, 0.0)
+    # at most LARGEST: the largest value has LARGEST^2 units and 3 roundings, the next code is further. What is not
+    # finite has a root that is infinite or NaN, whose bits are above all others, whatever the sign
+    whole = tl.minimum(root.to(tl.uint32, bitcast=True), _AROUND_BITS + 127).to(tl.int32) & 127
     if POSITIVE:
         whole = tl.maximum(whole, tl.minimum(size, 1))
-    whole = tl.where(finite, whole, 127)
     return (whole | ((bits >> 24) & 128)).to(tl.uint8), scales, of_entries(scales, BLOCK)
 
 

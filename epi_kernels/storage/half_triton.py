@@ -34,9 +34,9 @@ def stochastic(value, noise, DTYPE: tl.constexpr):
 @triton.jit
 def _to_bfloat16(value, noise):
     bits = bits_of(value)
-    # a NaN stays one, whichever bits it has, and keeps its sign bit
-    kept = bits | tl.where((bits & _MAGNITUDE) > INFINITE, 0x400000, 0)
-    rounded = tl.where(is_finite(value), bits + noise.to(tl.int32), kept)
+    # infinity ends in zeros and keeps them; a NaN stays one, whichever bits it has, and keeps its sign bit
+    nan = (bits & _MAGNITUDE) > INFINITE
+    rounded = tl.where(nan, bits | 0x400000, bits + noise.to(tl.int32))
     return (rounded >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 

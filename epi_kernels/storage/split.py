@@ -16,14 +16,12 @@ RESTS = {32: torch.int16, 24: torch.int8}
 def joined(param: Tensor, rest: Tensor) -> Tensor:
     """Return the float32 weight of a bfloat16 parameter and its rest, int16 or int8.
 
-    A rest that cannot belong to its parameter counts as 0: one that would take a parameter of 0 across zero, or an
-    infinite one to a NaN. A program that writes 0 or infinity into a parameter leaves such a rest.
+    A rest counts as 0 where the sum is NaN: it cannot belong to its parameter. It would take a parameter of 0 across
+    zero, or one of infinity beyond. A program that writes 0 or infinity into a parameter leaves such a rest.
     """
-    high = param.view(torch.int16).to(torch.int64) & 0xFFFF
-    low = rest.to(torch.int64) << (0 if rest.dtype == torch.int16 else 8)
-    magnitude = high & 0x7FFF
-    foreign = ((magnitude == 0) & (low < 0)) | ((magnitude == 0x7F80) & (low > 0))
-    return _float_of((high << 16) + torch.where(foreign, 0, low))
+    high = param.view(torch.int16).to(torch.int64) << 16
+    weight = _float_of(high + (rest.to(torch.int64) << (0 if rest.dtype == torch.int16 else 8)))
+    return torch.where(weight.isnan(), _float_of(high), weight)
 
 
 def split(value: Tensor, param: Tensor, rest: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
