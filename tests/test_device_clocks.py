@@ -5,7 +5,8 @@ A GPU is not needed: the CPU stands in for the device that torch says has graphs
 - Parameters, moments, importance and masks are those of clocks on the host, bit for bit, over refreshes, schedules,
   scalers, clipping, parameters that miss gradients, and resume.
 - A learning rate or weight decay in a tensor is read when the step runs, not when it was prepared.
-- A load writes into the state that is there: a captured step has its addresses.
+- A load writes into the state that is there: a captured step has its addresses. All that a captured step reads or
+  writes lives on, whatever steps outside of the graph do.
 """
 
 import copy
@@ -21,12 +22,16 @@ import pytest
 import torch
 from states import same_state
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from epi_kernels import EPIAdamW, MaskedAdamW
 from epi_kernels.engine import state as engine_state
 from epi_kernels.engine.nonfinite import NonfiniteCounts
+from epi_kernels.isolation import isolation
+from epi_kernels.isolation.refresh import Refresh
 
 SHAPES = {"h.0.weight": (30, 7), "h.0.bias": (30,), "h.1.weight": (9, 8), "head.scale": ()}
 KINDS: dict[str, Any] = {
@@ -323,6 +328,92 @@ def test_what_a_captured_step_uploads_is_kept(capturing: Callable[[], None], bac
     }
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # a load does not let go of it
     assert optimizer._planner.uploads._captured is kept
+
+
+class Storages(TorchDispatchMode):
+    """Notes the storages that operations read or write and that others made before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: set[int] = set()
+        self.found: dict[int, StorageWeakRef] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # of a number of the host a tensor has just been made
+        found = () if function is torch.ops.aten.lift_fresh.default else tree_leaves((args, kwargs))
+        for tensor in filter(torch.is_tensor, found):
+            storage = tensor.untyped_storage()
+            if storage.nbytes() and storage._cdata not in self.made:
+                self.found.setdefault(storage._cdata, StorageWeakRef(storage))
+        results = function(*args, **(kwargs or {}))
+        new = {tensor.untyped_storage()._cdata for tensor in filter(torch.is_tensor, tree_leaves(results))}
+        self.made |= new - self.found.keys()
+        return results
+
+
+def set_all(optimizer: EPIAdamW, **settings: Any) -> None:
+    for group in optimizer.param_groups:
+        group.update(settings)
+
+
+DISTURBANCES: dict[str, Callable[[EPIAdamW, list[Parameter]], object]] = {
+    "other gradients": lambda optimizer, params: None,
+    "a missing gradient": lambda optimizer, params: setattr(params[2], "grad", None),
+    "another ratio": lambda optimizer, params: set_all(optimizer, isolation_ratio=0.2),
+    "the clock on the host": lambda optimizer, params: set_all(optimizer, capturable=False),
+    "a frozen parameter": lambda optimizer, params: params[1].requires_grad_(False),
+    "a load": lambda optimizer, params: optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict())),
+    "a cleared state": lambda optimizer, params: optimizer.state.clear(),
+}
+
+
+@pytest.mark.parametrize("disturbance", DISTURBANCES)
+@pytest.mark.parametrize("importance", ["ema", "exp_avg_sq"])
+def test_all_that_a_captured_step_reads_or_writes_outlives_what_comes_after(
+    importance: str, disturbance: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = [Parameter(torch.randn(40, 50)[:, ::2].detach()), *(Parameter(torch.randn(30)) for _ in range(2))]
+    named = [(f"layer.{i}.weight", param) for i, param in enumerate(params)]
+    settings: dict[str, Any] = {"importance": importance, "mask_interval": 2, "isolation_ratio": 0.1}
+    optimizer = EPIAdamW(
+        named, lr=torch.tensor(0.01), capturable=True, clip_grad_norm=1.0, backend="reference", **settings
+    )
+
+    def step(disturbed: bool = False) -> None:
+        for param in params:
+            param.grad = torch.randn_like(param)
+        if disturbed:
+            DISTURBANCES[disturbance](optimizer, params)
+        optimizer.step()
+
+    step()
+    step()
+    with monkeypatch.context() as patch, Storages() as captured:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        optimizer.step()
+    gradients = [param.grad for param in params]  # a graph's user keeps them, as for torch's optimizers
+    for _ in range(3):
+        step(disturbed=True)
+    gc.collect()
+    assert len(captured.found) > 4 * len(gradients)
+    assert not any(storage.expired() for storage in captured.found.values())
+
+
+def test_a_captured_refresh_takes_the_plan_that_is_there(
+    capturing: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    monkeypatch.setattr(isolation, "Refresh", lambda *args, **kwargs: made.append(Refresh(*args, **kwargs)) or made[-1])
+    params, optimizer, _, _ = pair(KINDS["ema"], "reference")
+    give(params, 1)
+    optimizer.step()
+    before = len(made)
+    capturing()
+    for _ in range(2):
+        optimizer.step()
+    assert before
+    assert len(made) == before
 
 
 def test_a_step_that_is_not_captured_keeps_no_state(backend: str) -> None:

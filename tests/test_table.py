@@ -140,12 +140,16 @@ def test_a_step_that_raises_inside_of_another_gives_back_the_outer_one() -> None
 
 
 class Device:
-    """A GPU for tables and uploads, in the memory of the host; counts copies, knows a stream and a capture."""
+    """A GPU for tables and uploads, in the memory of the host; counts copies, knows a stream and a capture.
+
+    As on a GPU, a captured copy arrives when the graph is replayed, not before.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.device = torch.device("cuda", 0)
         self.stream, self.capturing = 0, False
         self.pinned, self.copies = 0, 0
+        self._captured: list[tuple[Tensor, Tensor]] = []
         to = Tensor.to
 
         def pin_memory(values: Tensor) -> Tensor:
@@ -156,13 +160,22 @@ class Device:
             if arguments != (self.device,):
                 return to(values, *arguments, **others)
             self.copies += 1
-            return values.clone()
+            if not self.capturing:
+                return values.clone()
+            there = torch.full_like(values, -1)
+            self._captured.append((there, values))
+            return there
 
         monkeypatch.setattr(Tensor, "pin_memory", pin_memory)
         monkeypatch.setattr(Tensor, "to", sent)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=self.stream))
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
         table_module._chunks.cache_clear()
+
+    def replay(self) -> None:
+        """Replay all copies that were captured."""
+        for there, values in self._captured:
+            there.copy_(values)
 
 
 @pytest.fixture
@@ -219,3 +232,43 @@ def test_chunks_are_shared_within_a_stream_alone_and_not_out_of_a_capture(gpu: D
     captured = chunks()
     gpu.capturing = False
     assert chunks() is not captured
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["eager", "captured"])
+def test_what_a_captured_step_has_sent_is_taken_by_no_later_step(gpu: Device, again: bool) -> None:
+    uploads, values = Uploads(), torch.arange(5, dtype=torch.float32, device="cpu")
+    table = Table(("size", "grad"), [3], 4, gpu.device)
+    with uploads.step(capturing=False):
+        table.rows()
+        uploads.of(values, gpu.device)
+    with uploads.step(capturing=True):
+        gpu.capturing = True
+        table.set("grad", [7])
+        captured = [table.rows(), uploads.of(values + 1, gpu.device)]
+        assert table.rows() is captured[0]
+        assert uploads.of(values, gpu.device).tolist() == values.tolist()  # sent before
+    with uploads.step(capturing=again):
+        gpu.capturing = again
+        later = [table.rows(), uploads.of(values + 1, gpu.device), uploads.of(values, gpu.device)]
+    assert all(one is not other for one, other in zip(captured, later, strict=False))
+    if not again:
+        assert [found.tolist() for found in later] == [[[3, 7]], (values + 1).tolist(), values.tolist()]
+    gpu.replay()
+    assert [found.tolist() for found in captured] == [[[3, 7]], (values + 1).tolist()]
+
+
+@pytest.mark.parametrize(("version", "sends"), [("2.10.1+cu130", False), ("2.11.0a0", False), ("2.11.0", True)])
+def test_a_capture_sends_nothing_where_torch_cannot_pin_in_it(
+    version: str, sends: bool, gpu: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    uploads, values = Uploads(), torch.arange(5, dtype=torch.float32, device="cpu")
+    with uploads.step(capturing=False):
+        uploads.of(values, gpu.device)
+    with uploads.step(capturing=True):
+        assert uploads.of(values, gpu.device).tolist() == values.tolist()
+        if sends:
+            uploads.of(values + 1, gpu.device)
+        else:
+            with pytest.raises(RuntimeError, match=r"torch 2\.1.* cannot send it: install torch 2\.11 or newer"):
+                uploads.of(values + 1, gpu.device)

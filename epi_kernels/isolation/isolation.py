@@ -217,6 +217,9 @@ class Isolation:
         found_inf = torch.zeros((), dtype=torch.float32, device=device) if found_inf is None else found_inf
         counted = (found_inf == 0).reshape(())
         self._clock_there += counted
+        uploads = Uploads.current()
+        if uploads is not None:  # the graph counts on, whatever becomes of this clock
+            uploads.keep(self._clock_there)
         return self._clock_there.clone(), counted
 
     # The step --------------------------------------------------------------------------------------------------------
@@ -314,14 +317,14 @@ class Isolation:
         """
         seen, signed, scales, grads = self._look(owner, stepping)
         plan = self._plan
-        # what a capture uploads is on the device only in replays, so a plan must not be shared with a capture
-        capturing = due is not None and due.is_cuda and torch.cuda.is_current_stream_capturing()
-        if plan is not None and seen is not None and plan.seen == seen and not capturing:
+        if plan is not None and seen is not None and plan.seen == seen:
             signed, scales, grads = ([of_all[i] for i in plan.where] for of_all in (signed, scales, grads))
         else:
             self._plan = None  # frees the counters of the old plan
             plan, signed, scales, grads = self._planned(owner, stepping, seen, step)
-            if seen is not None and not capturing:
+            uploads = Uploads.current()
+            # what a captured plan sends is on the device only in replays
+            if seen is not None and (uploads is None or not uploads.capturing):
                 self._plan = plan
         settings = None if plan.ranks is None else self.competition.settings_of_ranks(owner)
         if plan.refresh is None:

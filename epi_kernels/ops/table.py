@@ -18,6 +18,9 @@ from torch import Tensor
 from epi_kernels.schema import CHUNK_BITS
 from epi_kernels.storage.block8 import BLOCK
 
+# from this version on, torch allocates pinned memory in a capture; before, only by luck
+_PINS_IN_CAPTURES = "2.11"
+
 # the alignment, in bytes, that lets kernels read and write 128 bits at a time
 ALIGNMENT = 16
 
@@ -82,19 +85,24 @@ class Table:
 
         Where `due`, float32 of one value on the device, is 0, every tensor has size 0: a launch finds nothing to do.
         """
-        if self._there is None:
+        rows = self._there
+        uploads = Uploads.current()
+        if rows is None:
             if "aligned" in self._columns:
                 addresses = self._host[:, sorted(self._addresses)]
                 self._host[:, self._columns["aligned"]] = (addresses % ALIGNMENT == 0).all(1)
             values = torch.from_numpy(self._host)
-            uploads = None if self._device.type == "cpu" else Uploads.current()
-            self._there = on_device(values, self._device) if uploads is None else uploads.of(values, self._device)
-        uploads = Uploads.current()
+            if uploads is None or self._device.type == "cpu":
+                rows = on_device(values, self._device)
+            else:
+                rows = uploads.of(values, self._device)
+            if uploads is None or not uploads.capturing:  # what a capture sends is there only in replays
+                self._there = rows
         if uploads is not None:  # the rows may have been sent in a step long before
-            uploads.keep((self.chunks, self.chunks_of, self._there))
+            uploads.keep((self.chunks, self.chunks_of, rows))
         if due is None:
-            return self._there
-        rows = self._there.clone()
+            return rows
+        rows = rows.clone()
         rows[:, self._columns["size"]] *= (due != 0).to(rows.dtype).reshape(())
         return rows
 
@@ -134,10 +142,15 @@ class Uploads:
 
     A replayed graph reads the same device memory and, if the copy was captured, copies into it again from the same
     pinned memory. So both must live as long as the graph: whatever a captured step has used is kept for good. Values
-    equal to values sent in the last step are not sent again.
+    equal to values sent in the last step are not sent again. A capture copies nothing, only its replays do: no later
+    step takes what a captured step has sent.
+
+    Attributes:
+        capturing: whether the step is captured.
     """
 
     def __init__(self) -> None:
+        self.capturing = False
         self._now: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
         self._before: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
         self._used: list[object] = []
@@ -152,6 +165,7 @@ class Uploads:
     def step(self, capturing: bool) -> Iterator[None]:
         """Return a context in which everything that `on_device` and `Table` send is kept here."""
         self._before, self._now, self._used = self._now, {}, []
+        self.capturing = capturing
         outer, _stepping.uploads = _stepping.uploads, self
         try:
             yield
@@ -159,17 +173,29 @@ class Uploads:
             _stepping.uploads = outer
             if capturing:
                 self._captured += [self._now, self._used]
+                self._now = self._before
 
     def keep(self, thing: object) -> None:
         """Keep what the device reads in this step, if the step is captured."""
         self._used.append(thing)
 
     def of(self, values: Tensor, device: torch.device) -> Tensor:
-        """Return a copy on `device` of values on the CPU; the caller must not write the copy."""
+        """Return a copy on `device` of values on the CPU; the caller must not write the copy.
+
+        Raises:
+            RuntimeError: the step is captured, the values have not been sent before, and this version of torch cannot
+                allocate pinned memory in a capture.
+        """
         key = (device, values.dtype, values.shape, values.numpy().tobytes())
         if key not in self._now:
             known = self._before.get(key)
             if known is None:
+                if self.capturing and torch.torch_version.TorchVersion(torch.__version__) < _PINS_IN_CAPTURES:
+                    raise RuntimeError(
+                        "step() is being captured, and what kernels read has changed since the step before, such as "
+                        f"the address of a gradient. torch {torch.__version__} cannot send it: install torch "
+                        f"{_PINS_IN_CAPTURES} or newer, or first take a step with the same tensors outside of the graph"
+                    )
                 pinned = values.pin_memory()
                 known = pinned, pinned.to(device, non_blocking=True)
             self._now[key] = known
