@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 from epi_kernels import EPIAdamW, MaskedAdamW
 from epi_kernels.engine import state as engine_state
 from epi_kernels.engine.nonfinite import NonfiniteCounts
-from epi_kernels.isolation import isolation
+from epi_kernels.isolation.mask_clock import MaskClock
 from epi_kernels.isolation.refresh import Refresh
 
 SHAPES = {"h.0.weight": (30, 7), "h.0.bias": (30,), "h.1.weight": (9, 8), "head.scale": ()}
@@ -400,22 +400,6 @@ def test_all_that_a_captured_step_reads_or_writes_outlives_what_comes_after(
     assert not any(storage.expired() for storage in captured.found.values())
 
 
-def test_a_captured_refresh_takes_the_plan_that_is_there(
-    capturing: Callable[[], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = []
-    monkeypatch.setattr(isolation, "Refresh", lambda *args, **kwargs: made.append(Refresh(*args, **kwargs)) or made[-1])
-    params, optimizer, _, _ = pair(KINDS["ema"], "reference")
-    give(params, 1)
-    optimizer.step()
-    before = len(made)
-    capturing()
-    for _ in range(2):
-        optimizer.step()
-    assert before
-    assert len(made) == before
-
-
 def test_a_step_that_is_not_captured_keeps_no_state(backend: str) -> None:
     params, optimizer, _, _ = pair(KINDS["ema"], backend)
     give(params, 1)
@@ -439,6 +423,74 @@ def test_the_clock_is_where_torch_has_it() -> None:
     theirs = torch.optim.AdamW(twins.values())
     theirs.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert theirs.state[twins["head.scale"]]["step"].item() == 1.0
+
+
+def refreshes(monkeypatch: pytest.MonkeyPatch) -> list[Refresh]:
+    """Return a list to which every launch of a refresh adds an entry, whether the refresh is due or not."""
+    launched: list[Refresh] = []
+    run = Refresh.run_
+
+    def noted(self: Refresh, *args: Any, **kwargs: Any) -> Any:
+        launched.append(self)
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(Refresh, "run_", noted)
+    return launched
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_where_no_refresh_can_be_due_nothing_is_launched_for_one(skips: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    params, optimizer, twins, twin = pair(KINDS["ema"], "reference", mask_interval=20)
+    launched, steps_with = refreshes(monkeypatch), []
+    for step in range(1, 61):
+        skipped = skips and step % 7 == 0
+        give(params, step)
+        optimizer.found_inf = torch.tensor([float(skipped)])
+        before = len(launched)
+        optimizer.step()
+        steps_with += [step] * (len(launched) - before)
+        if not skipped:
+            give(twins, step)
+            twin.step()
+    assert_same(params, optimizer, twins, twin)
+    # besides the first step and those that are due, 23 and 46 with the skipped steps, those that might have been: the
+    # host takes steps for counted until it has read the clock
+    assert steps_with == ([1, 20, 22, 23, 43, 46] if skips else [1, 20, 40, 60])
+
+
+def test_what_the_host_learns_late_delays_no_refresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    learn, asked = MaskClock._learn, []
+
+    def late(self: MaskClock) -> None:
+        asked.append(self)
+        if len(asked) % 5 == 0:
+            learn(self)
+
+    params, optimizer, twins, twin = pair(KINDS["ema"], "reference", mask_interval=8)
+    monkeypatch.setattr(MaskClock, "_learn", late)
+    launched = refreshes(monkeypatch)
+    for step in range(1, 41):
+        for ps, o in ((params, optimizer), (twins, twin)):
+            give(ps, step)
+            o.step()
+        assert_same(params, optimizer, twins, twin)
+    assert 6 + 5 < len(launched) < 40
+
+
+def test_from_a_capture_on_every_step_may_be_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    params, optimizer, _, _ = pair(KINDS["ema"], "reference", mask_interval=1000)
+    launched = refreshes(monkeypatch)
+    give(params, 1)
+    optimizer.step()
+    optimizer.step()
+    assert len(launched) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        optimizer.step()
+    optimizer.step()
+    assert len(launched) == 3
+    assert len(set(map(id, launched))) == 1  # one plan serves all
 
 
 @each_kind

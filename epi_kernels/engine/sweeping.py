@@ -217,8 +217,8 @@ class Sweeping(Planner):
         """Return the device on which the clock of a parameter runs, or None: on the host.
 
         torch has the clock on the device with ``fused`` too; here the clock is there only with ``capturable``, or with
-        a scaler that knows only on the device whether the step is skipped. When only the device knows whether a refresh
-        is due, the kernels of a refresh are launched at every step and usually do nothing.
+        a scaler that knows only on the device whether the step is skipped. Where the host cannot exclude that a refresh
+        is due, the kernels of a refresh are launched, and do nothing if it is not: `isolation.mask_clock`.
         """
         found_inf = getattr(owner, "found_inf", None)
         skips_there = found_inf is not None and found_inf.device.type != "cpu"

@@ -29,11 +29,12 @@ from epi_kernels.engine.settings import Groups
 from epi_kernels.engine.storages import place_of, stored
 from epi_kernels.isolation.competition import Compact, Competition, Signed
 from epi_kernels.isolation.layers import Grouping, LayersArgument
+from epi_kernels.isolation.mask_clock import MaskClock
 from epi_kernels.isolation.refresh import Refresh
 from epi_kernels.isolation.settings import CLOCK
 from epi_kernels.isolation.telemetry import Budget, Layout, Record, Records
 from epi_kernels.notices import warn
-from epi_kernels.ops.table import Uploads, on_device
+from epi_kernels.ops.table import Uploads
 from epi_kernels.storage import block8
 from epi_kernels.storage.noise import Place
 
@@ -79,7 +80,7 @@ class Isolation:
         self.competition = Competition(Grouping(layers))
         self.records = Records()
         self.nonfinite = NonfiniteCounts()
-        self._clock_there: Tensor | None = None  # the clock (int64, no dimensions) if only a device knows it
+        self._clock_there: MaskClock | None = None  # the clock if only a device knows it
         self.iteration = Iteration()
         self._warned = False  # whether the warning of flat partitions was given
         self._shown: list[int] = []  # ids of the parameters of the last step
@@ -159,7 +160,7 @@ class Isolation:
     def latest_clock(self, groups: Groups) -> int:
         """Return how many steps the optimizer has taken; this waits for the device if the clock runs on one."""
         if self._clock_there is not None:
-            return int(self._clock_there)
+            return int(self._clock_there.value)
         # groups with which a program replaced others may lack the clock
         return int(self._clocked(groups)[0].get(CLOCK, self.iteration.clock))
 
@@ -169,7 +170,7 @@ class Isolation:
         for group in self._clocked(groups):
             group[CLOCK] = clock
         if self._clock_there is not None:
-            self._clock_there.fill_(clock)  # in place: a captured step has the address of the tensor
+            self._clock_there.set(clock)
 
     def join(self, groups: Groups, group: dict[str, Any]) -> None:
         """Give a new group the clock, which all groups share, and count the parameters of all groups."""
@@ -200,7 +201,7 @@ class Isolation:
         self.keep_clock(groups, clock)
         return clock
 
-    def count_step_on(self, groups: Groups, device: torch.device, found_inf: Tensor | None) -> tuple[Tensor, Tensor]:
+    def count_step_on(self, groups: Groups, device: torch.device, found_inf: Tensor | None) -> tuple[MaskClock, Tensor]:
         """Count a step if only the device knows whether the step is skipped, and wait for nothing.
 
         Args:
@@ -209,18 +210,14 @@ class Isolation:
             found_inf: one float32 value on that device, not 0 if the step is skipped; None: the step is not skipped.
 
         Returns:
-            (the clock after this step, whether this step counts), an int64 and a bool scalar on the device.
+            (the clock, whether this step counts, a bool scalar on the device).
         """
         if self._clock_there is None:
-            start = torch.tensor(self.latest_clock(groups), dtype=torch.int64, device="cpu")
-            self._clock_there = on_device(start, device)
+            self._clock_there = MaskClock(self.latest_clock(groups), device)
         found_inf = torch.zeros((), dtype=torch.float32, device=device) if found_inf is None else found_inf
         counted = (found_inf == 0).reshape(())
-        self._clock_there += counted
-        uploads = Uploads.current()
-        if uploads is not None:  # the graph counts on, whatever becomes of this clock
-            uploads.keep(self._clock_there)
-        return self._clock_there.clone(), counted
+        self._clock_there.count(counted)
+        return self._clock_there, counted
 
     # The step --------------------------------------------------------------------------------------------------------
 
@@ -257,8 +254,12 @@ class Isolation:
             clock_there, counted = self.count_step_on(groups, home, scaling.found_inf.get(home))
             if interval is None:
                 return False
-            due_there = (counted & (clock_there % interval == 0)).float()
-            self.refresh(owner, params, scaling, clock_there, due_there)
+            # the first step takes the way of a refresh in any case: a capture needs the plan of an earlier step
+            if self._plan is not None and not clock_there.may_be_due(interval):
+                return False
+            now = clock_there.value.clone()
+            due_there = (counted & (now % interval == 0)).float()
+            self.refresh(owner, params, scaling, now, due_there)
             return due_there
         clock = self.count_step(groups)
         self._clock_there = None  # the host knows the clock again, and keeps counting
