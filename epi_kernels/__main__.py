@@ -12,8 +12,8 @@ import torch
 
 from epi_kernels import __version__, memory
 from epi_kernels.backends import cuda, native, registry
-
-_SIMD = {1: "the compiler's baseline", 3: "AVX2 and FMA (x86-64-v3)", 4: "AVX-512 (x86-64-v4)"}
+from epi_kernels.backends.support import Spec
+from epi_kernels.contract import arithmetic_dtype
 
 _FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _STORAGES = {**_FLOATS, "8bit": "8bit"}
@@ -21,11 +21,11 @@ _STORAGES = {**_FLOATS, "8bit": "8bit"}
 
 def loaded() -> str:
     """Return which compiler has built the native library, and which instruction set it uses."""
-    return f"loaded, built by {native.compiler()}, uses {_SIMD[native.simd_level()]}"
+    return f"loaded, built by {native.compiler()}, uses {native.simd()}"
 
 
 def print_backends() -> None:
-    """Print versions, the machine, and the backend of each operation."""
+    """Print versions, the machine, the backend of each operation, and the path that a step takes."""
     obstacle = native.obstacle()
     rows = [
         ("epi_kernels", __version__),
@@ -39,7 +39,9 @@ def print_backends() -> None:
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
             backends = registry.explain(torch.device(device), "auto", dtype)
-            rows.append((f"{device}, {str(dtype).removeprefix('torch.')}", backends))
+            name = f"{device}, {str(dtype).removeprefix('torch.')}"
+            spec = Spec("sweep_", frozenset({dtype}), frozenset({arithmetic_dtype(dtype)}))
+            rows += [(name, backends), (f"{name}, a step", registry.path_of(spec, torch.device(device), "auto"))]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name:<{width}}  {value}")

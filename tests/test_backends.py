@@ -124,6 +124,8 @@ def test_the_command_line_says_what_runs_here() -> None:
     assert lines["epi_kernels"] == __version__
     assert lines["cpu, float32"] == registry.explain(torch.device("cpu"), "auto")
     assert lines["cpu, float64"] == "reference"
+    assert lines["cpu, float32, a step"] == registry.path_of(Spec("sweep_"), CPU, "auto")
+    assert lines["cpu, float64, a step"].startswith("reference, since native cannot: ")
     assert lines["native library"].startswith("loaded" if "native" in AVAILABLE else "none: ")
     assert lines["CUDA library"].startswith(("loaded, built by nvcc", "not used: "))
 
@@ -209,6 +211,24 @@ def test_each_gpu_is_judged_by_itself_and_not_by_the_current_one(
             choose(Spec("score_histogram"), devices[1], backend)
     assert registry.explain(devices[1], "auto") == "reference"
     assert registry.explain(devices[0], "auto") != "reference"
+
+
+def test_the_path_of_a_step_names_the_backend_or_why_it_is_plain_torch(
+    gpu: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5) if device.index == 1 else (9, 0))
+    paths = [registry.path_of(Spec("sweep_"), torch.device("cuda", i), "auto") for i in range(2)]
+    assert paths == ["triton", "reference, since triton cannot: it needs compute capability 8.0 and this GPU has 7.5"]
+    assert registry.path_of(Spec("sweep_"), FIRST_GPU, "reference") == "reference, as requested"
+    asked = registry.path_of(Spec("sweep_"), FIRST_GPU, "native")
+    assert asked.startswith("backend='native' cannot run sweep_ here: it runs on the CPU")
+
+
+@needs_native
+@pytest.mark.parametrize(("level", "name"), [(1, "the compiler's baseline"), (3, "AVX2"), (4, "AVX-512")])
+def test_the_path_of_a_step_names_the_instructions(level: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "simd_level", lambda: level)
+    assert registry.path_of(Spec("sweep_"), CPU, "auto").startswith(f"native with {name}")
 
 
 def test_the_cuda_library_asks_each_gpu_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,6 +61,15 @@ def test_aligned_needs_every_address_to_be() -> None:
     assert table.rows()[:, 4].tolist() == [0, 1, 1, 0]
 
 
+def test_entries_of_unaligned_tensors_are_counted() -> None:
+    tensor = torch.zeros(64)
+    table = Table(("size", "first", "second", "aligned"), [3, 5, 7], 4, CPU)
+    table.point("first", [tensor, tensor[1:], tensor[4:]])
+    assert (table.unaligned(), table.entries()) == (5, 15)
+    table.point("second", [tensor[1:], tensor, None])  # not sent yet
+    assert (table.unaligned(), table.entries()) == (8, 15)
+
+
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("lock_in", LOCK_IN)
 def test_a_step_of_aligned_tensors_is_aligned_wherever_the_lock_is(

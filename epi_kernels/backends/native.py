@@ -21,6 +21,8 @@ from epi_kernels.storage.noise import Place
 
 _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
+_SIMD = {1: "the compiler's baseline", 3: "AVX2 and FMA (x86-64-v3)", 4: "AVX-512 (x86-64-v4)"}
+
 # function -> its arguments between (tensors, count) and the number of threads
 _FUNCTIONS = {
     "epi_sweep": (_INT32, _INT32),
@@ -67,6 +69,11 @@ def compiler() -> str:
 def simd_level() -> int:
     """Return the instruction set in use: 1 is the baseline, 3 is x86-64-v3 (AVX2), 4 is x86-64-v4 (AVX-512)."""
     return int(_library().epi_simd_level())
+
+
+def simd() -> str:
+    """Return the name of the instruction set in use."""
+    return _SIMD[simd_level()]
 
 
 def function(name: str) -> Any:

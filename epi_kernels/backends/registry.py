@@ -131,6 +131,29 @@ def explain(device: torch.device, requested: str, dtype: torch.dtype = torch.flo
     return ", ".join(f"{operation} {backend}" for operation, backend in choices.items())
 
 
+def path_of(spec: Spec, device: torch.device, requested: str) -> str:
+    """Return one line on how an operation runs on `device`: by which backend, with which instructions, or why slowly.
+
+    Where the backend that was requested cannot run there, the line is what `choose` would say.
+
+    Example:
+        >>> path_of(Spec("sweep_"), torch.device("cpu"), "reference")
+        'reference, as requested'
+    """
+    try:
+        backend = choose(spec, device, requested).backend
+    except RuntimeError as error:
+        return str(error)
+    if backend == "native":
+        return f"native with {native.simd()}"
+    if backend != "reference":
+        return backend
+    if requested == backend:
+        return "reference, as requested"
+    faster = "native" if device.type == "cpu" else "triton"
+    return f"reference, since {faster} cannot: {BACKENDS[faster].supports(spec, target_of(device)).reason}"
+
+
 def say_if_slow(device: torch.device) -> None:
     """Warn, once for each process, if "auto" finds only plain torch for a device that a user expects to be fast.
 

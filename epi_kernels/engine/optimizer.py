@@ -166,6 +166,10 @@ class FusedOptimizer(Optimizer):
         """Do what is due after every parameter has stepped alone."""
         self._method.between_iterations(self)
 
+    def __repr__(self) -> str:
+        """Return torch's text and the path that a step takes."""
+        return f"{super().__repr__()}\n{self._planner.text(self)}"
+
     def _step_tensors(self) -> list[Tensor]:
         """Return every parameter, for `epi_kernels.engine.compiled`."""
         return params_of(self.param_groups)

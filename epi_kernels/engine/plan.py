@@ -19,7 +19,7 @@ from torch.nn import Parameter
 
 from epi_kernels.backends import registry
 from epi_kernels.backends.support import Spec
-from epi_kernels.contract import check_lists
+from epi_kernels.contract import arithmetic_dtype, check_lists
 from epi_kernels.distributed import local, local_gradient
 from epi_kernels.engine.clocks import DeviceClocks, HostClocks
 from epi_kernels.engine.complex import as_real
@@ -199,6 +199,17 @@ class Planner:
         name = noise_name(param, owner.param_groups)
         return place_of(param, name, owner.param_groups[group], *self.method.rank_of(owner, param))
 
+    def text(self, owner: Owner) -> str:
+        """Return one line on the path that a step takes for each device and dtype of the parameters."""
+        paths: dict[tuple[str, str], None] = {}
+        for param in params_of(owner.param_groups):
+            dtype = param.dtype.to_real() if param.is_complex() else param.dtype
+            kept = {dtype for name, dtype in storages_of(self.rule, owner.state.get(param, _NOTHING)) if name != REST}
+            spec = Spec(self.operation, frozenset({dtype}), frozenset(kept or {arithmetic_dtype(dtype)}))
+            path = registry.path_of(spec, param.device, owner._backend)
+            paths[f"{str(dtype).removeprefix('torch.')} on {param.device}", path] = None
+        return f"Step: {'; '.join(f'{kind}: {path}' for kind, path in paths)}"
+
     # A step ----------------------------------------------------------------------------------------------------------
 
     def planned(
@@ -234,6 +245,12 @@ class Planner:
             plan = self._alone[id(param)] = Plan()
         now = self._look(owner, [(group, [param])])
         return plan, self._up_to_date(owner, plan, now, capturing=False)
+
+    def last_bundles(self, owner: Owner) -> list[Any]:
+        """Return the bundles of the last step, or of the last step of each parameter if gradients are released."""
+        released = getattr(owner, "_released", None) is not None
+        plans = [*self._alone.values()] if released else [*self._plans.values()][-1:]
+        return [bundle for plan in plans for bundle in plan.bundles]
 
     def _up_to_date(self, owner: Owner, plan: Plan, now: Present, capturing: bool) -> Present:
         # all work for each tensor is here and in `_look`, in loops that run in C where possible

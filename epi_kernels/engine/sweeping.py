@@ -207,6 +207,17 @@ class Sweeping(Planner):
             with torch.enable_grad():
                 differentiable.step_(param, owner.state[param], group, locked, scaling.factor.get(param.device))
 
+    def text(self, owner: Owner) -> str:
+        """Return one line on the path that a step takes, and on its unaligned entries after the first step on a GPU."""
+        if owner.defaults.get("differentiable"):
+            return "Step: plain torch, as differentiable=True asks for"
+        path = super().text(owner)
+        tables = [bundle.sweep.table for bundle in self.last_bundles(owner) if bundle.sweep.table is not None]
+        entries, unaligned = sum(table.entries() for table in tables), sum(table.unaligned() for table in tables)
+        if unaligned:
+            return f"{path}; {unaligned:,} of {entries:,} entries unaligned: they take the slower path"
+        return f"{path}; all {entries:,} entries aligned" if entries else path
+
     # Planning --------------------------------------------------------------------------------------------------------
 
     def _kind(self, owner: Owner, param: Tensor) -> tuple[object, ...]:

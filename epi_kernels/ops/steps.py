@@ -38,7 +38,8 @@ def prepared_sweep(rule: Rule, tensors: Tensors, lock_in: str, lockable: Sequenc
     checked again. Pass `moved=True` if any of them except a gradient has another address than before. Where the host
     does not know `advanced`, it may be a float32 tensor of one value on the tensors' device, where not 0 means True;
     `scalars` may then be float32 on that device. The function returns whether `nonfinite` may have grown. The caller
-    tells autograd what was written.
+    tells autograd what was written. Its ``table`` is the `epi_kernels.ops.table.Table` of the last step on a GPU; None
+    on a backend for which the alignment of addresses makes no difference.
 
     Args:
         rule: how an entry moves.

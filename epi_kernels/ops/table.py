@@ -10,6 +10,7 @@ import functools
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,8 +90,7 @@ class Table:
         uploads = Uploads.current()
         if rows is None:
             if "aligned" in self._columns:
-                addresses = self._host[:, sorted(self._addresses)]
-                self._host[:, self._columns["aligned"]] = (addresses % ALIGNMENT == 0).all(1)
+                self._host[:, self._columns["aligned"]] = self._aligned()
             values = torch.from_numpy(self._host)
             if uploads is None or self._device.type == "cpu":
                 rows = on_device(values, self._device)
@@ -105,6 +105,19 @@ class Table:
         rows = rows.clone()
         rows[:, self._columns["size"]] *= (due != 0).to(rows.dtype).reshape(())
         return rows
+
+    def entries(self) -> int:
+        """Return the number of entries of all tensors."""
+        return int(self._host[:, self._columns["size"]].sum())
+
+    def unaligned(self) -> int:
+        """Return the number of entries in tensors with an address in their row that is no multiple of ALIGNMENT."""
+        return int(self._host[~self._aligned(), self._columns["size"]].sum())
+
+    def _aligned(self) -> "np.ndarray[Any, Any]":
+        """Return for each row whether every address in it is a multiple of ALIGNMENT."""
+        addresses = self._host[:, sorted(self._addresses)]
+        return np.asarray((addresses % ALIGNMENT == 0).all(1))
 
 
 def row_length(tensor: Tensor) -> int:

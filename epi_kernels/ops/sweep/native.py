@@ -17,6 +17,8 @@ _address = Tensor.data_ptr
 class Sweep:
     """The step of a fixed list of tensors; contract: `epi_kernels.ops.prepared_sweep`."""
 
+    table = None
+
     def __init__(self, rule: Rule, tensors: Tensors, lock_in: str, lockable: Sequence[bool]) -> None:
         self._rule, self._run = RULES.index(rule), native.function("epi_sweep")
         self._slots = [slot.name for slot in rule.slots]

@@ -20,6 +20,8 @@ _OWN = len(SweepScalars._fields)
 class Sweep:
     """The step of a fixed list of tensors; contract: `epi_kernels.ops.prepared_sweep`."""
 
+    table = None
+
     def __init__(self, rule: Rule, tensors: Tensors, lock_in: str, lockable: Sequence[bool]) -> None:
         self._rule = rule
         self._lock_in = [lock_in if can else "none" for can in lockable]

@@ -327,16 +327,16 @@ class Sweep:
         self._strided = flat.strided
         self._device = params[0].device
         sizes = [size_in_tiles(param, tiles.BLOCK) if blocks else param.numel() for param in params]
-        self._table = Table(SWEEP.words, sizes, tiles.CHUNK, self._device)
+        self.table = Table(SWEEP.words, sizes, tiles.CHUNK, self._device)
         self._words = {slot.name: f"slots[{i}]" for i, slot in enumerate(rule.slots)}
         self._scales = {slot.name: f"scales[{i}]" for i, slot in enumerate(rule.slots)}
         self._point(tensors, flat)
         if lock_in == "slot":
-            self._table.set("lock", lockable)
+            self.table.set("lock", lockable)
         if noise:
-            place_in(self._table, tensors.places)
+            place_in(self.table, tensors.places)
         if blocks:
-            self._table.set("row", [row_length(param) for param in params])
+            self.table.set("row", [row_length(param) for param in params])
         self._constants = {
             "PARAM": tiles.DTYPES[params[0].dtype],
             "GRAD": tiles.DTYPES[grads[0].dtype],
@@ -362,7 +362,7 @@ class Sweep:
         moved: bool,
     ) -> bool:
         """Take the step."""
-        table, flat, grads = self._table, None, tensors.grads
+        table, flat, grads = self.table, None, tensors.grads
         if moved or self._strided:  # the copies have new addresses in each step
             written = list(tensors.written())
             flat = Flat(written=written, read=[grads], strided=self._strided, row_major=self._row_major)
@@ -400,4 +400,4 @@ class Sweep:
         columns |= {self._scales[name]: of_slot for name, of_slot in tensors.scales.items()}
         for word, of_word in columns.items():
             if any(tensor is not None for tensor in of_word):
-                self._table.point(word, of_word)
+                self.table.point(word, of_word)
