@@ -379,34 +379,52 @@ def test_telemetry_is_bounded_and_holds_no_tensor() -> None:
     assert twin.telemetry()[:-1] == records[1:]
 
 
-def test_a_record_that_is_under_way_is_read_when_it_has_arrived(monkeypatch: pytest.MonkeyPatch) -> None:
-    here = torch.device("meta")  # not the CPU: an event is asked
+class Arrivals:
+    """A device, not the CPU, whose copies arrive when the test says so; its tensors are in the memory of the host."""
 
-    class Event:
-        arrived = False
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.device = torch.device("meta")
+        self.arrived = False
+        to, here = Tensor.to, self
 
-        def __init__(self, device: torch.device) -> None:
-            assert device == here
+        class Event:
+            def __init__(self, device: torch.device) -> None:
+                assert device == here.device
 
-        def record(self, stream: object) -> None:
-            pass
+            def record(self, stream: object) -> None:
+                pass
 
-        def query(self) -> bool:
-            return Event.arrived
+            def query(self) -> bool:
+                return here.arrived
 
-        def synchronize(self) -> None:
-            Event.arrived = True
+            def synchronize(self) -> None:
+                here.arrived = True
 
-    monkeypatch.setattr(torch, "Event", Event)
-    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: None)
-    records = Records()
-    for step in range(1, RECORDS + 10):
+        def copied(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return tensor.clone() if args == ("cpu",) else to(tensor, *args, **kwargs)
+
+        monkeypatch.setattr(torch, "Event", Event)
+        monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: None)
+        monkeypatch.setattr(Tensor, "to", copied)
+
+    def record(self, step: int) -> Record:
+        """Return the record of a refresh on this device."""
         counts, thresholds = torch.tensor([[2, 1, 0], [3, 0, 1]]), torch.ones(1)
         budgets = (Budget("global", 0.5, 10, 5),)
-        nonfinite = [torch.tensor([step, 1])]
         layout, layer_of, budget_of = Layout(("a", "b"), (4, 6), budgets), np.array([0, 1]), np.array([0, 0])
-        record = Record(step, layout, layer_of, budget_of, torch.ones(2, 2), thresholds, counts, nonfinite)
-        records.add(record, [here])
+        nonfinite = [torch.tensor([step, 1])]
+        return Record(step, layout, layer_of, budget_of, torch.ones(2, 2), thresholds, counts, nonfinite)
+
+
+@pytest.fixture
+def arrivals(monkeypatch: pytest.MonkeyPatch) -> Arrivals:
+    return Arrivals(monkeypatch)
+
+
+def test_a_record_that_is_under_way_is_read_when_it_has_arrived(arrivals: Arrivals) -> None:
+    records = Records()
+    for step in range(1, RECORDS + 10):
+        records.add(arrivals.record(step), [arrivals.device])
     assert len(records) == RECORDS
     assert not records._done
     read = records.read()
@@ -414,6 +432,29 @@ def test_a_record_that_is_under_way_is_read_when_it_has_arrived(monkeypatch: pyt
     assert read[0]["nonfinite"] == 11
     assert [layer["protected"] for layer in read[0]["layers"]] == [2, 3]
     assert not records._under_way
+
+
+def test_a_record_that_has_arrived_is_numbers_at_the_next_one(arrivals: Arrivals) -> None:
+    records = Records()
+    for step in range(1, 4):
+        arrivals.arrived = False  # that of this step is under way
+        records.add(arrivals.record(step), [arrivals.device])
+        assert [record.step for record, _ in records._under_way] == list(range(1, step + 1))
+    arrivals.arrived = True
+    records.add(arrivals.record(4), [arrivals.device])
+    assert not records._under_way
+    assert [numbers.step for numbers in records._done] == [1, 2, 3, 4]
+
+
+def test_a_record_keeps_nothing_on_its_device(arrivals: Arrivals) -> None:
+    records, record = Records(), arrivals.record(1)
+    on_device = [weakref.ref(tensor) for tensor in (record.ranges, record.thresholds, record.counts)]
+    records.add(record, [arrivals.device])
+    assert len(records._under_way) == 1
+    del record
+    gc.collect()
+    assert all(tensor() is None for tensor in on_device)
+    assert [layer["protected"] for layer in records.read()[0]["layers"]] == [2, 3]
 
 
 @pytest.mark.parametrize("rows", [{"layer_of": np.array([1, 0])}, {"budget_of": np.array([1, 0])}])
