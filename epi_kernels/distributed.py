@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from epi_kernels.ops.table import on_device
+
 # the answer is quick for these types: a step asks about every tensor
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -275,6 +277,8 @@ class Ranks:
     def ranges(self, ranges: Tensor, clock: int, settings: object = None, *, again: bool = False) -> Tensor:
         """Return the range of every layer over all ranks: the smallest of all minima, the largest of all maxima.
 
+        With NCCL the host waits for the device here, and nowhere else in a refresh: it must know whether all agree.
+
         Args:
             ranges: float32 [layers, 2] of this rank.
             clock: the step of this refresh; must be the same on all ranks.
@@ -287,9 +291,9 @@ class Ranks:
             AgreeAgain: on every rank: one wants that, or their settings differ by now.
         """
         digest = zlib.crc32(repr(settings).encode())
-        said = torch.tensor([again, digest, -digest, clock, -clock], dtype=torch.float64, device=self.device)
+        said = torch.tensor([again, digest, -digest, clock, -clock], dtype=torch.float64, device="cpu")
         low, high = ranges.to(self.device, torch.float64).unbind(1)
-        largest = torch.cat([-low, high, said])
+        largest = torch.cat([-low, high, on_device(said, self.device)])
         with self._together(f"the refresh at step {clock}"):
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
         wanted, digest_last, digest_first, last, first = largest[-5:].tolist()

@@ -49,9 +49,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.overrides import TorchFunctionMode
 
 from epi_kernels import EPIAdamW, EPILion, IsolatedOptimizer, MaskedAdamW, SparseAdamW, distributed, select
 from epi_kernels.isolation import competition
+from epi_kernels.isolation.refresh import Refresh
 
 
 @every_layout_and_size
@@ -288,6 +290,47 @@ def test_collectives_are_few_and_their_size_knows_no_parameters(rank: int, size:
                 # ranges of 3 layers, whether to agree again, settings and clock twice; three digits of the
                 # threshold; counts
                 assert found == ([8 * (2 * 3 + 5), 8 * 4096, 8 * 1024, 8 * 512, 8 * 3 * 3], 0), found
+
+
+class Waits(TorchFunctionMode):
+    """Notes what would make the host wait for a GPU: values that it reads, and values sent from pageable memory.
+
+    Here all tensors are on the CPU, so it goes by how a tensor is made: on the host with ``device="cpu"``, and for the
+    ranks with the `torch.device` of theirs.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, getattr(function, "__name__", "")
+        reads = name in ("tolist", "item", "__bool__", "__int__", "__float__")
+        by_list = name == "__getitem__" and isinstance(args[1], list)
+        if reads or by_list or (name == "tensor" and kwargs.get("device") != "cpu"):
+            self.seen.append(name)
+        return function(*args, **kwargs)
+
+
+@layouts(("tp+fsdp", 4))
+@on_ranks()
+def test_a_refresh_waits_for_the_device_once(rank: int, size: int, layout: str) -> None:
+    refresh, seen = Refresh.run_, []
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        with Waits() as waits:
+            found = refresh(*args, **kwargs)
+        seen.append(waits.seen)
+        return found
+
+    Refresh.run_ = watched
+    model, _, width = pairs(layout)
+    optimizer = EPIAdamW(model.named_parameters(), **SETTINGS)
+    for step in range(1, 5):
+        loss_of(model, step, width).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert seen == [["tolist"], ["tolist"]]  # the ranges of all ranks
 
 
 @pytest.mark.parametrize("kind", ["replicated", "sharded"])

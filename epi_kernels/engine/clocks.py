@@ -75,7 +75,10 @@ class HostClocks(_Clocks):
         self._values: list[float] = []
 
     def count(self, found_inf: dict[torch.device, Tensor]) -> bool:
-        """Count a step, and return True; or, where an infinite gradient was found, do nothing and return False."""
+        """Count a step, and return True; or, where an infinite gradient was found, do nothing and return False.
+
+        Under a GradScaler whose flags are on a device, the host waits for the device here, once in a step.
+        """
         if found_inf and any(found.item() for found in found_inf.values()):
             return False
         values: list[float] = []

@@ -101,7 +101,10 @@ class Evolving(Isolation, Method):
         self.idle_step(owner)
 
     def clock_on_host(self, owner: Owner) -> bool:
-        """Return whether several ranks decide together when to refresh: the host must then know the clock."""
+        """Return whether several ranks decide together when to refresh: the host must then know the clock.
+
+        Under a GradScaler it waits for the device in each step to know it.
+        """
         return self.competition.ranks(owner) is not None
 
     def before_check(self, owner: Owner, param: Tensor, group: dict[str, Any]) -> None:

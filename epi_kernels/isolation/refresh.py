@@ -91,7 +91,6 @@ class Refresh:
         for where in by_device.values():
             members = [candidates[i] for i in where]
             part = _Part(members, where, counters(where), layer_count, len(ks), normalize, keep_finite, backend)
-            part.rows = [row_of[members[j].layer, members[j].budget] for j in part.counted] if ranks else []
             self._parts.append(part)
         self.devices = set(by_device)
         self._ranks, self._pair_count, self._normalize = ranks, len(pairs), normalize
@@ -103,7 +102,11 @@ class Refresh:
         self._select_digit_ = ops.prepared_digit(self._home, backend)
         places = [i for where in by_device.values() for i in where]
         # the row of each candidate in the counts of all devices, one device after the other
-        self._order = sorted(range(len(places)), key=places.__getitem__)
+        self._order = _positions(sorted(range(len(places)), key=places.__getitem__), self._home)
+        for part in self._parts if ranks is not None else ():
+            counted = [candidates[part.where[j]] for j in part.counted]
+            rows = [row_of[candidate.layer, candidate.budget] for candidate in counted]
+            part.index = _positions(rows, self._home), _positions(part.counted, self._home)
 
     def run_(
         self,
@@ -163,20 +166,19 @@ class Refresh:
         if ranks is not None:
             total = torch.zeros(self._pair_count, 3, dtype=torch.int64, device=home)
             for (part, *_), rows in zip(running, counts, strict=True):
-                if part.rows:
-                    of = torch.tensor(part.rows, dtype=torch.int64, device=home)
-                    total.index_add_(0, of, rows.to(home)[part.counted])
+                to, counted_rows = part.index
+                total.index_add_(0, to, rows.to(home)[counted_rows])
             return Refreshed(ranges, thresholds, ranks.sum(total))
         if len(counts) == 1:
             return Refreshed(ranges, thresholds, counts[0])
-        order = torch.tensor(self._order, dtype=torch.int64, device=home)
-        return Refreshed(ranges, thresholds, torch.cat([there.to(home) for there in counts])[order])
+        return Refreshed(ranges, thresholds, torch.cat([there.to(home) for there in counts])[self._order])
 
 
 class _Part:
     """The candidates on one device, as the operations have prepared them."""
 
-    rows: list[int]  # for each counted candidate, the row of its (layer, budget); empty without ranks
+    # with ranks, on the device of the sums: for each counted candidate the row of its (layer, budget), and its position
+    index: tuple[Tensor, Tensor]
 
     def __init__(
         self,
@@ -189,7 +191,7 @@ class _Part:
         keep_finite: bool,
         backend: str,
     ) -> None:
-        self._where, self._counter = where, counter
+        self.where, self._counter = where, counter  # positions among all candidates
         self.device = device = members[0].importance.device
         self.counted = [j for j, member in enumerate(members) if member.counted]
         importances, grads = [member.importance for member in members], [member.grad for member in members]
@@ -217,7 +219,7 @@ class _Part:
 
     def of(self, values: list[_T]) -> list[_T]:
         """Return, from the values of all candidates, those of the candidates on this device."""
-        return values if len(values) == len(self._where) else [values[i] for i in self._where]
+        return values if len(values) == len(self.where) else [values[i] for i in self.where]
 
     def _of_counted(self, values: list[_T]) -> list[_T]:
         return values if len(values) == len(self.counted) else [values[j] for j in self.counted]
@@ -255,6 +257,11 @@ class _Part:
         """Lock the entries whose scores reach the thresholds, and return the counts of each candidate."""
         there = _on(self.device, ranges), thresholds.to(self.device)
         return cast(Tensor, self._lock.lock_(held[0], *there, due, held[1]))
+
+
+def _positions(values: list[int], device: torch.device) -> Tensor:
+    """Return positions as int64 on a device; nothing waits for it, as an index in a list would."""
+    return on_device(torch.tensor(values, dtype=torch.int64, device="cpu"), device)
 
 
 def _clocks(steps: Sequence[Any], device: torch.device) -> Tensor:
