@@ -58,8 +58,11 @@ EPI_INLINE float score(float signed_importance, float low, float high) {
     const float smallest = float_of(SMALLEST_NORMAL);
     const float distance = value - low;
     const float span = high - low;
-    const bool valid = is_finite(value) & (distance >= smallest) & (span >= smallest);
-    return selected(valid, noticed(distance / span), 0.0f);
+    const bool spans = span >= smallest;
+    const bool valid = is_finite(value) & (distance >= smallest) & spans;
+    // most S may be 0, and all of a constant layer: a GPU divides 0, or by 0, on a slow path, and this one does not
+    const float divisor = selected(spans, span, 1.0f);
+    return selected(valid, noticed(selected(valid, distance, divisor) / divisor), 0.0f);
 }
 
 // The score without a range: S itself.

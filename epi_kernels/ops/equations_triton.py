@@ -84,7 +84,10 @@ def score(signed, low, high, NORMALIZED: tl.constexpr):
     if NORMALIZED:
         distance, span = value - low, high - low
         # differences, compared as bits: a normal difference is above 0, and that of an empty range is beyond infinity
-        valid = (bits_of(distance) >= _SMALLEST_NORMAL) & (bits_of(span) >= _SMALLEST_NORMAL)
-        quotient = noticed(tl.div_rn(distance, tl.broadcast_to(span, value.shape)))
+        spans = bits_of(span) >= _SMALLEST_NORMAL
+        valid = (bits_of(distance) >= _SMALLEST_NORMAL) & spans
+        # most S may be 0, and all of a constant layer: a division of or by 0 takes a slow path, this one does not
+        divisor = tl.where(spans, span, 1.0)
+        quotient = noticed(tl.div_rn(tl.where(valid, distance, divisor), tl.broadcast_to(divisor, value.shape)))
         value = tl.where(valid, quotient, 0.0)
     return tl.where(bits < INFINITE, value, 0.0)
