@@ -50,3 +50,62 @@ def test_no_score_divides_zero_or_by_zero(quotients: list[tuple[Any, Any]]) -> N
     for numerator, divisor in quotients:
         assert np.count_nonzero(numerator) == numerator.size
         assert np.count_nonzero(divisor) == divisor.size
+
+
+@pytest.fixture
+def atomics(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Return the atomics that kernels execute from now on."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    found: list[Any] = []
+    execute = InterpreterBuilder.create_atomic_rmw
+
+    def recorded(self: Any, operation: Any, *arguments: Any) -> Any:
+        found.append(operation)
+        return execute(self, operation, *arguments)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_atomic_rmw", recorded)
+    return found
+
+
+def importance(importances: list[Tensor], ranges: Tensor, due: Tensor | None = None) -> None:
+    count = len(importances)
+    ops.importance_(
+        importances,
+        [torch.ones_like(own) for own in importances],
+        ranges,
+        torch.zeros(count, dtype=torch.int64),
+        torch.tensor([(0.5, 0.5)] * count, dtype=torch.float64),
+        list(range(count)),
+        False,
+        None,
+        due,
+        "triton",
+    )
+
+
+@pytest.mark.parametrize("due", [0.0, 1.0])
+def test_a_refresh_that_is_not_due_executes_no_atomic(due: float, atomics: list[Any]) -> None:
+    importances, given = [torch.ones(5), torch.ones(70_000)], torch.tensor([due])
+    ranges = torch.tensor([[math.inf, -math.inf], [math.inf, -math.inf]])
+    importance(importances, ranges, given)
+    assert bool(atomics) == bool(due)
+    assert ranges.tolist() == ([[1.0, 1.0]] * 2 if due else [[math.inf, -math.inf]] * 2)
+
+    atomics.clear()
+    selection = torch.tensor([[0, 1]])
+    counts = ops.score_histogram(importances, [0, 1], None, [0, 0], selection, 19, 4096, given, "triton")
+    assert bool(atomics) == bool(due)
+    assert counts.sum() == due * 70_005
+
+    atomics.clear()
+    assert lock(importances, torch.tensor([[0.0, 1.0]] * 2), given).sum() == due * 2 * 70_005
+    assert bool(atomics) == bool(due)
+
+
+def test_a_program_that_counts_nothing_executes_no_atomic(atomics: list[Any]) -> None:
+    ranges = torch.tensor([[math.inf, -math.inf]])
+    importance([torch.full((5,), math.nan)], ranges)  # none of them is in the range
+    assert ranges.tolist() == [[math.inf, -math.inf]]
+    assert lock([torch.ones(5)], torch.tensor([[1.0, 1.0]])).sum() == 0  # a constant layer: none is locked
+    assert not atomics

@@ -15,11 +15,13 @@ __global__ void __launch_bounds__(THREADS)
                            const float* __restrict__ ranges, const int64_t* __restrict__ selection, int32_t shift,
                            int32_t digit_bits, unsigned long long* __restrict__ counts) {
     __shared__ uint32_t bins[1 << LARGEST_DIGIT];
-    const int32_t bin_count = 1 << digit_bits;
-    for (int32_t i = threadIdx.x; i < bin_count; i += THREADS) bins[i] = 0;
     const int64_t number = chunks[blockIdx.x];
     const epi_score_row row = rows[tensor_of(number)];
     const Chunk chunk = chunk_of(number, HISTOGRAM_CHUNK, row.size, row.aligned != 0);
+    if (chunk.end <= chunk.begin) return;  // all threads of the block, before they clear and add up the bins
+
+    const int32_t bin_count = 1 << digit_bits;
+    for (int32_t i = threadIdx.x; i < bin_count; i += THREADS) bins[i] = 0;
     const Digit digit = digit_of(row, selection, shift, digit_bits);
     __syncthreads();
 

@@ -95,9 +95,11 @@ def importance_kernel(
                 row, beta, one_minus_beta, grad_factor, start, tile * BLOCK, left, bad, low, high, step, noise,
                 KEEP_FINITE, STORAGE, BLOCK, TILES, False,
             )  # fmt: skip
-    layer = ranges + 2 * tl.load(row + _LAYER)
-    tl.atomic_min(layer, tl.min(low), sem="relaxed")
-    tl.atomic_max(layer + 1, tl.max(high), sem="relaxed")
+    lowest = tl.min(low)
+    if lowest < INFINITE:  # there is a valid entry: without one, as where nothing is due, the range stays as it is
+        layer = ranges + 2 * tl.load(row + _LAYER)
+        tl.atomic_min(layer, lowest, sem="relaxed")
+        tl.atomic_max(layer + 1, tl.max(high), sem="relaxed")
     count = tl.sum(bad)
     if count > 0:
         # read again: keeping the number through the loops took a register more than there are
