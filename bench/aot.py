@@ -7,7 +7,9 @@ The report has a row for each variant that an `ops/<stem>/triton.py` lists, with
 uses: registers, bytes spilled to the stack, shared memory, changes of layout, the widths of the accesses to global
 memory and the instructions for each entry. The widths and the instructions are counted in the loop over full tiles of
 aligned tensors: the loop of the machine code that moves the most bits by its widest accesses. That loop also reads
-words of the table (64 bits) and scalars (32 bits), but writes only tensors. The exit status is 1 if a budget is broken.
+words of the table (64 bits) and scalars (32 bits), but writes only tensors. "late reads" are those of tensors, at least
+64 bits wide, that the loop issues only after it has waited for another: they cost a second time what memory takes to
+answer. The exit status is 1 if a budget is broken.
 """
 
 import argparse
@@ -57,6 +59,7 @@ class Facts:
     conversions: int
     reads: dict[int, int]  # bits -> reads of global memory in the loop, including the table and scalars
     writes: dict[int, int]
+    late_reads: int  # of tensors, issued after the first wait for a tensor
     instructions: float | None  # per thread and entry, in the loop
     bytes: float
     budget: float  # instructions that fit in the time to move the bytes of an entry
@@ -106,6 +109,7 @@ def examine(variant: tiles.Variant, architecture: str, **options: Any) -> Facts:
         binary.asm["ttgir"].count("ttg.convert_layout"),
         _widths("LDG", loop),
         _widths("STG", loop),
+        late_reads(loop),
         len(loop) / entries if variant.instructions is not None else None,
         variant.bytes,
         variant.bytes * INSTRUCTIONS_PER_BYTE,
@@ -125,8 +129,9 @@ def broken(variant: tiles.Variant, facts: Facts) -> list[str]:
         ("spilled bytes", facts.spilled, 0),
         ("layout conversions", facts.conversions, 0),
         ("instructions per entry", facts.instructions or 0, variant.instructions or 0),
+        ("reads after the first wait", facts.late_reads, variant.late_reads),
     ):
-        if value > limit:
+        if limit is not None and value > limit:
             found.append(f"{name}: {value:g}, at most {limit}")
     if variant.writes:
         if facts.writes != dict(variant.writes):
@@ -176,6 +181,61 @@ def _widths(operation: str, code: list[str]) -> dict[int, int]:
     return dict(sorted(counts.items(), reverse=True))
 
 
+@dataclass
+class _Instruction:
+    """What an instruction does to registers, as far as loads are concerned."""
+
+    operation: str
+    written: set[int]
+    read: set[int]
+    address: set[int]  # of a load or a store
+
+    @classmethod
+    def parsed(cls, text: str) -> "_Instruction":
+        """Return what a line of machine code says; the registers of a wide operand are its first and those behind."""
+        operation, _, operands = re.sub(r"^@!?U?P\w+\s+", "", text).partition(" ")
+        bits = re.search(r"\.(64|128)\b", operation)
+        width = int(bits[1]) // 32 if bits else 1
+        address = {int(first) + i for first in re.findall(r"\[R(\d+)", operands) for i in (0, 1)}
+        first, _, others = operands.partition(",")
+        outside = re.compile(r"\bR(\d+)\b(?![^\[]*\])")  # not in an address
+        if operation.startswith("LDG"):
+            return cls(operation, {int(n) + i for n in outside.findall(first) for i in range(width)}, set(), address)
+        if operation.startswith("STG"):
+            return cls(operation, set(), {int(n) + i for n in outside.findall(others) for i in range(width)}, address)
+        pair = 2 if "WIDE" in operation or width > 1 else 1
+        written = {int(n) + i for n in outside.findall(first) for i in range(pair)}
+        return cls(operation, written, {int(n) for n in outside.findall(others)}, address)
+
+
+def late_reads(loop: list[str]) -> int:
+    """Return how many reads of tensors a loop issues after its first wait for one.
+
+    A read counts if it has 64 bits or more and is no word of the table. From a word an address is computed, or the word
+    lies beside such a word.
+    """
+    code = [_Instruction.parsed(text) for text in loop]
+    wide = [i for i, one in enumerate(code) if re.match(r"LDG\S*\.(64|128)\b", one.operation)]
+    origins: dict[int, set[int]] = {}  # register -> the reads that its value was computed from
+    written_by: dict[int, int] = {}  # register -> the instruction
+    bases: dict[int, set[tuple[int, int]]] = {}  # read -> the values that are its address
+    of_addresses: set[int] = set()
+    for i, one in enumerate(code):
+        of_addresses |= set().union(*(origins.get(register, set()) for register in one.address))
+        found = {i} if i in wide else set().union(*(origins.get(register, set()) for register in one.read))
+        bases[i] = {(register, written_by.get(register, -1)) for register in one.address}
+        origins |= {register: found for register in one.written}
+        written_by |= {register: i for register in one.written}
+    rows = set().union(*(bases[i] for i in of_addresses))
+    tensors = [i for i in wide if i not in of_addresses and not bases[i] & rows]
+    awaited: set[int] = set()
+    for i, one in enumerate(code):
+        if awaited & one.read:
+            return sum(later > i for later in tensors)
+        awaited = awaited - one.written | (one.written if i in tensors else set())
+    return 0
+
+
 def _examine(job: tuple[int, str]) -> Facts:
     return examine(variants()[job[0]], job[1])
 
@@ -198,6 +258,7 @@ COLUMNS = {
     "conversions": lambda f: f.conversions,
     "reads, bits x count": lambda f: _product(f.reads),
     "writes": lambda f: _product(f.writes),
+    "late reads": lambda f: f.late_reads,
     "instructions": lambda f: "" if f.instructions is None else f"{f.instructions:.0f}",
     "bytes": lambda f: f"{f.bytes:g}" if f.bytes else "",
     "time for": lambda f: f"{f.budget:.0f}" if f.budget else "",

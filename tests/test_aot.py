@@ -2,8 +2,10 @@
 
 - Nothing spills, no tile changes its layout, tensors move 128 bits at a time (64 of 16-bit dtypes), and registers and
   instructions for each entry stay below what each kernel's module allows.
+- A sweep issues all reads of a tile's tensors before it waits for one, unless the variant's budget says otherwise.
 - Every kernel has a variant.
-- The checks see a kernel that is not aligned, one that mixes layouts, one that spills, and one that does too much.
+- The checks see a kernel that is not aligned, one that mixes layouts, one that spills, one that does too much, and one
+  that reads after it has waited.
 """
 
 from collections.abc import Iterator
@@ -53,7 +55,15 @@ def test_every_kernel_has_a_variant() -> None:
 
 
 @triton.jit
-def doubled_kernel(rows, chunks, PROMISE: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr):
+def doubled_kernel(
+    rows,
+    chunks,
+    PROMISE: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    WAITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+):
     _tensor, start = located(chunks, BLOCK * TILES)
     if PROMISE:
         at = pointer(tl.load(rows), start, tl.float32)
@@ -63,15 +73,18 @@ def doubled_kernel(rows, chunks, PROMISE: tl.constexpr, ROUNDS: tl.constexpr, BL
         half_at = tl.load(rows + 1).to(tl.pointer_type(tl.bfloat16)) + start
     for tile in range(TILES):
         offsets = tile * BLOCK + tl.arange(0, BLOCK)
-        value = read(at, offsets, 0, True) + read(half_at, offsets, 0, True).to(tl.float32)
+        value = read(at, offsets, 0, True)
+        if WAITS:
+            write(at, offsets, value + 1.0, 0, True)
+        value += read(half_at, offsets, 0, True).to(tl.float32)
         for _ in tl.static_range(ROUNDS):
             value = tl.div_rn(value, value + 1.5)
         write(at, offsets, value, 0, True)
 
 
 def doubled(**changes: Any) -> Variant:
-    arguments = {"rows": "*i64", "chunks": "*i64", "PROMISE": True, "ROUNDS": 1, **changes}
-    return Variant("doubled", doubled_kernel, arguments, 10, 30, {128: 1, 64: 1}, {128: 1}, registers=40)
+    arguments = {"rows": "*i64", "chunks": "*i64", "PROMISE": True, "ROUNDS": 1, "WAITS": False, **changes}
+    return Variant("doubled", doubled_kernel, arguments, 10, 30, {128: 1, 64: 1}, {128: 1}, registers=40, late_reads=0)
 
 
 def found(variant: Variant, **options: Any) -> str:
@@ -92,6 +105,28 @@ def test_eight_entries_to_a_thread_change_layouts() -> None:
 
 def test_too_much_arithmetic_is_seen() -> None:
     assert "instructions per entry: " in found(doubled(ROUNDS=4))
+
+
+def test_a_read_after_a_wait_is_seen() -> None:
+    assert "reads after the first wait: 1, at most 0" in found(doubled(WAITS=True))
+
+
+# machine code of a loop -> its late reads
+LOOPS = {
+    "a word of the table, then its tensor": ("LDG.E.64 R2, [R8.64]", "LDG.E.128 R4, [R2.64]", "FADD R1, R7, R7", 0),
+    "two tensors": ("LDG.E.128 R4, [R2.64]", "LDG.E.64 R12, [R10.64+0x8]", "FADD R1, R12, R7", 0),
+    "a wait for the last register": ("LDG.E.128 R4, [R2.64]", "FADD R1, R7, R1", "@P0 LDG.E.64 R12, [R10.64]", 1),
+    "a wait in a write": ("LDG.E.128 R4, [R2.64]", "STG.E.128 [R2.64], R4", "LDG.E.64.CONSTANT R12, [R10.64]", 1),
+    "a scalar": ("LDG.E R4, [R2.64]", "FADD R1, R4, R1", "LDG.E.128 R12, [R10.64]", 0),
+    "a register used again": ("LDG.E.128 R4, [R2.64]", "MOV R4, R9", "LDG.E.128 R12, [R10.64]", 0),
+    "another machine": ("LDG.E.128 R4, desc[UR4][R2.64]", "FADD R1, R4, R1", "LDG.E.64 R12, desc[UR4][R10.64]", 1),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_late_reads_are_counted_in_machine_code(name: str) -> None:
+    *loop, expected = LOOPS[name]
+    assert aot.late_reads([str(text) for text in loop]) == expected
 
 
 def test_a_spill_is_seen() -> None:

@@ -96,24 +96,34 @@ def rule_scalars(row, SCALARS: tl.constexpr):
 
 
 @triton.jit
+def addresses_of(words, SLOTS: tl.constexpr):
+    """Return the addresses of the slots as a tuple."""
+    found = ()
+    for k in tl.static_range(SLOTS):
+        found = found + (tl.load(words + k),)
+    return found
+
+
+@triton.jit
 def read_slots(
-    words, scales, where, STORAGES: tl.constexpr, SLOTS: tl.constexpr, REQUIRED: tl.constexpr, OPTIONAL: tl.constexpr,
-    BLOCK: tl.constexpr, FULL: tl.constexpr, SCATTERED: tl.constexpr,
+    addresses, scales, where, STORAGES: tl.constexpr, SLOTS: tl.constexpr, REQUIRED: tl.constexpr,
+    OPTIONAL: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr, SCATTERED: tl.constexpr,
 ):  # fmt: skip
     """Return a tile of every slot as a tuple, 0 for one that the tensor lacks.
 
-    words, scales: the addresses of the slots and of their scales. where: see `epi_kernels.ops.stored`.
+    addresses: from `addresses_of`. scales: a pointer to the addresses of the slots' scales. where: see
+    `epi_kernels.ops.stored`.
     """
     found = ()
     for k in tl.static_range(SLOTS):
         if k < REQUIRED:
-            value = read_stored(tl.load(words + k), scales + k, where, storage_of(STORAGES, k), BLOCK, FULL, SCATTERED)
+            value = read_stored(addresses[k], scales + k, where, storage_of(STORAGES, k), BLOCK, FULL, SCATTERED)
         else:
             value = tl.zeros([BLOCK], tl.float32)
             if OPTIONAL:
-                if tl.load(words + k) != 0:
+                if addresses[k] != 0:
                     value = read_stored(
-                        tl.load(words + k), scales + k, where, storage_of(STORAGES, k), BLOCK, FULL, SCATTERED
+                        addresses[k], scales + k, where, storage_of(STORAGES, k), BLOCK, FULL, SCATTERED
                     )
         found = found + (value,)
     return found
@@ -121,7 +131,7 @@ def read_slots(
 
 @triton.jit
 def write_slots(
-    words, scales, where, slots, shared, keeps, STORAGES: tl.constexpr, SLOTS: tl.constexpr, REQUIRED: tl.constexpr,
+    addresses, scales, where, slots, shared, keeps, STORAGES: tl.constexpr, SLOTS: tl.constexpr, REQUIRED: tl.constexpr,
     OPTIONAL: tl.constexpr, IMPORTANCE_SLOT: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
     SCATTERED: tl.constexpr,
 ):  # fmt: skip
@@ -130,23 +140,22 @@ def write_slots(
     shared: see `epi_kernels.ops.stored.write_stored`. keeps: whether the importance slot stays as it is, which
     would be rounded a second time; or None. float32 is then written with what it was.
     """
-    # the addresses are read again: keeping them since the slots were read took up to 7 registers more than allowed
     for k in tl.static_range(SLOTS):
         if k < REQUIRED:
             if k == IMPORTANCE_SLOT and keeps is not None and storage_of(STORAGES, k) != FLOAT32:
                 if keeps == 0:
                     write_stored(
-                        tl.load(words + k), scales + k, where, slots[k], shared,
+                        addresses[k], scales + k, where, slots[k], shared,
                         storage_of(STORAGES, k), of_slot(k), True, BLOCK, FULL, SCATTERED,
                     )  # fmt: skip
             else:
                 write_stored(
-                    tl.load(words + k), scales + k, where, slots[k], shared,
+                    addresses[k], scales + k, where, slots[k], shared,
                     storage_of(STORAGES, k), of_slot(k), k == IMPORTANCE_SLOT, BLOCK, FULL, SCATTERED,
                 )  # fmt: skip
         elif OPTIONAL:
-            if tl.load(words + k) != 0:
+            if addresses[k] != 0:
                 write_stored(
-                    tl.load(words + k), scales + k, where, slots[k], shared,
+                    addresses[k], scales + k, where, slots[k], shared,
                     storage_of(STORAGES, k), of_slot(k), False, BLOCK, FULL, SCATTERED,
                 )  # fmt: skip

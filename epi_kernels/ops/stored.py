@@ -75,21 +75,22 @@ def _first(address, start, DTYPE: tl.constexpr, SCATTERED: tl.constexpr):
 
 @triton.jit
 def read_stored(
-    address, scales, where, STORAGE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr, SCATTERED: tl.constexpr
-):
+    address, scales, where, STORAGE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr, SCATTERED: tl.constexpr,
+    present=None,
+):  # fmt: skip
     """Return a tile of a tensor as float32, with sign bits.
 
     address: of the tensor. scales: a pointer to the address of its scales, read for blocks of 8 bits only. SCATTERED:
-    see `epi_kernels.ops.tiles.scattered`.
+    see `epi_kernels.ops.tiles.scattered`. present: see `epi_kernels.ops.tiles.read`.
     """
     start, at, left, block, blocks = where
     if STORAGE == FLOAT32:
-        value = read(_first(address, start, tl.float32, SCATTERED), at, left, FULL)
+        value = read(_first(address, start, tl.float32, SCATTERED), at, left, FULL, present)
     elif STORAGE == BFLOAT16:
-        value = of_bfloat16(read(_first(address, start, tl.bfloat16, SCATTERED), at, left, FULL))
+        value = of_bfloat16(read(_first(address, start, tl.bfloat16, SCATTERED), at, left, FULL, present))
     else:
-        codes = read(_first(address, start, tl.uint8, SCATTERED), at, left, FULL)
-        value = decoded(codes, read_scales(tl.load(scales), block, blocks, BLOCK, FULL))
+        codes = read(_first(address, start, tl.uint8, SCATTERED), at, left, FULL, present)
+        value = decoded(codes, read_scales(tl.load(scales), block, blocks, BLOCK, FULL, present))
     return value
 
 

@@ -46,6 +46,7 @@ class Variant(NamedTuple):
     reads: dict[int, int]  # bits of one access in that loop -> number of tensors read that way
     writes: dict[int, int]  # the same for writes; {}: not checked
     registers: int = 64  # per thread; with 64, a processor holds half of the threads that it could
+    late_reads: int | None = None  # reads of tensors in that loop after the first wait for one; None: not checked
 
 
 class Budget(NamedTuple):
@@ -65,6 +66,7 @@ class Budget(NamedTuple):
     rest: int = 0  # bits of the rest of a weight
     stochastic: bool = False  # whether weights are rounded stochastically
     registers: int = 64  # as in `Variant`
+    late_reads: int = 0  # of a sweep, as in `Variant`
     changes: Mapping[str, Any] = {}  # arguments of the kernel that differ from the usual ones
 
 
@@ -135,12 +137,18 @@ def scattered(address, start, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def read(at, offsets, left, FULL: tl.constexpr):
-    """Return the entries at `offsets`; for offsets from `left` on, return zeros and read no memory."""
+def read(at, offsets, left, FULL: tl.constexpr, present=None):
+    """Return the entries at `offsets`; for offsets from `left` on, return zeros and read no memory.
+
+    present: whether the tensor is there, one value for the whole program; without it, zeros are returned. None: it is.
+    """
     if FULL:
-        value = tl.load(at + offsets)
+        value = tl.load(at + offsets, mask=present, other=None if present is None else 0)
     else:
-        value = tl.load(at + offsets, mask=offsets < left, other=0)
+        mask = offsets < left
+        if present is not None:
+            mask = mask & present
+        value = tl.load(at + offsets, mask=mask, other=0)
     return value
 
 

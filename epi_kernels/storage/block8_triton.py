@@ -10,6 +10,7 @@ import triton.language as tl
 
 from epi_kernels.contract import NEGLIGIBLE
 from epi_kernels.ops.equations_triton import INFINITE, bits_of, float_of
+from epi_kernels.ops.tiles import read
 from epi_kernels.storage import block8
 
 BLOCK8 = tl.constexpr(block8.BLOCK)
@@ -84,15 +85,14 @@ def of_entries(of_blocks, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def read_scales(address, block, blocks, BLOCK: tl.constexpr, FULL: tl.constexpr):
-    """Return the scale of each entry of a tile. block: int64, the first scale. blocks: the tile has so many."""
+def read_scales(address, block, blocks, BLOCK: tl.constexpr, FULL: tl.constexpr, present=None):
+    """Return the scale of each entry of a tile.
+
+    block: int64, the first scale. blocks: the tile has so many. present: see `epi_kernels.ops.tiles.read`.
+    """
     at = address.to(tl.pointer_type(tl.float32)) + block
     of_entry = tl.arange(0, BLOCK) // BLOCK8
-    if FULL:
-        scale = tl.load(at + of_entry)
-    else:
-        scale = tl.load(at + of_entry, mask=of_entry < blocks, other=0)
-    return scale
+    return read(at, of_entry, blocks, FULL, present)
 
 
 @triton.jit

@@ -13,6 +13,7 @@ from epi_kernels.ops.gather.offsets import Offsets
 from epi_kernels.ops.slots import (
     SIGN,
     STEP,
+    addresses_of,
     constants_of,
     packed,
     place_in,
@@ -91,7 +92,9 @@ def gather_kernel(
             rest = read(rest_at, at, left, False)
             weight = joined(param, rest, REST)
         where = (start, at, left, start, 0)  # no storage here is in blocks
-        kept = read_slots(row + _FIRST_SLOT, row, where, STORAGES, SLOTS, REQUIRED, OPTIONAL, BLOCK, False, True)
+        kept = read_slots(
+            addresses_of(row + _FIRST_SLOT, SLOTS), row, where, STORAGES, SLOTS, REQUIRED, OPTIONAL, BLOCK, False, True
+        )
         slots = ()
         for k in tl.static_range(SLOTS):
             slots = slots + (magnitude(kept[k]) if k == IMPORTANCE_SLOT else kept[k],)
@@ -101,8 +104,8 @@ def gather_kernel(
             shared = mixed_at(row + _PLACE, tl.load(s + STEP), positions)
         theta, slots = UPDATE(weight, grad, slots, rule_scalars(s, SCALARS), None, OPTIONAL)
         write_slots(
-            row + _FIRST_SLOT, row, where, slots, shared, None, STORAGES, SLOTS, REQUIRED, OPTIONAL, IMPORTANCE_SLOT,
-            BLOCK, False, True,
+            addresses_of(row + _FIRST_SLOT, SLOTS), row, where, slots, shared, None, STORAGES, SLOTS, REQUIRED,
+            OPTIONAL, IMPORTANCE_SLOT, BLOCK, False, True,
         )  # fmt: skip
         theta, left_over = stored_weight(theta, param, rest, shared, PARAM, REST, STOCHASTIC)
         if REST != 0:

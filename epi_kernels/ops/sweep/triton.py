@@ -16,6 +16,7 @@ from epi_kernels.ops.slots import (
     ONE_MINUS_IMPORTANCE_BETA,
     SIGN,
     STEP,
+    addresses_of,
     constants_of,
     packed,
     place_in,
@@ -96,6 +97,7 @@ def sweep_kernel(
     """
     tensor, start = located(chunks, BLOCK * TILES)
     row = rows + tensor * _WIDTH
+    s = row_of(scalars, tl.load(row + _SCALARS), SCALARS)
     left = left_of(row, start, BLOCK * TILES)
     full = (left == BLOCK * TILES) & (tl.load(row + _ALIGNED) != 0)
     if found_inf is not None:
@@ -106,21 +108,25 @@ def sweep_kernel(
         full = full & (is_ragged(row + _ROW) == 0)
     noise = None
     if NOISE:
-        step = tl.load(row_of(scalars, tl.load(row + _SCALARS), SCALARS) + STEP)
+        step = tl.load(s + STEP)
         full = full & (has_gaps(row + _PLACE) == 0)
         noise = begun(row + _PLACE, step, start)
-    bad = tl.zeros([BLOCK], tl.int32)
+    bad = tl.zeros([BLOCK // 4], tl.int32)
     if full:
+        held = None
+        if not (OPTIONAL or NOISE):
+            # with more slots, or with noise, there are no registers left to hold them
+            held = _addresses(row, SLOTS)
         for tile in range(tiles):
             bad += _step_tile(
-                row, scalars, refreshed, grad_factor, start, tile * BLOCK, left, noise, PARAM, GRAD, UPDATE, STORAGES,
+                row, s, held, refreshed, grad_factor, start, tile * BLOCK, left, noise, PARAM, GRAD, UPDATE, STORAGES,
                 SLOTS, REQUIRED, OPTIONAL, IMPORTANCE_SLOT, SCALARS, LOCK_IN, ADVANCED, LOCK_STORAGE, REST, STOCHASTIC,
                 blocks, BLOCK, TILES, True,
             )  # fmt: skip
     else:
         for tile in range(tiles):
             bad += _step_tile(
-                row, scalars, refreshed, grad_factor, start, tile * BLOCK, left, noise, PARAM, GRAD, UPDATE, STORAGES,
+                row, s, None, refreshed, grad_factor, start, tile * BLOCK, left, noise, PARAM, GRAD, UPDATE, STORAGES,
                 SLOTS, REQUIRED, OPTIONAL, IMPORTANCE_SLOT, SCALARS, LOCK_IN, ADVANCED, LOCK_STORAGE, REST, STOCHASTIC,
                 blocks, BLOCK, TILES, False,
             )  # fmt: skip
@@ -131,79 +137,94 @@ def sweep_kernel(
 
 
 @triton.jit
+def _addresses(row, SLOTS: tl.constexpr):
+    """Return the addresses of parameter, gradient, lock and rest, and those of the slots as a tuple."""
+    return (
+        tl.load(row + _PARAM),
+        tl.load(row + _GRAD),
+        tl.load(row + _LOCK),
+        tl.load(row + _REST),
+        addresses_of(row + _FIRST_SLOT, SLOTS),
+    )
+
+
+@triton.jit
+def _scaled(grad, s, grad_factor, at, left, FULL: tl.constexpr):
+    """Return a tile of gradients times their sign and factor, float32."""
+    factor = tl.load(s + SIGN)
+    if grad_factor is not None:
+        factor *= tl.load(grad_factor)
+    grad = grad.to(tl.float32) * factor
+    if grad_factor is not None and not FULL:
+        # past the end zeros are read, and 0 times a factor that is not finite is NaN, which would be counted
+        grad = tl.where(at < left, grad, 0.0)
+    return grad
+
+
+@triton.jit
 def _step_tile(
-    row, scalars, refreshed, grad_factor, start, first, left, noise,
+    row, s, held, refreshed, grad_factor, start, first, left, noise,
     PARAM: tl.constexpr, GRAD: tl.constexpr, UPDATE: tl.constexpr, STORAGES: tl.constexpr,
     SLOTS: tl.constexpr, REQUIRED: tl.constexpr, OPTIONAL: tl.constexpr, IMPORTANCE_SLOT: tl.constexpr,
     SCALARS: tl.constexpr, LOCK_IN: tl.constexpr, ADVANCED: tl.constexpr, LOCK_STORAGE: tl.constexpr,
     REST: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
     FULL: tl.constexpr,
 ):  # fmt: skip
-    """Step the tile at position `first` of the chunk; return where the squared gradient is not finite, int32 0 or 1."""
-    s = row_of(scalars, tl.load(row + _SCALARS), SCALARS)
+    """Step the tile at position `first` of the chunk; return how many squared gradients are not finite.
+
+    row, s: pointers to the rows of the table and of the scalars. held: the addresses, or None: they are read from the
+    table for each tile. The counts are int32 [BLOCK // 4], each of the 4 entries of a thread: a count for each entry
+    takes 3 registers more.
+    """
+    addresses = held
+    if held is None:
+        addresses = _addresses(row, SLOTS)
+    param_address, grad_address, lock, rest_address, slot_addresses = addresses
     where = tile_at(row + _ROW, start, first, left, BLOCK, FULL, BLOCKS)
     start, at, left, _block, _blocks = where
-    param_at = pointer(tl.load(row + _PARAM), start, PARAM)
-    lock = tl.load(row + _LOCK)
     lockable = lock != 0
 
-    # all reads come before the first write, or later reads would wait for the arithmetic
-    param, rest = read(param_at, at, left, FULL), None
-    if REST == 16:
-        rest_at = pointer(tl.load(row + _REST), start, tl.int16)
-        rest = read(rest_at, at, left, FULL)
-    if REST == 8:
-        rest_at = pointer(tl.load(row + _REST), start, tl.int8)
-        rest = read(rest_at, at, left, FULL)
-    grad = read(pointer(tl.load(row + _GRAD), start, GRAD), at, left, FULL).to(tl.float32)
+    # all reads come before the first branch or write, or later reads would wait for the arithmetic
+    param, rest = read(pointer(param_address, start, PARAM), at, left, FULL), None
+    if REST != 0:
+        rest = read(pointer(rest_address, start, tl.int16 if REST == 16 else tl.int8), at, left, FULL)
+    stored_grad = read(pointer(grad_address, start, GRAD), at, left, FULL)
     kept = read_slots(
-        row + _FIRST_SLOT, row + _FIRST_SCALES, where, STORAGES, SLOTS, REQUIRED, OPTIONAL, BLOCK, FULL, False
+        slot_addresses, row + _FIRST_SCALES, where, STORAGES, SLOTS, REQUIRED, OPTIONAL, BLOCK, FULL, False
     )
     importance = tl.zeros([BLOCK], tl.float32)
     locked = tl.zeros([BLOCK], tl.int1)
     if LOCK_IN == _IMPORTANCE:
-        if lockable:
-            importance = read_stored(lock, row + _LOCK_SCALES, where, LOCK_STORAGE, BLOCK, FULL, False)
+        importance = read_stored(lock, row + _LOCK_SCALES, where, LOCK_STORAGE, BLOCK, FULL, False, lockable)
     if LOCK_IN == _STATIC:
         if lockable:
             locked = read(pointer(lock, start, tl.int8), at, left, FULL) < 0
 
-    factor = tl.load(s + SIGN)
-    if grad_factor is not None:
-        factor *= tl.load(grad_factor)
-    grad *= factor
-    if not FULL and grad_factor is not None:
-        # past the end zeros are read, and 0 times a factor that is not finite is NaN, which would be counted
-        grad = tl.where(at < left, grad, 0.0)
+    # an importance that does not advance is not written either: it would be rounded a second time
+    advances = lockable
+    if refreshed is not None:
+        advances = lockable & (tl.load(refreshed) == 0)
     bad = tl.zeros([BLOCK], tl.int32)
-    if (LOCK_IN == _IMPORTANCE or LOCK_IN == _SLOT) and not ADVANCED:
-        counted = lockable
-        if refreshed is not None:
-            counted = lockable & (tl.load(refreshed) == 0)
-        bad += tl.where(counted & (is_finite(grad * grad) == 0), 1, 0)
     shared = None
     if noise is not None:
+        grad = _scaled(stored_grad, s, grad_factor, at, left, FULL)
         shared = mixed(noise, row + _PLACE, tl.load(s + STEP), start, at, left, bits_of(grad), BLOCK * TILES, FULL)
 
     # advance the importance, which is in a tensor of its own or in a slot
     beta, one_minus_beta = tl.load(s + IMPORTANCE_BETA), tl.load(s + ONE_MINUS_IMPORTANCE_BETA)
     if LOCK_IN == _IMPORTANCE:
-        locked = is_locked(importance)
         if not ADVANCED:
-            after = advanced_importance(importance, grad, beta, one_minus_beta, True)
-            changes = lockable
-            if refreshed is not None:
-                if LOCK_STORAGE == FLOAT32:
-                    after = tl.where(tl.load(refreshed) == 0, after, importance)
-                else:
-                    # what is not advanced must not be rounded a second time
-                    changes = lockable & (tl.load(refreshed) == 0)
-            if changes:
+            if advances:
+                if noise is None:
+                    # multiplied here and once more below: before this branch, the product would wait for the gradient
+                    # while not all reads were issued
+                    grad = _scaled(stored_grad, s, grad_factor, at, left, FULL)
+                bad += tl.where(is_finite(grad * grad) == 0, 1, 0)
                 write_stored(
                     lock,
                     row + _LOCK_SCALES,
                     where,
-                    after,
+                    advanced_importance(importance, grad, beta, one_minus_beta, True),
                     shared,
                     LOCK_STORAGE,
                     OF_IMPORTANCE,
@@ -212,6 +233,11 @@ def _step_tile(
                     FULL,
                     False,
                 )
+        locked = is_locked(importance)
+    if noise is None:
+        grad = _scaled(stored_grad, s, grad_factor, at, left, FULL)
+    if LOCK_IN == _SLOT and not ADVANCED:
+        bad += tl.where(advances & (is_finite(grad * grad) == 0), 1, 0)
     slots = ()
     for k in tl.static_range(SLOTS):
         value = kept[k]
@@ -219,10 +245,7 @@ def _step_tile(
             if LOCK_IN == _SLOT:
                 locked = lockable & is_locked(value)
                 if not ADVANCED:
-                    after = advanced_importance(value, grad, beta, one_minus_beta, False)
-                    if refreshed is not None:
-                        after = tl.where(tl.load(refreshed) == 0, after, value)
-                    value = tl.where(lockable, after, value)
+                    value = tl.where(advances, advanced_importance(value, grad, beta, one_minus_beta, False), value)
             # a slot that does not serve as the importance may have lock bits from a time when it did
             value = magnitude(value)
         slots = slots + (value,)
@@ -238,13 +261,16 @@ def _step_tile(
 
     # a choice between bits, never a product with 0: 0 * inf is NaN
     theta, left_over = stored_weight(theta, param, rest, shared, PARAM, REST, STOCHASTIC)
+    if held is None:
+        # read again: keeping them since the reads took up to 7 registers more than allowed
+        param_address, _grad, _lock, rest_address, slot_addresses = _addresses(row, SLOTS)
     if REST != 0:
         if LOCK_IN != _NONE:
             left_over = tl.where(locked, rest, left_over)
-        write(rest_at, at, left_over, left, FULL)
+        write(pointer(rest_address, start, tl.int16 if REST == 16 else tl.int8), at, left_over, left, FULL)
     if LOCK_IN != _NONE:
         theta = tl.where(locked, param, theta)
-    write(param_at, at, theta, left, FULL)
+    write(pointer(param_address, start, PARAM), at, theta, left, FULL)
     stored = ()
     for k in tl.static_range(SLOTS):
         value = slots[k]
@@ -257,10 +283,10 @@ def _step_tile(
     elif LOCK_IN == _SLOT and refreshed is not None:
         keeps = lockable & (tl.load(refreshed) != 0)
     write_slots(
-        row + _FIRST_SLOT, row + _FIRST_SCALES, where, stored, shared, keeps, STORAGES, SLOTS, REQUIRED, OPTIONAL,
+        slot_addresses, row + _FIRST_SCALES, where, stored, shared, keeps, STORAGES, SLOTS, REQUIRED, OPTIONAL,
         IMPORTANCE_SLOT, BLOCK, FULL, False,
     )  # fmt: skip
-    return bad
+    return tl.sum(tl.reshape(bad, [BLOCK // 4, 4]), 1)
 
 
 def _variant(rule: Rule, budget: Budget) -> Variant:
@@ -308,7 +334,10 @@ def _variant(rule: Rule, budget: Budget) -> Variant:
         "NOISE": budget.stochastic or storages != 0,
         **budget.changes,
     }
-    return Variant(budget.name, sweep_kernel, arguments, size, budget.instructions, reads, writes, budget.registers)
+    return Variant(
+        budget.name, sweep_kernel, arguments, size, budget.instructions, reads, writes, budget.registers,
+        budget.late_reads,
+    )  # fmt: skip
 
 
 VARIANTS = tuple(_variant(rule, budget) for rule in RULES for budget in twin_of(rule).SWEEPS)
