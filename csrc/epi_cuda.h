@@ -40,11 +40,12 @@ EPI_EXPORT int32_t epi_cuda_device_error(void);
  * rows: epi_score_row, on the device. Where `aligned` is 1 a tensor is read four entries at a time.
  * ranges: [layers][2] on the device; NULL: the score is S itself.
  * selection: [budgets][2] on the device: the prefix, and k, which is not read.
+ * due: one value on the device; if it is 0, nothing is counted. NULL: 1.
  * digit_bits: 1 to 12.
  * counts: [budgets][1 << digit_bits] on the device; the kernel adds to them. */
 EPI_EXPORT int32_t epi_cuda_score_histogram(const int64_t* rows, const int64_t* chunks, int64_t chunk_count,
-                                            const float* ranges, const int64_t* selection, int32_t shift,
-                                            int32_t digit_bits, int64_t* counts, void* stream);
+                                            const float* ranges, const int64_t* selection, const float* due,
+                                            int32_t shift, int32_t digit_bits, int64_t* counts, void* stream);
 
 #ifdef __cplusplus
 }

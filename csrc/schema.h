@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#define EPI_VERSION 1297270949
+#define EPI_VERSION 978712627
 
 #define EPI_SLOTS 3
 #define EPI_SCALARS 12

@@ -58,8 +58,8 @@ def test_what_it_says_of_itself() -> None:
 def test_without_a_gpu_every_call_is_refused_and_none_crashes() -> None:
     assert "CUDA error" in cuda.obstacle()
     for shift in (19, 40):
-        assert LIBRARY.epi_cuda_score_histogram(1, 1, 1, None, 1, shift, 12, 1, None) != 0
-    assert LIBRARY.epi_cuda_score_histogram(1, 1, 0, None, 1, 19, 12, 1, None) == 0  # nothing to do
+        assert LIBRARY.epi_cuda_score_histogram(1, 1, 1, None, 1, None, shift, 12, 1, None) != 0
+    assert LIBRARY.epi_cuda_score_histogram(1, 1, 0, None, 1, None, 19, 12, 1, None) == 0  # nothing to do
 
 
 def test_nothing_spills() -> None:

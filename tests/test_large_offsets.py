@@ -3,8 +3,8 @@
 The address in the table lies 2^31 entries below real memory, and the only chunk is the one whose entries are real. A
 kernel that computes an offset in 32 bits reads somewhere else.
 
-Where nothing is due, every size is 0, and a chunk behind 2^31 does nothing. The one looked at begins a chunk before
-2^32: a kernel that computes in 32 bits how many entries are left finds a full chunk there, of real memory.
+Where a tensor has no entries, or a refresh is not due, a chunk behind 2^31 does nothing. The one looked at begins a
+chunk before 2^32: a kernel that computes in 32 bits how many entries are left finds a full chunk there, of real memory.
 """
 
 import math
@@ -165,17 +165,21 @@ def aligned(request: pytest.FixtureRequest) -> int:
     return int(request.param)
 
 
-def not_due(fields: tuple[str, ...], tensors: dict[str, Tensor], aligned: int | None = None) -> tuple[Tensor, Tensor]:
-    """Return the rows and the chunk of a tensor that would wrap, where nothing is due."""
+def far(
+    fields: tuple[str, ...], tensors: dict[str, Tensor], aligned: int | None = None, *, empty: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the rows of a tensor and its chunk before 2^32. empty: whether the rows say that it has no entries."""
     from epi_kernels.ops import tiles
 
     table = displaced(fields, tiles.CHUNK, tensors, (1 << 32) - tiles.CHUNK)
     if aligned is not None:
         table.set("aligned", [aligned])
-    return table.rows(torch.zeros(1)), table.chunks
+    if empty:
+        table.set("size", [0])
+    return table.rows(), table.chunks
 
 
-def test_a_step_that_is_not_due_does_nothing(aligned: int) -> None:
+def test_a_step_without_entries_does_nothing(aligned: int) -> None:
     from epi_kernels.ops import tiles
     from epi_kernels.ops.slots import constants_of
     from epi_kernels.ops.sweep import triton as kernels
@@ -184,28 +188,28 @@ def test_a_step_that_is_not_due_does_nothing(aligned: int) -> None:
     tensors = {name: torch.ones(tiles.CHUNK) for name in names}
     nonfinite = torch.zeros(1, dtype=torch.int64)
     kernels.sweep_kernel[(1,)](
-        *not_due(SWEEP.words, tensors, aligned), torch.tensor([ROW]), nonfinite, None, torch.tensor(math.nan), None,
-        **step_constants(), **constants_of(ADAMW, False),
+        *far(SWEEP.words, tensors, aligned, empty=True), torch.tensor([ROW]), nonfinite, None, torch.tensor(math.nan),
+        None, **step_constants(), **constants_of(ADAMW, False),
     )  # fmt: skip
     assert all(torch.equal(tensor, torch.ones(tiles.CHUNK)) for tensor in tensors.values())
     assert nonfinite.tolist() == [0]
 
 
-def test_importance_and_sums_that_are_not_due_do_nothing(aligned: int) -> None:
+def test_importance_that_is_not_due_and_sums_without_entries_do_nothing(aligned: int) -> None:
     from epi_kernels.ops import tiles
     from epi_kernels.ops.importance import triton as kernels
 
     tensors = {name: torch.ones(tiles.CHUNK) for name in ("importance", "grad")}
     ranges, nonfinite = torch.tensor([[math.inf, -math.inf]]), torch.zeros(1, dtype=torch.int64)
     kernels.importance_kernel[(1,)](
-        *not_due(IMPORTANCE.words, tensors, aligned), torch.tensor([[0.5, 1.0]]), ranges.view(torch.int32), nonfinite,
-        torch.tensor(math.nan), False, tiles.BLOCK, tiles.TILES,
+        *far(IMPORTANCE.words, tensors, aligned, empty=False), torch.tensor([[0.5, 1.0]]), ranges.view(torch.int32),
+        nonfinite, torch.tensor(math.nan), False, tiles.BLOCK, tiles.TILES, due=torch.zeros(1),
     )  # fmt: skip
     assert torch.equal(tensors["importance"], torch.ones(tiles.CHUNK))
     assert (ranges.tolist(), nonfinite.tolist()) == ([[math.inf, -math.inf]], [0])
 
     tensors = {name: torch.ones(tiles.CHUNK) for name in ("sum", "square_sum", "grad")}
-    kernels.gradient_sums_kernel[(1,)](*not_due(SUMS.words, tensors, aligned), tiles.BLOCK, tiles.TILES)
+    kernels.gradient_sums_kernel[(1,)](*far(SUMS.words, tensors, aligned, empty=True), tiles.BLOCK, tiles.TILES)
     assert all(torch.equal(tensor, torch.ones(tiles.CHUNK)) for tensor in tensors.values())
 
 
@@ -214,19 +218,19 @@ def test_histogram_and_lock_that_are_not_due_do_nothing(aligned: int) -> None:
     from epi_kernels.ops.threshold import triton as kernels
 
     importance = torch.ones(tiles.CHUNK)
-    rows = not_due(SCORE.words, {"importance": importance}, aligned)
+    rows, due = far(SCORE.words, {"importance": importance}, aligned, empty=False), torch.zeros(1)
     counts = torch.zeros(kernels.COPIES, 1, 4096, dtype=torch.int64)
     kernels.score_histogram_kernel[(1,)](
-        *rows, None, torch.tensor([[0, 1]]), counts, 1, kernels.COPIES, 19, 12, tiles.BLOCK, tiles.TILES
+        *rows, None, torch.tensor([[0, 1]]), counts, 1, kernels.COPIES, 19, 12, tiles.BLOCK, tiles.TILES, due=due
     )
     assert counts.sum() == 0
     locked = torch.zeros(1, 3, dtype=torch.int64)
-    kernels.lock_kernel[(1,)](*rows, None, torch.tensor([0.5]), locked, tiles.BLOCK, tiles.TILES)
+    kernels.lock_kernel[(1,)](*rows, None, torch.tensor([0.5]), locked, tiles.BLOCK, tiles.TILES, due=due)
     assert locked.tolist() == [[0, 0, 0]]
     assert torch.equal(importance, torch.ones(tiles.CHUNK))
 
 
-def test_selected_entries_that_are_not_due_do_not_move() -> None:
+def test_a_step_of_no_selected_entries_does_nothing() -> None:
     import triton.language as tl
 
     from epi_kernels.ops import tiles
@@ -241,7 +245,7 @@ def test_selected_entries_that_are_not_due_do_not_move() -> None:
         "slots[0]": torch.zeros(tiles.CHUNK),
         "slots[1]": torch.zeros(tiles.CHUNK),
     }
-    rows, chunks = not_due(GATHER.words, tensors)
+    rows, chunks = far(GATHER.words, tensors, empty=True)
     for field, tensor in {"param": param, "grad": grad}.items():
         rows[:, GATHER.words.index(field)] = tensor.data_ptr()
     kernels.gather_kernel[(1,)](

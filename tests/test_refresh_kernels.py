@@ -2,15 +2,18 @@
 
 - No score divides 0 or divides by 0: a GPU does both on a slow path, and most S may be 0.
 - A program that has counted nothing queues for no counter: it executes no atomic.
+- That a refresh may not be due is read by the kernels: torch executes nothing more for it.
 """
 
 import math
+from collections import Counter
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from epi_kernels import ops
 
@@ -109,3 +112,47 @@ def test_a_program_that_counts_nothing_executes_no_atomic(atomics: list[Any]) ->
     assert ranges.tolist() == [[math.inf, -math.inf]]
     assert lock([torch.ones(5)], torch.tensor([[1.0, 1.0]])).sum() == 0  # a constant layer: none is locked
     assert not atomics
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations of torch by their names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[str(function)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("operation", ["importance", "score_histogram", "lock"])
+def test_whether_a_refresh_is_due_costs_no_operation_of_torch(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from epi_kernels.ops import tiles
+    from epi_kernels.ops.importance.triton import Importance
+    from epi_kernels.ops.threshold.triton import Histogram, Lock
+
+    tensors, device = [torch.ones(5), torch.ones(9)], torch.device("cpu")
+    ranges, counter = torch.tensor([[0.0, 1.0]]), torch.zeros(2, dtype=torch.int64)
+    advance = Importance(tensors, tensors, torch.tensor([(0.5, 0.5)] * 2), [0, 0], True, device, (), ())
+    histogram, locks = (of(tensors, [0, 0], [0, 0], device) for of in (Histogram, Lock))
+
+    def run(due: Tensor | None) -> None:
+        if operation == "importance":
+            advance.advance_(tensors, tensors, ranges, counter, None, due, (), None)
+        elif operation == "score_histogram":
+            histogram.count(tensors, ranges, torch.tensor([[0, 1]]), 19, 4096, due, ())
+        else:
+            locks.lock_(tensors, ranges, torch.tensor([0.5]), due, ())
+
+    launched: list[Any] = []
+    # the interpreter copies arguments with operations of torch
+    monkeypatch.setattr(tiles, "launch", lambda kernel, *_, **__: launched.append(kernel))
+    run(None)  # sends the table
+    counts = []
+    for due in (None, torch.zeros(1)):
+        with Operations() as operations:
+            run(due)
+        counts.append(operations.counts)
+    assert counts[0] == counts[1]
+    assert len(launched) == 3

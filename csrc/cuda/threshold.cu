@@ -12,14 +12,14 @@ constexpr int32_t THREADS = 256;
 
 __global__ void __launch_bounds__(THREADS)
     score_histogram_kernel(const epi_score_row* __restrict__ rows, const int64_t* __restrict__ chunks,
-                           const float* __restrict__ ranges, const int64_t* __restrict__ selection, int32_t shift,
-                           int32_t digit_bits, unsigned long long* __restrict__ counts) {
+                           const float* __restrict__ ranges, const int64_t* __restrict__ selection,
+                           const float* __restrict__ due, int32_t shift, int32_t digit_bits,
+                           unsigned long long* __restrict__ counts) {
     __shared__ uint32_t bins[1 << LARGEST_DIGIT];
+    if (due && *due == 0.0f) return;  // all threads of all blocks
     const int64_t number = chunks[blockIdx.x];
     const epi_score_row row = rows[tensor_of(number)];
     const Chunk chunk = chunk_of(number, HISTOGRAM_CHUNK, row.size, row.aligned != 0);
-    if (chunk.end <= chunk.begin) return;  // all threads of the block, before they clear and add up the bins
-
     const int32_t bin_count = 1 << digit_bits;
     for (int32_t i = threadIdx.x; i < bin_count; i += THREADS) bins[i] = 0;
     const Digit digit = digit_of(row, selection, shift, digit_bits);
@@ -55,14 +55,14 @@ int32_t epi_cuda_device_error(void) {
 int64_t epi_cuda_histogram_chunk(void) { return HISTOGRAM_CHUNK; }
 
 int32_t epi_cuda_score_histogram(const int64_t* rows, const int64_t* chunks, int64_t chunk_count, const float* ranges,
-                                 const int64_t* selection, int32_t shift, int32_t digit_bits, int64_t* counts,
-                                 void* stream) {
+                                 const int64_t* selection, const float* due, int32_t shift, int32_t digit_bits,
+                                 int64_t* counts, void* stream) {
     if (chunk_count == 0) return cudaSuccess;
     if (chunk_count < 0 || chunk_count > INT32_MAX || shift < 0 || digit_bits < 1 || digit_bits > LARGEST_DIGIT ||
         shift + digit_bits > 31)
         return cudaErrorInvalidValue;
     score_histogram_kernel<<<static_cast<uint32_t>(chunk_count), THREADS, 0, static_cast<cudaStream_t>(stream)>>>(
-        reinterpret_cast<const epi_score_row*>(rows), chunks, ranges, selection, shift, digit_bits,
+        reinterpret_cast<const epi_score_row*>(rows), chunks, ranges, selection, due, shift, digit_bits,
         reinterpret_cast<unsigned long long*>(counts));
     return cudaGetLastError();
 }

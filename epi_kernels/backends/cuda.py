@@ -28,7 +28,7 @@ _FUNCTIONS = {
     "epi_cuda_compiler": (ctypes.c_char_p, ()),
     "epi_cuda_histogram_chunk": (_INT64, ()),
     "epi_cuda_device_error": (_INT32, ()),
-    "epi_cuda_score_histogram": (_INT32, (*_CHUNKS, *(_POINTER,) * 2, _INT32, _INT32, _POINTER, _POINTER)),
+    "epi_cuda_score_histogram": (_INT32, (*_CHUNKS, *(_POINTER,) * 3, _INT32, _INT32, _POINTER, _POINTER)),
 }
 
 

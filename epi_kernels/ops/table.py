@@ -81,11 +81,8 @@ class Table:
         self._addresses.add(self._columns[field])
         self.set(field, [0 if tensor is None else tensor.data_ptr() for tensor in tensors])
 
-    def rows(self, due: Tensor | None = None) -> Tensor:
-        """Return the rows on the device, int64 [tensors, fields]; they are sent only if they have changed.
-
-        Where `due`, float32 of one value on the device, is 0, every tensor has size 0: a launch finds nothing to do.
-        """
+    def rows(self) -> Tensor:
+        """Return the rows on the device, int64 [tensors, fields]; they are sent only if they have changed."""
         rows = self._there
         uploads = Uploads.current()
         if rows is None:
@@ -100,10 +97,6 @@ class Table:
                 self._there = rows
         if uploads is not None:  # the rows may have been sent in a step long before
             uploads.keep((self.chunks, self.chunks_of, rows))
-        if due is None:
-            return rows
-        rows = rows.clone()
-        rows[:, self._columns["size"]] *= (due != 0).to(rows.dtype).reshape(())
         return rows
 
     def entries(self) -> int:

@@ -107,12 +107,16 @@ def located(chunks, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def left_of(row, start, CHUNK: tl.constexpr):
+def left_of(row, start, CHUNK: tl.constexpr, due=None):
     """Return how many entries of a chunk the tensor of this row has, int32: 0 if the tensor ends before the chunk.
 
-    If a refresh is not due, a row has size 0, while `start` may be beyond 2^31: their difference does not fit int32.
+    due: a pointer to float32, or None. Where it is 0, no tensor has entries.
     """
-    return tl.maximum(tl.minimum(tl.load(row + _SIZE) - start, CHUNK), 0).to(tl.int32)
+    size = tl.load(row + _SIZE)
+    if due is not None:
+        size = tl.where(tl.load(due) != 0, size, 0)
+    # in 64 bits: `start` may be beyond 2^31 where the size is 0
+    return tl.maximum(tl.minimum(size - start, CHUNK), 0).to(tl.int32)
 
 
 @triton.jit

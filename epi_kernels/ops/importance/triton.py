@@ -59,17 +59,18 @@ def importance_kernel(
     TILES: tl.constexpr,
     steps=None,
     STORAGE: tl.constexpr = FLOAT32,
+    due=None,
 ):
     """Advance one chunk of one tensor and merge its range into its layer's.
 
     rows: int64 [tensors, words of IMPORTANCE]. betas: float32 [tensors, 2]. ranges: the bits of float32 [layers, 2] as
     int32, which have the same order as the values; they start from (inf, -inf). nonfinite: int64 [tensors].
     grad_factor: float32, or None. steps: float32 [tensors], the clocks, if the importances are rounded stochastically;
-    or None. STORAGE: of the importances.
+    or None. STORAGE: of the importances. due: see `epi_kernels.ops.tiles.left_of`.
     """
     tensor, start = located(chunks, BLOCK * TILES)
     row = rows + tensor * _WIDTH
-    left = left_of(row, start, BLOCK * TILES)
+    left = left_of(row, start, BLOCK * TILES, due)
     beta, one_minus_beta = tl.load(betas + 2 * tensor), tl.load(betas + 2 * tensor + 1)
     bad = tl.zeros([BLOCK], tl.int32)
     low = tl.full([BLOCK], INFINITE, tl.int32)
@@ -190,6 +191,7 @@ _ARGUMENTS = {
     "grad_factor": None,
     "steps": None,
     "STORAGE": FLOAT32.value,
+    "due": None,
 }
 VARIANTS = (
     # the code reads all three dtypes of a gradient: 128 bits at a time for float32, 64 for the others
@@ -198,6 +200,15 @@ VARIANTS = (
         "importance with a factor",
         importance_kernel,
         {**_ARGUMENTS, "KEEP_FINITE": True, "grad_factor": "*fp32"},
+        12,
+        40,
+        {128: 2},
+        {128: 1},
+    ),
+    Variant(
+        "importance where it may be due",
+        importance_kernel,
+        {**_ARGUMENTS, "KEEP_FINITE": True, "due": "*fp32"},
         12,
         40,
         {128: 2},
@@ -258,7 +269,7 @@ class Importance:
             table.point("importance", flat.written[0])
             grads = flat.read[0]
         table.point("grad", grads)
-        rows, betas = table.rows(due), on_device(self._betas, ranges.device)
+        rows, betas = table.rows(), on_device(self._betas, ranges.device)
         for kind, chunks in table.chunks_of.items():
             rounded = kind != FLOAT32.value and self._row_major
             tiles.launch(
@@ -276,6 +287,7 @@ class Importance:
                 tiles.TILES,
                 steps if rounded else None,
                 kind,
+                due,
             )
         if flat is not None:
             flat.write_back()

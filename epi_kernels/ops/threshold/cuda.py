@@ -38,11 +38,12 @@ class Histogram(Scored):
         cuda.call(
             "epi_cuda_score_histogram",
             selection.device,
-            table.rows(due),
+            table.rows(),
             table.chunks,
             table.chunks.numel(),
             ranges,
             selection,
+            due,
             shift,
             bins.bit_length() - 1,
             counts,

@@ -45,15 +45,17 @@ def score_histogram_kernel(
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
     STORAGE: tl.constexpr = FLOAT32,
+    due=None,
 ):
     """Count the digits of one chunk of one tensor.
 
     rows: int64 [tensors, words of SCORE]. ranges: float32 [layers, 2], or None. selection: int64 [budgets, 2]. counts:
-    int64 [COPIES, budgets, 1 << DIGIT_BITS]. STORAGE: of the importances.
+    int64 [COPIES, budgets, 1 << DIGIT_BITS]. STORAGE: of the importances. due: see
+    `epi_kernels.ops.tiles.left_of`.
     """
     tensor, start = located(chunks, BLOCK * TILES)
     row = rows + tensor * _WIDTH
-    left = left_of(row, start, BLOCK * TILES)
+    left = left_of(row, start, BLOCK * TILES, due)
     budget = tl.load(row + _BUDGET)
     prefix = tl.load(selection + 2 * budget).to(tl.int32)
     histogram = counts + ((tl.program_id(0) % COPIES) * BUDGETS + budget) * (1 << DIGIT_BITS)
@@ -121,15 +123,17 @@ def lock_kernel(
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
     STORAGE: tl.constexpr = FLOAT32,
+    due=None,
 ):
     """Lock one chunk of one tensor.
 
     rows: int64 [tensors, words of SCORE]. ranges: float32 [layers, 2], or None. thresholds: float32 [budgets]. counts:
-    int64 [tensors, 3]; the kernel adds to them. STORAGE: of the importances.
+    int64 [tensors, 3]; the kernel adds to them. STORAGE: of the importances. due: see
+    `epi_kernels.ops.tiles.left_of`.
     """
     tensor, start = located(chunks, BLOCK * TILES)
     row = rows + tensor * _WIDTH
-    left = left_of(row, start, BLOCK * TILES)
+    left = left_of(row, start, BLOCK * TILES, due)
     address = tl.load(row + _IMPORTANCE)
     low, high = _range(ranges, tl.load(row + _LAYER))
     threshold = tl.load(thresholds + tl.load(row + _BUDGET))
@@ -202,7 +206,7 @@ def _lock_tile(
     return locked, newly, released
 
 
-_TABLES = {"rows": "*i64", "chunks": "*i64", "ranges": "*fp32"}
+_TABLES = {"rows": "*i64", "chunks": "*i64", "ranges": "*fp32", "due": None}
 
 
 def _histogram(
@@ -233,6 +237,7 @@ def _lock(name: str, instructions: int, storage: Storage = OF_FLOAT32, **changes
 
 VARIANTS = (
     _histogram("histogram, first digit", 19, 12),
+    _histogram("histogram where it may be due", 19, 12, due="*fp32"),
     _histogram("histogram, second digit", 9, 10),
     _histogram("histogram, third digit", 0, 9),
     _histogram("histogram of S itself", 19, 12, ranges=None),
@@ -240,6 +245,7 @@ VARIANTS = (
     _select(1024, 64),
     _select(512, 64),
     _lock("lock", 46),
+    _lock("lock where it may be due", 46, due="*fp32"),
     _lock("lock by S itself", 25, ranges=None),
     _histogram("histogram of bfloat16", 19, 12, OF_BFLOAT16, 61),
     _histogram("histogram of blocks of 8 bits", 19, 12, OF_BLOCK8, 95),
@@ -272,7 +278,7 @@ class Histogram(Scored):
         # several budgets already spread the entries over addresses, and each copy costs 32 KiB for each budget
         copies = max(1, COPIES // max(1, len(selection)))
         counts = zeros((copies, len(selection), bins), torch.int64, selection.device)
-        rows = table.rows(due)
+        rows = table.rows()
         for kind, chunks in table.chunks_of.items():
             tiles.launch(
                 score_histogram_kernel,
@@ -290,6 +296,7 @@ class Histogram(Scored):
                 tiles.BLOCK,
                 tiles.TILES,
                 kind,
+                due,
             )
         del flat  # the copies that it holds had to live until now
         return counts
@@ -323,7 +330,7 @@ class Lock(Scored):
         """Lock every entry whose score reaches its budget's threshold."""
         table, flat = self.table, self.placed(importances)
         counts = zeros((len(importances), 3), torch.int64, thresholds.device)
-        rows = table.rows(due)
+        rows = table.rows()
         for kind, chunks in table.chunks_of.items():
             tiles.launch(
                 lock_kernel,
@@ -337,6 +344,7 @@ class Lock(Scored):
                 tiles.BLOCK,
                 tiles.TILES,
                 kind,
+                due,
             )
         if flat is not None:
             flat.write_back()
