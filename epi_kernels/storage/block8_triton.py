@@ -10,7 +10,6 @@ import triton.language as tl
 
 from epi_kernels.contract import NEGLIGIBLE
 from epi_kernels.ops.equations_triton import INFINITE, bits_of, float_of
-from epi_kernels.ops.tiles import read
 from epi_kernels.storage import block8
 
 BLOCK8 = tl.constexpr(block8.BLOCK)
@@ -88,11 +87,19 @@ def of_entries(of_blocks, BLOCK: tl.constexpr):
 def read_scales(address, block, blocks, BLOCK: tl.constexpr, FULL: tl.constexpr, present=None):
     """Return the scale of each entry of a tile.
 
-    block: int64, the first scale. blocks: the tile has so many. present: see `epi_kernels.ops.tiles.read`.
+    block: int64, the first scale. blocks: the tile has so many. present: whether the tensor is there, one
+    value for the whole program; without it, zeros are returned. None: it is.
     """
     at = address.to(tl.pointer_type(tl.float32)) + block
     of_entry = tl.arange(0, BLOCK) // BLOCK8
-    return read(at, of_entry, blocks, FULL, present)
+    if FULL:
+        scale = tl.load(at + of_entry, mask=present, other=None if present is None else 0)
+    else:
+        mask = of_entry < blocks
+        if present is not None:
+            mask = mask & present
+        scale = tl.load(at + of_entry, mask=mask, other=0)
+    return scale
 
 
 @triton.jit
