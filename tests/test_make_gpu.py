@@ -5,9 +5,11 @@ Without a GPU: the recipes run with a Python that only writes down how it was ca
 
 import json
 import os
+import runpy
 import shutil
 import stat
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,28 +27,71 @@ echo ran
 """
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make here")
-@pytest.mark.parametrize(
-    ("fails", "good"), [("nothing", True), ("pytest", False), ("bench/gpu.py", False)], ids=["all", "tests", "bench"]
-)
-def test_tests_that_fail_do_not_keep_the_benchmark_from_running(fails: str, good: bool, tmp_path: Path) -> None:
-    stub, calls, results = tmp_path / "python", tmp_path / "calls", tmp_path / "results"
+needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="there is no make here")
+
+
+def made(folder: Path, *targets: str, fails: str = "nothing") -> tuple[int, list[str]]:
+    """Return the exit status of make in a copy of what it needs, and how Python was called so far.
+
+    Args:
+        folder: for the copy.
+        targets: as make takes them.
+        fails: a part of the command line of the calls that fail.
+    """
+    for name in ("Makefile", "setup.py"):
+        shutil.copy2(ROOT / name, folder)
+    stub, calls = folder / "python", folder / "calls"
     stub.write_text(STUB)
     stub.chmod(stub.stat().st_mode | stat.S_IXUSR)
     environment = {**os.environ, "CALLS": str(calls), "FAILS": fails}
-    command = ["make", "gpu", f"GPU_PYTHON={stub}", f"RESULTS={results}"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert (done.returncode == 0) is good, done.stdout + done.stderr
-    said = calls.read_text()
-    assert "-m pytest tests/test_gpu.py" in said
-    assert f"bench/gpu.py --json {results}" in said
-    assert {path.name for path in results.iterdir()} == {"gpu-test.log", "gpu-bench.log"}
+    command = ["make", *targets, f"GPU_PYTHON={stub}", "RESULTS=results"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return done.returncode, calls.read_text().splitlines()
+
+
+@needs_make
+@pytest.mark.parametrize(
+    ("fails", "status"), [("nothing", 0), ("pytest", 2), ("bench/gpu.py", 2), ("setup.py", 0), ("-c import", 2)]
+)
+def test_what_fails_does_not_keep_the_rest_from_running(fails: str, status: int, tmp_path: Path) -> None:
+    found, calls = made(tmp_path, "gpu", fails=fails)
+    assert found == status
+    without_gpu = fails == "-c import"
+    assert any("-m pytest tests/test_gpu.py" in call for call in calls) is not without_gpu
+    assert ("-u bench/gpu.py --json results" in calls) is not without_gpu
+    logs = set() if without_gpu else {"gpu-test.log", "gpu-bench.log"}
+    assert {path.name for path in tmp_path.glob("results/*")} == logs
+
+
+@needs_make
+def test_the_libraries_are_built_where_they_are_out_of_date(tmp_path: Path) -> None:
+    def builds() -> int:
+        return sum("setup.py" in call for call in made(tmp_path, "gpu")[1])
+
+    assert builds() == 1
+    assert builds() == 1
+    os.utime(tmp_path / "build/.libraries", (0, 0))
+    assert builds() == 2
+
+
+@needs_make
+def test_a_build_that_failed_is_tried_again(tmp_path: Path) -> None:
+    made(tmp_path, "gpu-test", fails="setup.py")
+    _, calls = made(tmp_path, "gpu-bench")
+    assert sum("setup.py" in call for call in calls) == 2
 
 
 def test_only_the_tests_of_a_gpu_are_collected_there() -> None:
     recipe = (ROOT / "Makefile").read_text()
     assert "-m pytest tests/test_gpu.py" in recipe
     assert "pytest -m gpu" not in recipe
+
+
+def test_without_expecttest_what_needs_it_is_skipped_and_not_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "expecttest", None)
+    with pytest.raises(pytest.skip.Exception) as skipped:
+        runpy.run_path(str(ROOT / "tests/test_torch_suite.py"))
+    assert skipped.value.allow_module_level
 
 
 def test_facts_of_a_machine_without_git_are_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
