@@ -9,6 +9,7 @@ from pathlib import Path
 import hypothesis
 import interpreter
 import pytest
+import rehearsal
 import torch
 
 from epi_kernels.backends import registry
@@ -42,13 +43,18 @@ def tries_triton(item: pytest.Item) -> bool:
     return "triton" in (backend if isinstance(backend, tuple) else (backend,))
 
 
+def is_rehearsed(item: pytest.Item) -> bool:
+    """Return whether a test needs a GPU and the CPU stands in for one."""
+    return not rehearsal.ON_GPU and item.get_closest_marker("gpu") is not None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
+    if rehearsal.ON_GPU and not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="there is no CUDA GPU here"))
     if INTERPRETED:
-        chosen = [item for item in items if tries_triton(item)]
+        chosen = [item for item in items if tries_triton(item) or is_rehearsed(item)]
         config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
         items[:] = chosen
 

@@ -16,6 +16,7 @@ from typing import Any
 import cases
 import gpu
 import pytest
+import test_gpu
 import torch
 
 ROOT = Path(__file__).parent.parent
@@ -92,6 +93,31 @@ def test_without_expecttest_what_needs_it_is_skipped_and_not_an_error(monkeypatc
     with pytest.raises(pytest.skip.Exception) as skipped:
         runpy.run_path(str(ROOT / "tests/test_torch_suite.py"))
     assert skipped.value.allow_module_level
+
+
+SANITIZER = """#!/bin/sh
+echo "$PYTORCH_NO_CUDA_MEMORY_CACHING $*" > "$CALLS"
+echo done
+exit $STATUS
+"""
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
+def test_compute_sanitizer_is_called_with_a_tool_and_what_it_says_counts(
+    tool: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stub, calls = tmp_path / "compute-sanitizer", tmp_path / "calls"
+    stub.write_text(SANITIZER)
+    stub.chmod(stub.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("CALLS", str(calls))
+    monkeypatch.setenv("STATUS", "0")
+    test_gpu.test_compute_sanitizer_finds_nothing(tool)
+    options = f"--tool {tool} --report-api-errors no --error-exitcode 9 --target-processes application-only"
+    assert calls.read_text().startswith(f"1 {options} {sys.executable} -c ")
+    monkeypatch.setenv("STATUS", "9")
+    with pytest.raises(AssertionError):
+        test_gpu.test_compute_sanitizer_finds_nothing(tool)
 
 
 def test_facts_of_a_machine_without_git_are_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
