@@ -4,13 +4,15 @@
     python bench/gpu.py --device cpu             # a small rehearsal without a GPU, whose times mean nothing
 
 All candidates of a case share parameters and gradients, and run once in every round, in an order that rotates. Times
-are measured on the device, between two events. Writes <folder>/<device>.json after every case, so that a run that is
-cut short loses only one case; a case that fails is recorded as failed, and the next case is measured.
+are measured on the device, between two events. Launches are counted in one case, when all times are known: the profiler
+slows all later launches. Writes <folder>/<device>.json after every case, so that a run that is cut short loses only one
+case; a case that fails is recorded as failed, and the next case is measured.
 """
 
 import argparse
 import gc
 import json
+import os
 import re
 import statistics
 import sys
@@ -23,6 +25,7 @@ import torch
 from cases import (
     BASELINE,
     BYTES,
+    COMPACT,
     COMPILED_EAGER,
     DEFAULT,
     EAGER,
@@ -35,6 +38,7 @@ from cases import (
     Shapes,
     bytes_of,
     candidates,
+    compact_candidates,
     machine,
     said_by,
 )
@@ -45,9 +49,10 @@ from tqdm import tqdm
 INTERVAL = 500  # steps from one refresh to the next
 ALL = tuple(name for name in BYTES if name not in (COMPILED_EAGER, DEFAULT))
 LARGE = (BASELINE, EPI)  # candidates where the states of all do not fit
+STORED = (BASELINE, EPI, *COMPACT)
 
 # bytes of memory that the candidates of a case need for each entry, float32: p, g and every candidate's states
-MEMORY = {ALL: 118, LARGE: 8 + 8 + 12 + 4}
+MEMORY = {ALL: 118, LARGE: 8 + 8 + 12 + 4, STORED: 84}
 
 # the targets of a case: (candidate, figure, comparison, value, the number of entries from which the target applies); a
 # "ratio" applies only in float32, where torch's states are as wide as ours
@@ -61,6 +66,9 @@ TARGETS = (
     # at 2^26 a hundredth of the step of torch is 5 to 7 us on an H100 or H200: a launch and three dependent reads
     (SPARSE, "times_faster_than_dense", ">=", 100.0, 1 << 28),
 )
+
+
+LLAMA = "Llama-3-8B at 1/8"
 
 
 def llama(fraction: int) -> Shapes:
@@ -79,12 +87,14 @@ def tiny() -> Shapes:
 
 def cases(rehearsal: bool) -> list[tuple[str, Shapes, torch.dtype, tuple[str, ...]]]:
     """Return (title, shapes, dtype of parameters and gradients, candidates)."""
-    # this case is first because of its host times: the profiler that counts launches slows all later launches
-    found = [("Llama-3-8B at 1/8", llama(64 if rehearsal else 8), torch.bfloat16, ALL)]
+    found = [(LLAMA, llama(64 if rehearsal else 8), torch.bfloat16, ALL)]
     for power in (12, 16) if rehearsal else (22, 24, 26, 28):
         shapes = [((1 << power) // TENSORS,)] * TENSORS
         for dtype in (torch.float32, torch.bfloat16):
             found.append((f"2^{power} entries, {str(dtype)[6:]}", shapes, dtype, ALL))
+    for power in (16,) if rehearsal else (26, 28):
+        shapes = [((1 << power) // TENSORS // 1024, 1024)] * TENSORS
+        found.append((f"2^{power} entries in rows of 1024, compact", shapes, torch.float32, STORED))
     if not rehearsal:
         found.append(("2^30 entries, float32", [((1 << 30) // TENSORS,)] * TENSORS, torch.float32, LARGE))
     found.append(("2000 tiny tensors", tiny()[:: 50 if rehearsal else 1], torch.float32, ALL))
@@ -92,11 +102,11 @@ def cases(rehearsal: bool) -> list[tuple[str, Shapes, torch.dtype, tuple[str, ..
 
 
 def copy_bandwidth(device: str) -> float:
-    """Return the bytes per second that the best of ten large copies reads and writes."""
+    """Return the bytes per second that large copies read and write, the median of ten."""
     source = torch.empty(1 << (28 if device == "cuda" else 20), device=device)
     target = torch.empty_like(source)
     timing = interleave({"copy": lambda: target.copy_(source)}, 10, "copy", timing=timing_on(device))["copy"]
-    return 2 * source.numel() * 4 / min(timing.wall)
+    return 2 * source.numel() * 4 / statistics.median(timing.wall)
 
 
 def timing_on(device: str) -> type[Timing]:
@@ -104,10 +114,15 @@ def timing_on(device: str) -> type[Timing]:
     return GPUTiming if device == "cuda" else Timing
 
 
-def launches(step: Callable[[], object], device: str) -> int | None:
-    """Return how many kernels a step launches; None if that cannot be known."""
-    launched = kernels(step) if device == "cuda" else None
-    return None if launched is None else len(launched)
+def launches(device: str) -> dict[str, int | None]:
+    """Return how many kernels the step of each candidate launches; None if that cannot be known."""
+    _, shapes, dtype, names = next(case for case in cases(device == "cpu") if case[0] == LLAMA)
+    found = {}
+    for name, step in candidates(shapes, names=names, device=device, dtype=dtype).items():
+        launched = kernels(step) if device == "cuda" else None
+        found[name] = None if launched is None else len(launched)
+        print(f"  {name:<38}{'unknown' if launched is None else len(launched):>7} launches")
+    return found
 
 
 def figures(
@@ -117,7 +132,6 @@ def figures(
     entries: int,
     dtype: torch.dtype,
     copy: float,
-    launched: int | None,
     device: str,
 ) -> dict[str, Any]:
     """Return the figures that are reported for one candidate."""
@@ -137,7 +151,6 @@ def figures(
         "state_bytes_per_entry": candidate.state_bytes() / entries,
         "gb_per_s": speed / 1e9 if speed else None,
         "share_of_copy": speed / copy if speed else None,
-        "launches": launched,
         "host_ms": statistics.median(timings[name].cpu) * 1e3,
     }
     if name == EAGER:
@@ -188,6 +201,13 @@ def run(device: str, rounds: int, keep: Callable[[dict[str, Any]], None]) -> boo
         if device == "cuda":
             torch.cuda.empty_cache()
     failed = [result["case"] for result in found["results"] if "error" in result]
+    print(f"\nlaunches of a step, {LLAMA}:")
+    try:
+        found["launches"] = launches(device)
+        keep(found)
+    except Exception:  # the times are written
+        traceback.print_exc()
+        failed.append("launches")
     if failed:
         print(f"not measured: {', '.join(failed)}")
     return not failed
@@ -203,12 +223,15 @@ def measured(
         reason = f"it takes {entries * MEMORY[names] >> 30} GiB and {free >> 30} are free"
         tqdm.write(f"\n{title}: left out, {reason}")
         return {"entries": entries, "left_out": reason}
-    steps = candidates(shapes, names=names, device=device, dtype=dtype)
+    if names is STORED:
+        steps = compact_candidates(shapes, device)
+    else:
+        steps = candidates(shapes, names=names, device=device, dtype=dtype)
     timings = interleave(steps, rounds, title, timing=timing_on(device))
     rows = []
     tqdm.write(f"\n{title} (ratio to {BASELINE}: median [least, greatest] of {rounds} rounds)")
     for name, step in steps.items():
-        found = figures(name, step, timings, entries, dtype, copy, launches(step, device), device)
+        found = figures(name, step, timings, entries, dtype, copy, device)
         found["targets"] = verdicts(found, entries, dtype)
         if title.startswith("Llama") and name == EPI:
             fused = statistics.median(timings[BASELINE].cpu) * 1e3
@@ -224,13 +247,12 @@ def line(found: dict[str, Any]) -> str:
     """Return one candidate's figures and targets as text."""
     speed = f"{found['gb_per_s']:6.0f} GB/s {found['share_of_copy']:5.0%} of copy" if found["gb_per_s"] else " " * 26
     predicted = "" if found["predicted_ms"] is None else f"  predicted {found['predicted_ms']:.3f}"
-    launched = "" if found["launches"] is None else f"{found['launches']:5d} launches"
     marks = [
         f"{t['figure']} {t['reached']:.4g} {t['target']}: {'met' if t['met'] else 'NOT met'}" for t in found["targets"]
     ]
     return (
-        f"  {found['step']:<28}{found['ms']:9.3f} ms{predicted}  {found['ratio']:6.2f} [{found['ratio_least']:.2f}, "
-        f"{found['ratio_greatest']:.2f}]  {speed}{launched}  host {found['host_ms']:.3f} ms  {'; '.join(marks)}"
+        f"  {found['step']:<38}{found['ms']:9.3f} ms{predicted}  {found['ratio']:6.2f} [{found['ratio_least']:.2f}, "
+        f"{found['ratio_greatest']:.2f}]  {speed}  host {found['host_ms']:.3f} ms  {'; '.join(marks)}"
     ).rstrip()
 
 
@@ -265,7 +287,10 @@ def main() -> None:
         if arguments.json:
             arguments.json.mkdir(parents=True, exist_ok=True)
             text = json.dumps({"machine": about, **found}, indent=1)
-            (arguments.json / f"{name}.json").write_text(text + "\n")
+            # a run that ends while it writes leaves the file of before
+            unfinished = arguments.json / f"{name}.json.unfinished"
+            unfinished.write_text(text + "\n")
+            os.replace(unfinished, arguments.json / f"{name}.json")
 
     complete = run(arguments.device, arguments.rounds if arguments.device == "cuda" else 2, keep)
     if arguments.json:

@@ -18,6 +18,7 @@ import gpu
 import pytest
 import test_gpu
 import torch
+from measure import Timing
 
 ROOT = Path(__file__).parent.parent
 
@@ -76,6 +77,15 @@ def test_the_libraries_are_built_where_they_are_out_of_date(tmp_path: Path) -> N
 
 
 @needs_make
+@pytest.mark.parametrize("fails", ["nothing", "import xdist"])
+def test_tests_run_in_several_processes_where_that_is_possible(fails: str, tmp_path: Path) -> None:
+    status, calls = made(tmp_path, "gpu-test", fails=fails)
+    assert status == 0
+    options = "" if fails == "import xdist" else "--numprocesses 8 "
+    assert f"-m pytest tests/test_gpu.py {options}-v -k not sanitizer_finds" in calls
+
+
+@needs_make
 def test_a_build_that_failed_is_tried_again(tmp_path: Path) -> None:
     made(tmp_path, "gpu-test", fails="setup.py")
     _, calls = made(tmp_path, "gpu-bench")
@@ -126,26 +136,42 @@ def test_facts_of_a_machine_without_git_are_unknown(monkeypatch: pytest.MonkeyPa
     assert cases.said_by("nvidia-smi", "--query-gpu=driver_version") == "unknown"
 
 
+def bench(monkeypatch: pytest.MonkeyPatch, folder: Path, cases: list[Any] | None = None, **replaced: Any) -> int:
+    """Run bench/gpu.py on the CPU, some of its functions replaced, and return its exit status."""
+    usual = {"copy_bandwidth": lambda _: 1e9, "launches": lambda _: {}}
+    if cases is not None:
+        usual["cases"] = lambda _: cases
+    for name, function in {**usual, **replaced}.items():
+        monkeypatch.setattr(gpu, name, function)
+    monkeypatch.setattr("sys.argv", ["gpu.py", "--device", "cpu", "--json", str(folder)])
+    with pytest.raises(SystemExit) as status:
+        gpu.main()
+    return int(status.value.code or 0)
+
+
+def written(folder: Path) -> dict[str, Any]:
+    """Return what the only JSON file in a folder holds."""
+    (path,) = folder.glob("*.json")
+    return dict(json.loads(path.read_text()))
+
+
+def small(*names: str) -> list[Any]:
+    """Return cases of these names that take no time."""
+    return [(name, [(5 + i,)], torch.float32, gpu.LARGE) for i, name in enumerate(names)]
+
+
 def test_a_case_that_fails_is_written_down_and_the_next_one_is_measured(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def candidates(shapes: Any, **settings: Any) -> Any:
-        if shapes == [(7,)]:
-            raise torch.OutOfMemoryError("no memory for 7")
+        if shapes == [(6,)]:
+            raise torch.OutOfMemoryError("no memory for 6")
         return cases.candidates(shapes, **settings)
 
-    three = [(title, [(size,)], torch.float32, gpu.LARGE) for title, size in (("one", 5), ("bad", 7), ("two", 9))]
-    monkeypatch.setattr(gpu, "cases", lambda _: three)
-    monkeypatch.setattr(gpu, "candidates", candidates)
-    monkeypatch.setattr(gpu, "copy_bandwidth", lambda _: 1e9)
-    monkeypatch.setattr("sys.argv", ["gpu.py", "--device", "cpu", "--json", str(tmp_path)])
-    with pytest.raises(SystemExit) as status:
-        gpu.main()
-    assert status.value.code == 1
-    (path,) = tmp_path.iterdir()
-    results = json.loads(path.read_text())["results"]
+    assert bench(monkeypatch, tmp_path, small("one", "bad", "two"), candidates=candidates) == 1
+    results = written(tmp_path)["results"]
     assert [result["case"] for result in results] == ["one", "bad", "two"]
-    assert results[1]["error"] == "OutOfMemoryError: no memory for 7"
+    assert results[1]["error"] == "OutOfMemoryError: no memory for 6"
     assert all(result["steps"] for result in (results[0], results[2]))
     assert "not measured: bad" in capsys.readouterr().out
 
@@ -156,11 +182,68 @@ def test_a_run_that_is_cut_short_keeps_what_it_has(monkeypatch: pytest.MonkeyPat
             raise KeyboardInterrupt
         return {"entries": 1, "steps": []}
 
-    monkeypatch.setattr(gpu, "cases", lambda _: [(title, [], torch.float32, ()) for title in ("first", "second")])
-    monkeypatch.setattr(gpu, "measured", measured)
-    monkeypatch.setattr(gpu, "copy_bandwidth", lambda _: 1e9)
-    monkeypatch.setattr("sys.argv", ["gpu.py", "--device", "cpu", "--json", str(tmp_path)])
     with pytest.raises(KeyboardInterrupt):
-        gpu.main()
-    (path,) = tmp_path.iterdir()
-    assert [result["case"] for result in json.loads(path.read_text())["results"]] == ["first"]
+        bench(monkeypatch, tmp_path, small("first", "second"), measured=measured)
+    assert [result["case"] for result in written(tmp_path)["results"]] == ["first"]
+
+
+def test_a_run_that_is_cut_short_while_it_writes_keeps_what_it_had(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    write = Path.write_text
+
+    def cut_short(path: Path, text: str) -> int:
+        if "second" in text:
+            write(path, text[: len(text) // 2])
+            raise KeyboardInterrupt
+        return write(path, text)
+
+    monkeypatch.setattr(Path, "write_text", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        bench(monkeypatch, tmp_path, small("first", "second"), measured=lambda *_: {"entries": 1, "steps": []})
+    assert [result["case"] for result in written(tmp_path)["results"]] == ["first"]
+
+
+def test_launches_are_counted_once_and_when_all_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    done = []
+
+    def launches(_: str) -> dict[str, int]:
+        done.append("launches")
+        return {"EPI": 1}
+
+    def measured(title: str, *_: Any) -> dict[str, Any]:
+        done.append(title)
+        return {"entries": 1, "steps": []}
+
+    assert bench(monkeypatch, tmp_path, small("first", "second"), launches=launches, measured=measured) == 0
+    assert done == ["first", "second", "launches"]
+    assert written(tmp_path)["launches"] == {"EPI": 1}
+
+
+def test_times_are_written_where_launches_cannot_be_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def launches(_: str) -> dict[str, int]:
+        raise RuntimeError("no profiler")
+
+    assert bench(monkeypatch, tmp_path, small("one"), launches=launches) == 1
+    assert written(tmp_path)["results"][0]["steps"]
+
+
+def test_launches_are_those_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "cases", lambda _: small("other", gpu.LLAMA))
+    assert gpu.launches("cpu") == dict.fromkeys(gpu.LARGE)
+
+
+def test_one_fast_copy_does_not_decide_the_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
+    timing = Timing(wall=[1.0, 2.0, 2.0, 2.0, 4.0])
+    monkeypatch.setattr(gpu, "interleave", lambda *_, **__: {"copy": timing})
+    assert gpu.copy_bandwidth("cpu") == 2 * 4 * (1 << 20) / 2.0
+
+
+def test_compact_states_are_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    chosen = [case for case in gpu.cases(True) if "compact" in case[0]]
+    assert bench(monkeypatch, tmp_path, chosen) == 0
+    steps = {step["step"]: step for step in written(tmp_path)["results"][0]["steps"]}
+    assert steps.keys() == {cases.BASELINE, cases.EPI, *cases.COMPACT}
+    for name in cases.COMPACT:
+        assert steps[name]["state_bytes_per_entry"] < steps[cases.EPI]["state_bytes_per_entry"]
+        assert steps[name]["gb_per_s"] > 0
