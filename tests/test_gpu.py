@@ -1,9 +1,12 @@
 """What only a GPU can show; run by `make gpu`. The kernels there are compiled, not interpreted.
 
+`EPI_GPU_TESTS_ON=cpu TRITON_INTERPRET=1 pytest tests/test_gpu.py` rehearses it without a GPU: see tests/rehearsal.py.
+
 - Every operation equals the reference on the CPU bit for bit, in memory that held NaN: sizes, dtypes, strides, special
   values, groups of different settings, a gradient factor, found_inf; by Triton and by CUDA.
 - A step equals float64 to STEP_ERROR of the update; a step that does nothing does not.
 - EPIAdamW chooses the entries that it chooses on the CPU; 20 runs give the same bits.
+- Every optimizer trains in every storage as on the CPU, bit for bit; IsolatedOptimizer protects the same entries.
 - A step is one kernel for each pair of dtypes, a refresh 8 more, whatever the number of tensors; neither waits for the
   device. Gradients that are not finite are reported all the same.
 - A captured step, replayed, is the step on the CPU: over refreshes, a schedule and a load; a capture that would leave a
@@ -61,7 +64,7 @@ SIDES = (("cpu", "reference"), (DEVICE, "triton"))
 
 
 @pytest.fixture(autouse=True)
-def device(monkeypatch: pytest.MonkeyPatch) -> None:
+def rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
     if not ON_GPU:
         stand_in(monkeypatch)
 
@@ -249,9 +252,8 @@ def give(params: list[Parameter], generator: torch.Generator) -> None:
         param.grad = grad.to(param.device, param.dtype)
 
 
-MIXED = [(300, 70), (300,), (8193,), (5, 6, 7), (), (0, 3), (40_000,)]
-if not ON_GPU:
-    MIXED = [(30, 70), (8193,), (5, 6, 7), (), (0, 3)]
+LARGER = [(300, 70), (300,), (40_000,)]
+MIXED = [(30, 70), (8193,), (5, 6, 7), (), (0, 3), *(LARGER if ON_GPU else [])]
 
 
 @compares_moments
@@ -356,16 +358,11 @@ def test_a_selection_in_every_storage_trains_as_on_the_cpu(storage: str) -> None
 @compares_moments
 @pytest.mark.parametrize("importance_dtype", [torch.bfloat16, "8bit", None])
 def test_an_isolated_optimizer_protects_what_it_protects_on_the_cpu(importance_dtype: Any) -> None:
-    settings = {**ISOLATION, "importance_dtype": importance_dtype}
-    ours, theirs = (
-        trained(
-            device,
-            lambda model, backend=backend: IsolatedOptimizer(
-                torch.optim.AdamW(model.named_parameters(), lr=0.02), backend=backend, **settings
-            ),
-        )
-        for device, backend in (("cpu", "reference"), (DEVICE, BACKEND))
-    )
+    def isolated(backend: str, model: nn.Module) -> IsolatedOptimizer:
+        base = torch.optim.AdamW(model.named_parameters(), lr=0.02)
+        return IsolatedOptimizer(base, **ISOLATION, importance_dtype=importance_dtype, backend=backend)
+
+    ours, theirs = trained("cpu", partial(isolated, "reference")), trained(DEVICE, partial(isolated, BACKEND))
     pairs = zip(ours.model.named_parameters(), theirs.model.parameters(), theirs.before, strict=True)
     for (name, expected), found, before in pairs:
         mask = theirs.optimizer.isolation_mask(found)
