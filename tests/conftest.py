@@ -26,15 +26,32 @@ def available(backend: str) -> bool:
     return True
 
 
-# scripts of processes that tests start
-collect_ignore = ["ambient.py", "deepspeed_ranks.py", "forked.py", "ranks.py", "resume.py", "sharding.py", "storing.py"]
+# scripts of processes that tests start, and what cannot be imported without triton
+collect_ignore = [
+    "ptx_device.py",
+    "ambient.py",
+    "deepspeed_ranks.py",
+    "forked.py",
+    "ranks.py",
+    "resume.py",
+    "sharding.py",
+    "storing.py",
+]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if INTERPRETED:  # what is not chosen below need not be imported either
+# an architecture: Triton's kernels are compiled for it and run by the interpreter of PTX
+ARCHITECTURE = os.environ.get("EPI_KERNELS_PTX")
+if ARCHITECTURE:
+    import ptx_device
+
+    DEVICE = ptx_device.interpreted(ARCHITECTURE)
+    DEVICE.__enter__()
+TRITON_ALONE = INTERPRETED or ARCHITECTURE is not None
+if TRITON_ALONE:  # what is not chosen below need not be imported either
     collect_ignore += [
         path.name for path in Path(__file__).parent.glob("test_*.py") if "backend" not in path.read_text()
     ]
-AVAILABLE = ["triton"] if INTERPRETED else [backend for backend in registry.BACKENDS if available(backend)]
+AVAILABLE = ["triton"] if TRITON_ALONE else [backend for backend in registry.BACKENDS if available(backend)]
 
 
 def tries_triton(item: pytest.Item) -> bool:
@@ -53,7 +70,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="there is no CUDA GPU here"))
-    if INTERPRETED:
+    if TRITON_ALONE:
         chosen = [item for item in items if tries_triton(item) or is_rehearsed(item)]
         config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
         items[:] = chosen

@@ -6,6 +6,22 @@ import numpy as np
 import torch
 
 
+def multiply_add(x: Any, y: Any, z: Any) -> Any:
+    """Return x y + z of numpy arrays of float32, rounded once.
+
+    The product is exact in double. What its sum with z loses there matters in float32 only at ties, so that a sum that
+    lost something gets an odd last bit.
+    """
+    with np.errstate(all="ignore"):
+        product, addend = x.astype(np.float64) * y.astype(np.float64), z.astype(np.float64)
+        total = np.asarray(product + addend)
+        part = total - product
+        lost = (product - (total - part)) + (addend - part)
+        even = (total.view(np.int64) & 1 == 0) & np.isfinite(lost) & (lost != 0)
+        exact = np.where(even, np.nextafter(total, np.where(lost > 0, np.inf, -np.inf)), total)
+        return exact.astype(z.dtype)
+
+
 def round_as_hardware() -> None:
     """Replace what it rounds otherwise (triton 3.5 to 3.7): a multiply-add, and conversions from and to bfloat16."""
     import triton.language as tl
@@ -14,16 +30,7 @@ def round_as_hardware() -> None:
     cast = InterpreterBuilder.cast_impl
 
     def fused(self: Any, x: Any, y: Any, z: Any) -> Any:
-        # the product is exact in double. What its sum with z loses there matters in float32 only at ties, so that a sum
-        # that lost something gets an odd last bit
-        with np.errstate(all="ignore"):
-            product, addend = x.data.astype(np.float64) * y.data.astype(np.float64), z.data.astype(np.float64)
-            total = np.asarray(product + addend)
-            part = total - product
-            lost = (product - (total - part)) + (addend - part)
-            even = (total.view(np.int64) & 1 == 0) & np.isfinite(lost) & (lost != 0)
-            exact = np.where(even, np.nextafter(total, np.where(lost > 0, np.inf, -np.inf)), total)
-            return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+        return TensorHandle(multiply_add(x.data, y.data, z.data), z.dtype.scalar)
 
     def converted(self: Any, value: Any, dtype: Any) -> Any:
         pair = (value.dtype.scalar, dtype.scalar)
