@@ -20,6 +20,7 @@ Example:
     array([5], dtype=uint32)
 """
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -215,6 +216,10 @@ class _Threads:
         """Return when the threads of some lanes act; see `ptx_memory.moments`."""
         return moments(self.program[lanes], self.phase[lanes], self.thread[lanes] // WARP)
 
+    def spread(self, values: Array) -> Array:
+        """Return a value for each thread, also of a constant."""
+        return values if values.ndim and len(values) == self.count else np.broadcast_to(values, (self.count,))
+
     def write(self, register: str, values: Array, mask: Mask) -> None:
         """Write a register of the threads that take part; a narrower value is extended as its dtype says."""
         if register == "_":
@@ -231,7 +236,7 @@ class _Threads:
             if before is None:
                 before = np.array(_UNWRITTEN, U64).astype(kind)
             values = np.where(mask, values, before)
-        self.registers[register] = np.broadcast_to(values, (self.count,))
+        self.registers[register] = self.spread(values)
 
 
 class _Registers(dict[str, Array]):
@@ -241,6 +246,7 @@ class _Registers(dict[str, Array]):
         raise KernelError(f"{register} is read and was never written")
 
 
+@functools.cache
 def _reader(operand: str, kind: Any) -> Callable[[_Threads], Array]:
     """Return a function that reads an operand as values of a dtype."""
     if operand.startswith("%"):
@@ -296,7 +302,7 @@ def _address(operand: str, space: str) -> Callable[[_Threads, Any], Array]:
     read, further = _reader(base, U64), U64.type(int(offset or 0) % (1 << 64))
 
     def address(threads: _Threads, lanes: Any) -> Array:
-        values = np.broadcast_to(read(threads) + further, (threads.count,))[lanes]
+        values = threads.spread(read(threads) + further)[lanes]
         if space == "shared":
             return (values & U64.type((1 << _SHARED_BITS) - 1)) + (
                 threads.program[lanes].astype(U64) << U64.type(_SHARED_BITS)
@@ -327,7 +333,7 @@ def _access(root: str, parts: list[str], operands: list[str]) -> Instruction:
         lanes = slice(None) if mask is None else mask
         memory, when = threads.spaces[space], threads.when(lanes)
         if root == "st":
-            values = [np.broadcast_to(read(threads), (threads.count,))[lanes] for read in readers]
+            values = [threads.spread(read(threads))[lanes] for read in readers]
             memory.store(address(threads, lanes), np.stack(values, 1), when)
             return
         loaded = memory.load(address(threads, lanes), kind, len(names), when)
@@ -347,7 +353,7 @@ def _atomic(root: str, parts: list[str], operands: list[str]) -> Instruction:
 
     def execute(threads: _Threads, mask: Mask) -> None:
         lanes = slice(None) if mask is None else mask
-        values = np.broadcast_to(read(threads), (threads.count,))[lanes]
+        values = threads.spread(read(threads))[lanes]
         result = np.zeros(threads.count, kind)
         result[lanes] = threads.spaces[space].update(address(threads, lanes), function, values, threads.when(lanes))
         threads.write(to, result, mask)
@@ -389,7 +395,7 @@ def _reduction(parts: list[str], operands: list[str]) -> Instruction:
 
     def execute(threads: _Threads, mask: Mask) -> None:
         _whole_warps(threads, mask, "reduction")
-        of_warps = np.broadcast_to(read(threads), (threads.count,)).reshape(-1, WARP)
+        of_warps = threads.spread(read(threads)).reshape(-1, WARP)
         threads.write(to, np.repeat(function.reduce(of_warps, axis=1, dtype=kind), WARP), mask)
 
     return execute
@@ -415,7 +421,7 @@ def _pack(kind: Any, operands: list[str]) -> Instruction:
     readers = [_reader(name, kind if len(of) == 1 else part) for name in of]
 
     def execute(threads: _Threads, mask: Mask) -> None:
-        values = [np.broadcast_to(read(threads), (threads.count,)) for read in readers]
+        values = [threads.spread(read(threads)) for read in readers]
         whole = np.stack(values, 1).view(part)
         if len(to) == 1:
             threads.write(to[0], np.ascontiguousarray(whole).view(kind)[:, 0], mask)
