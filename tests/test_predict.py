@@ -105,9 +105,7 @@ def test_a_row_of_the_benchmark_has_its_prediction_beside_its_time(monkeypatch: 
     monkeypatch.setattr(gpu, "predicted_ms", lambda *_: 0.25)
     candidate = cases.Candidate(lambda: None, [])
     timing = gpu.Timing(wall=[1e-3], cpu=[1e-3])
-    found = gpu.figures(
-        cases.EPI, candidate, {cases.BASELINE: timing, cases.EPI: timing}, 9, torch.float32, 1e9, 1, "cpu"
-    )
+    found = gpu.figures(cases.EPI, candidate, {cases.BASELINE: timing, cases.EPI: timing}, 9, torch.float32, 1e9, "cpu")
     assert found["predicted_ms"] == 0.25
     assert "1.000 ms  predicted 0.250" in gpu.line({**found, "targets": []})
 
