@@ -2,6 +2,7 @@
 #
 #   make demo    fine-tune a small model through four tasks, with AdamW and with EPI (pictures in out/)
 #   make test    the tests
+#   make ptx     more of the tests of compiled kernels, which an interpreter of PTX runs without a GPU; 15 minutes
 #   make fuzz    10 minutes of random programs over the optimizers; make fuzz FUZZ='--seed 17' repeats one
 #   make gpu     on a machine with a CUDA GPU: the tests that need one, then the benchmarks, whatever the tests say
 #   make gpu-test | gpu-bench | gpu-sanitize    one of them, or compute-sanitizer; RESULTS=folder gets logs and JSON
@@ -19,7 +20,7 @@ SOURCES := $(wildcard csrc/*.h csrc/*/* tests/*.cpp)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz gpu gpu-there gpu-test gpu-bench gpu-sanitize deepspeed lint schema format clean
+.PHONY: help demo test ptx fuzz gpu gpu-there gpu-test gpu-bench gpu-sanitize deepspeed lint schema format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -32,6 +33,15 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses auto
+
+# of the tests that try backends, those that compare results of kernels
+PTX := backends_agree storages_agree_triton ends_of_tensors sweep gather importance threshold lion_rule lion \
+    epi_algorithm compact_optimizers sparse_optimizer scaling refresh_clock device_clocks
+ptx: $(VENV)/.test
+	for architecture in sm_80 sm_90; do \
+	    OMP_NUM_THREADS=1 EPI_KERNELS_PTX=$$architecture $(BIN)/python -m pytest --numprocesses auto \
+	        $(PTX:%=tests/test_%.py) || exit; \
+	done
 
 FUZZ ?= --minutes 10
 fuzz: $(VENV)/.test

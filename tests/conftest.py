@@ -1,6 +1,7 @@
 """What every test gets: a fixed seed, the float arithmetic that torch has by default, and the backends to try.
 
-With TRITON_INTERPRET=1 only what tries backends is run, and the only backend is Triton's, interpreted.
+With TRITON_INTERPRET=1 only what tries backends is run, and the only backend is Triton's, interpreted. So with
+EPI_KERNELS_PTX=sm_90, where the kernels are compiled for that architecture and the interpreter of PTX runs them.
 """
 
 import os
@@ -39,7 +40,6 @@ collect_ignore = [
 ]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# an architecture: Triton's kernels are compiled for it and run by the interpreter of PTX
 ARCHITECTURE = os.environ.get("EPI_KERNELS_PTX")
 if ARCHITECTURE:
     import ptx_device
@@ -82,6 +82,7 @@ hypothesis.settings.load_profile("untimed")
 if INTERPRETED:
     interpreter.round_as_hardware()
     interpreter.patch_once()
+if TRITON_ALONE:
     hypothesis.settings.register_profile("interpreted", deadline=None, max_examples=30)
     hypothesis.settings.load_profile("interpreted")
 

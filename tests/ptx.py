@@ -77,7 +77,10 @@ class Kernel:
         self.name, body = entry[1], entry[4]
         self.parameters = re.findall(r"(\w+)\s*(?:,|$)", entry[2].strip())
         self.threads = int(re.findall(r"\.(?:reqntid|maxntid)\s+(\d+)", entry[3])[0])
-        self.kinds = {prefix: TYPES[kind] for kind, prefix in re.findall(r"\.reg\s+\.(\w+)\s+(%\w+)<", body)}
+        declared = re.findall(r"\.reg\s+\.(\w+)\s+(%\w+)<", body)
+        self.kinds = {
+            prefix: PREDICATE if kind == "pred" else UNSIGNED[TYPES[kind].itemsize] for kind, prefix in declared
+        }
         self.blocks: list[_Block] = []
         self.labels: dict[str, int] = {}
         self._parse(re.sub(r"^\s*\..*$", "", body, flags=re.M))
@@ -128,7 +131,7 @@ class Kernel:
         finish((None, "ret", ""))
 
     def kind_of(self, register: str) -> Any:
-        """Return the dtype of a register."""
+        """Return the dtype of a register: bool, or bits."""
         return self.kinds[register.rstrip("0123456789")]
 
 

@@ -6,7 +6,7 @@ those to which a table among them points.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,7 +43,8 @@ class Device:
     def __init__(self, architecture: str) -> None:
         self.launches: list[Launch] = []
         self._capability = int(architecture.removeprefix("sm_"))
-        self._tensors: dict[int, tuple[str, int, int]] = {}  # address -> name, bytes, bits of an entry
+        self._tensors: dict[int, tuple[int, int]] = {}  # address -> bytes, bits of an entry
+        self._fields: dict[int, tuple[str, ...]] = {}  # address of a table's rows -> the names of their words
         self.launcher_cls = _Launcher
         self.utils = SimpleNamespace(
             get_device_properties=lambda _: {"max_shared_mem": 1 << 17},
@@ -62,23 +63,37 @@ class Device:
         """Return the stream of a device."""
         return 0
 
-    def note(self, name: str, tensor: Tensor) -> None:
+    def note(self, tensor: Tensor) -> None:
         """Remember a tensor to which a table points."""
         if tensor.numel():
-            self._tensors[tensor.data_ptr()] = name, _bytes(tensor), 8 * tensor.element_size()
+            self._tensors[tensor.data_ptr()] = _bytes(tensor), 8 * tensor.element_size()
+
+    def note_rows(self, rows: Tensor, fields: Iterable[str]) -> None:
+        """Remember the rows of a table and the names of their words."""
+        self._fields[rows.data_ptr()] = tuple(fields)
 
     def launch(self, kernel: Kernel, programs: int, arguments: dict[str, Any], constants: Any, shared: int) -> None:
         """Run a kernel; it may access the tensors among its arguments, and those to which its rows point."""
         tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
-        words = set(tensors["rows"].view(-1).tolist()) if "rows" in tensors else set()
-        pointed = {word: self._tensors[word] for word in words if word in self._tensors}
+        pointed = self._pointed(tensors["rows"]) if "rows" in tensors else {}
         ranges = [(name, tensor.data_ptr(), _bytes(tensor)) for name, tensor in tensors.items()]
-        memory = ProcessMemory(ranges + [(name, word, size) for word, (name, size, _) in pointed.items()])
+        ranges += [(name, address, self._tensors[address][0]) for name, address in pointed.items()]
+        memory = ProcessMemory(ranges)
         given = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments.values()]
         kernel.run(programs, given, memory, shared)
         memory.write_back()
-        entries = {name: bits for name, _, bits in pointed.values()}
+        entries = {name: self._tensors[address][1] for name, address in pointed.items()}
         self.launches.append(Launch(kernel.name, constants, entries, memory.widths()))
+
+    def _pointed(self, rows: Tensor) -> dict[str, int]:
+        """Return the addresses of the tensors to which rows point, by names such as "grad of tensor 0"."""
+        fields = self._fields[rows.data_ptr()]
+        return {
+            f"{field} of tensor {i}": word
+            for i, row in enumerate(rows.tolist())
+            for field, word in zip(fields, row, strict=True)
+            if word in self._tensors
+        }
 
 
 class _Launcher:
@@ -108,19 +123,23 @@ def _bytes(tensor: Tensor) -> int:
 @contextmanager
 def interpreted(architecture: str) -> Iterator[Device]:
     """Return a context in which backend="triton" runs on the device of an architecture, with tensors on the CPU."""
-    device, point = Device(architecture), Table.point
+    device, point, rows_of = Device(architecture), Table.point, Table.rows
 
-    @functools.wraps(point)
-    def noted(self: Table, field: str, tensors: Any) -> None:
-        for i, tensor in enumerate(tensors):
+    def pointed(self: Table, field: str, tensors: Any) -> None:
+        for tensor in tensors:
             if tensor is not None:
-                device.note(f"{field} of tensor {i}", tensor)
+                device.note(tensor)
         point(self, field, tensors)
+
+    def rows(self: Table, due: Tensor | None = None) -> Tensor:
+        found = rows_of(self, due)
+        device.note_rows(found, self._columns)
+        return found
 
     with (
         mock.patch.object(runtime.driver, "_active", device),
         mock.patch.object(triton, "_runs_on", return_value=Support.yes()),
-        mock.patch.object(Table, "point", noted),
+        mock.patch.multiple(Table, point=pointed, rows=rows),
         mock.patch.object(registry, "_choose", functools.cache(registry._choose.__wrapped__)),
     ):
         yield device

@@ -67,17 +67,13 @@ def meaning(opcode: str) -> Meaning:
 @functools.cache
 def _integers(kind: Any) -> dict[str, Meaning]:
     """Return the instructions on whole numbers and bits of a dtype."""
-    size = kind.itemsize
-    wide = np.dtype(f"{kind.kind if kind.kind in 'iu' else 'u'}{min(2 * size, 8)}")
     return {
         "mov": Meaning((kind,), lambda a: a),
         "selp": Meaning((kind, kind, PREDICATE), lambda a, b, chosen: np.where(chosen, a, b)),
         "add": Meaning((kind, kind), np.add),
         "sub": Meaning((kind, kind), np.subtract),
         "mul.lo": Meaning((kind, kind), np.multiply),
-        "mul.wide": Meaning((kind, kind), lambda a, b: a.astype(wide) * b.astype(wide)),
         "mad.lo": Meaning((kind, kind, kind), lambda a, b, c: a * b + c),
-        "mad.wide": Meaning((kind, kind, wide), lambda a, b, c: a.astype(wide) * b.astype(wide) + c),
         "div": Meaning((kind, kind), _quotient),
         "rem": Meaning((kind, kind), lambda a, b: a - _quotient(a, b) * b),
         "min": Meaning((kind, kind), np.minimum),
@@ -93,6 +89,17 @@ def _integers(kind: Any) -> dict[str, Meaning]:
         "bfe": Meaning((kind, U32, U32), lambda a, first, bits: (a >> first) & ((U32.type(1) << bits) - U32.type(1))),
         "popc": Meaning((kind,), _ones),
         "prmt": Meaning((kind, kind, kind), _permuted),
+        **(_products(kind) if kind in (np.int32, U32) else {}),
+    }
+
+
+def _products(kind: Any) -> dict[str, Meaning]:
+    """Return the instructions on products of 64 bits."""
+    wide = np.dtype(f"{kind.kind}8")
+    return {
+        "mul.hi": Meaning((kind, kind), lambda a, b: (a.astype(wide) * b.astype(wide) >> wide.type(32)).astype(kind)),
+        "mul.wide": Meaning((kind, kind), lambda a, b: a.astype(wide) * b.astype(wide)),
+        "mad.wide": Meaning((kind, kind, wide), lambda a, b, c: a.astype(wide) * b.astype(wide) + c),
     }
 
 

@@ -220,10 +220,10 @@ def assert_equal(left: list[Any], right: list[Any]) -> None:
                 assert same_bits(one[name], other[name]), name
 
 
-def assert_widest(launch: Launch) -> None:
-    """Check that the first tensor's entries are read and written 4 at a time, and scales one by one."""
+def assert_widest(launch: Launch, *words: str) -> None:
+    """Check that the first tensor's entries are moved 4 at a time, and scales one by one; `words` must be there."""
     first = {name: bits for name, bits in launch.entries.items() if name.endswith(" of tensor 0")}
-    assert first
+    assert {f"{word} of tensor 0" for word in words} <= first.keys()
     for name, bits in first.items():
         expected = {32 if "scales" in name else 4 * bits}
         for access, widths in launch.widths[name].items():
@@ -254,10 +254,12 @@ def test_full_tiles_are_moved_as_widely_as_their_entries_are(
     sweeps = [launch for launch in device.launches if launch.kernel == "sweep_kernel"]
     assert len(sweeps) == 2
     assert {LOCK_IN[launch.constants["LOCK_IN"]] for launch in sweeps} == {lock_in}
+    for launch in sweeps:
+        assert_widest(launch, "param", "grad", "slots[0]", *(["lock"] if lock_in in ("importance", "static") else []))
     refreshes = [launch for launch in device.launches if launch.kernel in ("importance_kernel", "lock_kernel")]
     assert len(refreshes) == (0 if lock_in in ("none", "static") else 2)
-    for launch in sweeps + refreshes:
-        assert_widest(launch)
+    for launch in refreshes:
+        assert_widest(launch, "importance")
 
 
 def test_selected_entries_of_an_optimizer(device: Device) -> None:
