@@ -128,8 +128,8 @@ int main(int count, char** arguments) {
     const int64_t chunks[] = {0, 1}, selection[] = {0, 5};
     const float range[] = {0.0f, 1000.0f};
     std::vector<int64_t> counts(1 << LARGEST_DIGIT);
-    epi_cuda_score_histogram(reinterpret_cast<const int64_t*>(&row), chunks, 2, range, selection, 31 - LARGEST_DIGIT,
-                             LARGEST_DIGIT, counts.data(), nullptr);
+    epi_cuda_score_histogram(reinterpret_cast<const int64_t*>(&row), chunks, 2, range, selection, nullptr,
+                             31 - LARGEST_DIGIT, LARGEST_DIGIT, counts.data(), nullptr);
     int64_t sum = 0;
     for (const int64_t one : counts) sum += one;
     std::printf("%lld of %lld\n", static_cast<long long>(sum), static_cast<long long>(SIZE));

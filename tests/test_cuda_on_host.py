@@ -41,7 +41,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     assert done.returncode == 0, done.stderr
     loaded = ctypes.CDLL(str(path))
     pointer, int64, int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    loaded.epi_cuda_score_histogram.argtypes = (pointer, pointer, int64, *(pointer,) * 2, int32, int32, *(pointer,) * 2)
+    loaded.epi_cuda_score_histogram.argtypes = (pointer, pointer, int64, *(pointer,) * 3, int32, int32, *(pointer,) * 2)
     return loaded
 
 
@@ -57,7 +57,7 @@ def test_histograms(library: ctypes.CDLL, normalize: bool, shift: int, bins: int
     counts = torch.zeros(2, bins, dtype=torch.int64)
     error = library.epi_cuda_score_histogram(
         table.rows().data_ptr(), table.chunks.data_ptr(), table.chunks.numel(),
-        None if ranges is None else ranges.data_ptr(), selection.data_ptr(),
+        None if ranges is None else ranges.data_ptr(), selection.data_ptr(), None,
         shift, bins.bit_length() - 1, counts.data_ptr(), None,
     )  # fmt: skip
     assert error == 0
