@@ -154,14 +154,11 @@ class _Threads:
         self.program = np.repeat(np.array(programs), kernel.threads)
         self.phase = np.zeros(self.count, np.int64)  # how many barriers are behind a thread
         self.lane = np.arange(self.count)
-        self.registers: dict[str, Array] = _Registers(
-            {
-                "%tid.x": self.thread.astype(U32),
-                "%ctaid.x": self.program.astype(U32),
-                "%ntid.x": np.full(self.count, kernel.threads, U32),
-                "%nctaid.x": np.full(self.count, all_programs, U32),
-            }
-        )
+        self.registers = _Registers(kernel, self.count)
+        self.registers["%tid.x"] = self.thread.astype(U32)
+        self.registers["%ctaid.x"] = self.program.astype(U32)
+        self.registers["%ntid.x"] = np.full(self.count, kernel.threads, U32)
+        self.registers["%nctaid.x"] = np.full(self.count, all_programs, U32)
 
     def run(self) -> None:
         """Run the threads to their end."""
@@ -235,18 +232,19 @@ class _Threads:
                 values = values.view(UNSIGNED[values.itemsize])
             values = values.astype(kind, copy=False) if values.itemsize != kind.itemsize else values.view(kind)
         if mask is not None:
-            before = self.registers.get(register)
-            if before is None:
-                before = np.array(_UNWRITTEN, U64).astype(kind)
-            values = np.where(mask, values, before)
+            values = np.where(mask, values, self.registers[register])
         self.registers[register] = self.spread(values)
 
 
 class _Registers(dict[str, Array]):
-    """The registers that have been written."""
+    """The registers that have been written; the others have a value that no kernel expects."""
+
+    def __init__(self, kernel: Kernel, count: int) -> None:
+        super().__init__()
+        self._kernel, self._count = kernel, count
 
     def __missing__(self, register: str) -> Array:
-        raise KernelError(f"{register} is read and was never written")
+        return np.full(self._count, _UNWRITTEN, U64).astype(self._kernel.kind_of(register))
 
 
 @functools.cache

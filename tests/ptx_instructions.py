@@ -192,6 +192,8 @@ _FLOATS = {
     "div.rn.f32": Meaning((F32, F32), _rounded(np.divide)),
     "fma.rn.f32": Meaning((F32, F32, F32), _rounded(multiply_add)),
     "sqrt.rn.f32": Meaning((F32,), _rounded(np.sqrt)),
+    "sqrt.rn.ftz.f32": Meaning((F32,), _rounded(lambda value: np.sqrt(_flushed(value)))),
+    "div.rn.ftz.f32": Meaning((F32, F32), _rounded(lambda a, b: _flushed(_flushed(a) / _flushed(b)))),
     "sqrt.approx.ftz.f32": Meaning((F32,), _rounded(_approximate_root)),
     "min.NaN.f32": Meaning((F32, F32), _rounded(np.minimum)),
     "max.NaN.f32": Meaning((F32, F32), _rounded(np.maximum)),
