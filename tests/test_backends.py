@@ -173,6 +173,19 @@ def test_a_histogram_that_disagrees_on_the_device_is_not_used(gpu: dict[str, str
         choose(Spec("score_histogram"), FIRST_GPU, "cuda")
 
 
+@pytest.mark.parametrize(("version", "runs"), [("3.5.1", False), ("3.6.0", True), ("3.10.0+git1", True)])
+def test_a_triton_that_flushes_subnormals_is_refused(
+    version: str, runs: bool, gpu: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pytest.importorskip("triton"), "__version__", version)
+    registry._choose.cache_clear()
+    assert (choose(Spec("lock_"), FIRST_GPU, "auto").backend == "triton") is runs
+    if not runs:
+        with pytest.raises(RuntimeError, match="triton 3.5.1 divides subnormal numbers as 0; it needs triton 3.6"):
+            choose(Spec("lock_"), FIRST_GPU, "triton")
+    registry._choose.cache_clear()
+
+
 def test_without_triton_cuda_counts_and_the_reference_does_the_rest(
     gpu: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,10 +3,15 @@
 import importlib.util
 import os
 
+from torch.torch_version import TorchVersion
+
 from epi_kernels.backends import nvidia
 from epi_kernels.backends.support import Spec, Support
 from epi_kernels.backends.target import Target
 from epi_kernels.storage import STATES, VALUES
+
+# Triton 3.5 compiles divisions and roots so that subnormal numbers become 0, and steps and masks would differ
+OLDEST = "3.6"
 
 
 def supports(spec: Spec, target: Target) -> Support:
@@ -30,5 +35,10 @@ def _runs_on(target: Target) -> Support:
 
 
 def _installed() -> Support:
-    missing = importlib.util.find_spec("triton") is None
-    return Support.unless("triton is not installed; pip install triton" if missing else "")
+    if importlib.util.find_spec("triton") is None:
+        return Support.unless("triton is not installed; pip install triton")
+    import triton
+
+    version = triton.__version__
+    old = f"triton {version} divides subnormal numbers as 0; it needs triton {OLDEST} or newer, which torch 2.10 brings"
+    return Support.unless(old if TorchVersion(version) < OLDEST else "")
