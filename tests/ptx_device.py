@@ -131,8 +131,8 @@ def interpreted(architecture: str) -> Iterator[Device]:
                 device.note(tensor)
         point(self, field, tensors)
 
-    def rows(self: Table, due: Tensor | None = None) -> Tensor:
-        found = rows_of(self, due)
+    def rows(self: Table) -> Tensor:
+        found = rows_of(self)
         device.note_rows(found, self._columns)
         return found
 

@@ -42,7 +42,15 @@ from epi_kernels.schema import IMPORTANCE, LOCK_IN, SCORE, SUMS, SWEEP  # noqa: 
 BF16, FP16, FP32, BLOCKS = torch.bfloat16, torch.float16, torch.float32, torch.uint8
 
 
-@pytest.fixture(params=["sm_80", "sm_90"])
+ARCHITECTURES = ("sm_80", "sm_90")
+
+
+def alternating(cases: list[Any]) -> list[Any]:
+    """Return cases with an architecture before each, one and the other in turn: all with both take twice the time."""
+    return [(ARCHITECTURES[i % 2], *case) for i, case in enumerate(cases)]
+
+
+@pytest.fixture(params=ARCHITECTURES)
 def device(request: pytest.FixtureRequest) -> Iterator[Device]:
     with interpreted(request.param) as device:
         yield device
@@ -70,18 +78,21 @@ def gradients(params: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("lock_in", "amsgrad", "param", "grad", "changes"),
-    [
-        ("none", False, FP32, FP32, {}),
-        ("none", True, FP16, BF16, {}),
-        ("importance", False, FP32, FP32, {}),
-        ("importance", True, FP32, BF16, {"grad_factor": torch.tensor(0.3), "found_inf": torch.tensor(0.0)}),
-        ("importance", False, BF16, BF16, {"advanced": True}),
-        ("exp_avg_sq", False, FP32, FP32, {}),
-        ("exp_avg_sq", True, BF16, FP16, {"grad_factor": torch.tensor(0.3)}),
-        ("static", False, FP32, FP32, {}),
-        ("static", True, BF16, FP32, {}),
-    ],
+    ("device", "lock_in", "amsgrad", "param", "grad", "changes"),
+    alternating(
+        [
+            ("none", False, FP32, FP32, {}),
+            ("none", True, FP16, BF16, {}),
+            ("importance", False, FP32, FP32, {}),
+            ("importance", True, FP32, BF16, {"grad_factor": torch.tensor(0.3), "found_inf": torch.tensor(0.0)}),
+            ("importance", False, BF16, BF16, {"advanced": True}),
+            ("exp_avg_sq", False, FP32, FP32, {}),
+            ("exp_avg_sq", True, BF16, FP16, {"grad_factor": torch.tensor(0.3)}),
+            ("static", False, FP32, FP32, {}),
+            ("static", True, BF16, FP32, {}),
+        ]
+    ),
+    indirect=["device"],
 )
 def test_adamw(
     device: Device, lock_in: str, amsgrad: bool, param: torch.dtype, grad: torch.dtype, changes: dict[str, Any]
@@ -91,27 +102,33 @@ def test_adamw(
 
 
 @pytest.mark.parametrize(
-    ("lock_in", "changes"),
-    [
-        ("none", {"param": FP16, "stochastic": True}),
-        ("importance", {}),
-        ("static", {"param": BF16, "grad": BF16}),
-    ],
+    ("device", "lock_in", "changes"),
+    alternating(
+        [
+            ("none", {"param": FP16, "stochastic": True}),
+            ("importance", {}),
+            ("static", {"param": BF16, "grad": BF16}),
+        ]
+    ),
+    indirect=["device"],
 )
 def test_lion(device: Device, lock_in: str, changes: dict[str, Any]) -> None:
     compact.assert_steps_agree("triton", LION, lock_in, slots=(FP32,), special=True, **changes)
 
 
 @pytest.mark.parametrize(
-    ("rule", "lock_in", "state", "changes"),
-    [
-        (ADAMW, "importance", BF16, {"advanced": torch.tensor(0.0), "lockable": (True, False, True, True)}),
-        (ADAMW, "importance", BLOCKS, {"param": BF16, "grad": BF16, "rest": torch.int8, "stochastic": True}),
-        (ADAMW, "exp_avg_sq", BLOCKS, {"param": BF16, "rest": torch.int8, "strided": True}),
-        (ADAMW, "exp_avg_sq", BF16, {"param": BF16, "stochastic": True, "advanced": torch.tensor(1.0)}),
-        (ADAMW, "static", BF16, {"param": BF16, "rest": torch.int16}),
-        (LION, "importance", BLOCKS, {"param": BF16, "rest": torch.int8, "stochastic": True}),
-    ],
+    ("device", "rule", "lock_in", "state", "changes"),
+    alternating(
+        [
+            (ADAMW, "importance", BF16, {"advanced": torch.tensor(0.0), "lockable": (True, False, True, True)}),
+            (ADAMW, "importance", BLOCKS, {"param": BF16, "grad": BF16, "rest": torch.int8, "stochastic": True}),
+            (ADAMW, "exp_avg_sq", BLOCKS, {"param": BF16, "rest": torch.int8, "strided": True}),
+            (ADAMW, "exp_avg_sq", BF16, {"param": BF16, "stochastic": True, "advanced": torch.tensor(1.0)}),
+            (ADAMW, "static", BF16, {"param": BF16, "rest": torch.int16}),
+            (LION, "importance", BLOCKS, {"param": BF16, "rest": torch.int8, "stochastic": True}),
+        ]
+    ),
+    indirect=["device"],
 )
 def test_compact_storages(device: Device, rule: Any, lock_in: str, state: torch.dtype, changes: dict[str, Any]) -> None:
     compact.assert_steps_agree("triton", rule, lock_in, slots=(state, state), lock_dtype=state, special=True, **changes)
@@ -150,15 +167,19 @@ def test_under_a_factor_that_is_not_finite_the_entries_are_counted_and_no_more(d
 
 
 def launch_not_due(kernel: Any, words: tuple[str, ...], names: tuple[str, ...], *more: Any, **constants: Any) -> None:
-    """Launch a program that begins a chunk before 2^32 entries; it may access its tables and `more`, nothing else."""
+    """Launch a program that begins a chunk before 2^32 entries; it may access its tables and `more`, nothing else.
+
+    The tensor has no entries, or the kernel is told that nothing is due.
+    """
     for aligned in (1, 0):
-        rows, chunks = large.not_due(words, {name: torch.ones(tiles.CHUNK) for name in names}, aligned)
+        tensors = {name: torch.ones(tiles.CHUNK) for name in names}
+        rows, chunks = large.far(words, tensors, aligned, empty="due" not in constants)
         given = {"BLOCK": tiles.BLOCK, "TILES": tiles.TILES, **constants}
         tiles.launch(kernel, 1, torch.device("cpu"), rows, chunks, *more, **given)
 
 
 def test_what_is_not_due_does_nothing_beyond_2_31_entries(device: Device) -> None:
-    count = torch.zeros(1, dtype=torch.int64)
+    count, due = torch.zeros(1, dtype=torch.int64), torch.zeros(1)
     launch_not_due(
         *(sweep_kernel, SWEEP.words, ("param", "grad", "slots[0]", "slots[1]", "lock")),
         *(torch.tensor([large.ROW]), count, None, None, None),
@@ -170,6 +191,7 @@ def test_what_is_not_due_does_nothing_beyond_2_31_entries(device: Device) -> Non
         *(importance_kernel, IMPORTANCE.words, ("importance", "grad")),
         *(torch.tensor([[0.5, 1.0]]), ranges, count, None),
         KEEP_FINITE=True,
+        due=due,
     )
     launch_not_due(gradient_sums_kernel, SUMS.words, ("sum", "square_sum", "grad"))
     counts = torch.zeros(COPIES, 1, 4096, dtype=torch.int64)
@@ -177,9 +199,10 @@ def test_what_is_not_due_does_nothing_beyond_2_31_entries(device: Device) -> Non
         *(score_histogram_kernel, SCORE.words, ("importance",)),
         *(None, torch.tensor([[0, 1]]), counts, 1),
         **{"COPIES": COPIES, "SHIFT": 19, "DIGIT_BITS": 12},
+        due=due,
     )
     locked = torch.zeros(1, 3, dtype=torch.int64)
-    launch_not_due(lock_kernel, SCORE.words, ("importance",), None, torch.tensor([0.5]), locked)
+    launch_not_due(lock_kernel, SCORE.words, ("importance",), None, torch.tensor([0.5]), locked, due=due)
     assert len(device.launches) == 10
     assert not any(tensor.any() for tensor in (count, counts, locked))
     assert ranges.view(torch.float32).tolist() == [[math.inf, -math.inf]]
