@@ -264,10 +264,9 @@ OF_FLOAT32 = [
 ]
 # for one architecture: they take long
 COMPACT = [
-    ("ema", "importance", BF16, "bfloat16"),
+    ("lion", "importance", BF16, "bfloat16"),
     ("ema", "importance", BF16, "24 bits, stochastic"),
     ("exp_avg_sq", "slot", BF16, "24 bits, stochastic"),
-    ("lion", "importance", BF16, "24 bits, stochastic"),
 ]
 
 

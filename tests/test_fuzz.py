@@ -12,7 +12,7 @@ import torch
 from epi_kernels import EPIAdamW
 
 # each range in a process of its own
-RANGES = [(first, first + 100) for first in range(0, 200, 100)]
+RANGES = [(first, first + 50) for first in range(0, 100, 50)]
 
 
 @pytest.mark.parametrize(("first", "last"), RANGES)
