@@ -45,7 +45,7 @@ from agreement import (
     step_lists,
 )
 from rehearsal import DEVICE, ON_GPU, stand_in
-from storing import ISOLATION, STORAGES, Net, SmallNet, model_of, optimizer_of, same_bits, takes
+from storing import CASES, ISOLATION, KINDS, STORAGES, Net, SmallNet, model_of, optimizer_of, same_bits
 from tolerances import STEP_ERROR
 from torch import Tensor, nn
 from torch.nn import Parameter
@@ -305,8 +305,10 @@ def trained(device: str, build: Callable[[nn.Module], Any]) -> Trained:
     return Trained(model, optimizer, before)
 
 
-def assert_trained_as_on_the_cpu(kind: str, storage: str) -> None:
-    """Compare parameters and states, selections and masks among them, bit for bit."""
+@compares_moments
+@pytest.mark.parametrize(("kind", "storage"), [*CASES, *((kind, "float32") for kind in KINDS)])
+def test_every_optimizer_in_every_storage_trains_as_on_the_cpu(kind: str, storage: str) -> None:
+    """Parameters and states, selections and masks among them, are the same bit for bit."""
     ours, theirs = (
         trained(device, partial(optimizer_of, kind, backend=backend, **STORAGES.get(storage, {})))
         for device, backend in (("cpu", "reference"), (DEVICE, BACKEND))
@@ -318,41 +320,6 @@ def assert_trained_as_on_the_cpu(kind: str, storage: str) -> None:
         assert state.keys() == there.keys()
         for key, value in state.items():
             assert same_bits(there[key].cpu(), value), (name, key)
-
-
-def storages(kind: str) -> pytest.MarkDecorator:
-    """Return a parametrization by the storages of a kind of optimizer, the usual one last."""
-    return pytest.mark.parametrize("storage", [*(name for name in STORAGES if takes(kind, name)), "float32"])
-
-
-@compares_moments
-@storages("ema")
-def test_epi_in_every_storage_trains_as_on_the_cpu(storage: str) -> None:
-    assert_trained_as_on_the_cpu("ema", storage)
-
-
-@compares_moments
-@storages("exp_avg_sq")
-def test_epi_by_second_moments_in_every_storage_trains_as_on_the_cpu(storage: str) -> None:
-    assert_trained_as_on_the_cpu("exp_avg_sq", storage)
-
-
-@compares_moments
-@storages("lion")
-def test_lion_in_every_storage_trains_as_on_the_cpu(storage: str) -> None:
-    assert_trained_as_on_the_cpu("lion", storage)
-
-
-@compares_moments
-@storages("masked")
-def test_a_fixed_mask_in_every_storage_trains_as_on_the_cpu(storage: str) -> None:
-    assert_trained_as_on_the_cpu("masked", storage)
-
-
-@compares_moments
-@storages("sparse")
-def test_a_selection_in_every_storage_trains_as_on_the_cpu(storage: str) -> None:
-    assert_trained_as_on_the_cpu("sparse", storage)
 
 
 @compares_moments

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 ROOT = Path(__file__).parent.parent
 
-# the first variant of each test, and of each backend
+# the first variant of each test, and of each backend and kind of optimizer
 RUN = """
 import sys, pytest
 
@@ -21,7 +21,7 @@ class First:
         first = {}
         for item in items:
             params = item.callspec.params if hasattr(item, "callspec") else {}
-            first.setdefault((item.originalname, params.get("backend")), item)
+            first.setdefault((item.originalname, params.get("backend"), params.get("kind")), item)
         items[:] = first.values()
 
 sys.exit(pytest.main(sys.argv[1:], plugins=[First()]))

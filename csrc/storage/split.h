@@ -15,8 +15,8 @@ struct Split {
     static constexpr int SHIFT = sizeof(Rest) == 2 ? 0 : 8;
     static constexpr uint32_t CUT = (1u << SHIFT) - 1;  // the bits below the last one of a weight
 
-    uint32_t param;
-    int32_t rest;
+    uint32_t param;  // the lowest 16 bits count
+    int32_t rest;    // the lowest 16 or 8
 
     // param: the bits of a bfloat16, rest: the rest, both in 32 bits.
     static inline float load(uint32_t param, int32_t rest) {
