@@ -162,6 +162,7 @@ def test_released_entries_move_and_newly_locked_ones_stop(backend: str) -> None:
             "protected": 1,
             "locked": 1,
             "released": 1,
+            "kept": 0,
             "minimum": pytest.approx(0.01),
             "maximum": 1.0,
         }

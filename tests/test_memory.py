@@ -8,11 +8,9 @@ Python or not.
 - The next step works, and a run that is disturbed so equals one that is not, bit for bit.
 - A key of the user's own in a state changes nothing, and is saved.
 - Counters of infinite gradients are as many as are in use, whichever parameters have gradients.
-- Telemetry is bounded, and holds no tensor once a device has brought it.
 - A tensor that takes the place of a dead one, at its address and under its identity, is not taken for it.
 """
 
-import copy
 import gc
 import pickle
 import warnings
@@ -34,7 +32,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from epi_kernels import EPIAdamW, MaskedAdamW, SparseAdamW
 from epi_kernels.distributed import local, wrapped
-from epi_kernels.isolation.telemetry import RECORDS, Budget, Layout, Record, Records
 from epi_kernels.optim import release_gradients
 
 EPI: dict[str, Any] = {"lr": 0.1, "isolation_ratio": 0.2, "mask_interval": 2, "layers": "tensor"}
@@ -349,126 +346,3 @@ def test_a_parameter_that_has_left_is_not_warned_of() -> None:
         optimizer.step()
     optimizer.refresh()
     assert optimizer.telemetry()[-1]["nonfinite"] == 3
-
-
-def tensors_alive() -> int:
-    gc.collect()
-    return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
-
-
-def test_telemetry_is_bounded_and_holds_no_tensor() -> None:
-    named = [(f"layers.{i}.w", Parameter(torch.ones(4))) for i in range(300)]
-    optimizer = EPIAdamW(named, mask_interval=1, isolation_ratio=0.1)
-    for _, param in named:
-        param.grad = torch.randn(4)
-    for _ in range(50):
-        optimizer.step()
-    alive = tensors_alive()
-    for _ in range(250):
-        optimizer.step()
-    assert tensors_alive() == alive
-    records = optimizer.telemetry()
-    assert [record["step"] for record in records] == list(range(300 - RECORDS + 1, 301))
-    assert all(len(record["layers"]) == 300 for record in records)
-    # 8 bytes of a range and 3 of counts for each layer, and names once
-    assert len(pickle.dumps(optimizer._isolation.records)) < RECORDS * 300 * 12 + 500 * RECORDS
-    for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
-        assert copied.telemetry() == records
-    twin = pickle.loads(pickle.dumps(optimizer))
-    twin.refresh()
-    assert twin.telemetry()[:-1] == records[1:]
-
-
-class Arrivals:
-    """A device, not the CPU, whose copies arrive when the test says so; its tensors are in the memory of the host."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.device = torch.device("meta")
-        self.arrived = False
-        to, here = Tensor.to, self
-
-        class Event:
-            def __init__(self, device: torch.device) -> None:
-                assert device == here.device
-
-            def record(self, stream: object) -> None:
-                pass
-
-            def query(self) -> bool:
-                return here.arrived
-
-            def synchronize(self) -> None:
-                here.arrived = True
-
-        def copied(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            return tensor.clone() if args == ("cpu",) else to(tensor, *args, **kwargs)
-
-        monkeypatch.setattr(torch, "Event", Event)
-        monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: None)
-        monkeypatch.setattr(Tensor, "to", copied)
-
-    def record(self, step: int) -> Record:
-        """Return the record of a refresh on this device."""
-        counts, thresholds = torch.tensor([[2, 1, 0], [3, 0, 1]]), torch.ones(1)
-        budgets = (Budget("global", 0.5, 10, 5),)
-        layout, layer_of, budget_of = Layout(("a", "b"), (4, 6), budgets), np.array([0, 1]), np.array([0, 0])
-        nonfinite = [torch.tensor([step, 1])]
-        return Record(step, layout, layer_of, budget_of, torch.ones(2, 2), thresholds, counts, nonfinite)
-
-
-@pytest.fixture
-def arrivals(monkeypatch: pytest.MonkeyPatch) -> Arrivals:
-    return Arrivals(monkeypatch)
-
-
-def test_a_record_that_is_under_way_is_read_when_it_has_arrived(arrivals: Arrivals) -> None:
-    records = Records()
-    for step in range(1, RECORDS + 10):
-        records.add(arrivals.record(step), [arrivals.device])
-    assert len(records) == RECORDS
-    assert not records._done
-    read = records.read()
-    assert [record["step"] for record in read] == list(range(10, RECORDS + 10))
-    assert read[0]["nonfinite"] == 11
-    assert [layer["protected"] for layer in read[0]["layers"]] == [2, 3]
-    assert not records._under_way
-
-
-def test_a_record_that_has_arrived_is_numbers_at_the_next_one(arrivals: Arrivals) -> None:
-    records = Records()
-    for step in range(1, 4):
-        arrivals.arrived = False  # that of this step is under way
-        records.add(arrivals.record(step), [arrivals.device])
-        assert [record.step for record, _ in records._under_way] == list(range(1, step + 1))
-    arrivals.arrived = True
-    records.add(arrivals.record(4), [arrivals.device])
-    assert not records._under_way
-    assert [numbers.step for numbers in records._done] == [1, 2, 3, 4]
-
-
-def test_a_record_keeps_nothing_on_its_device(arrivals: Arrivals) -> None:
-    records, record = Records(), arrivals.record(1)
-    on_device = [weakref.ref(tensor) for tensor in (record.ranges, record.thresholds, record.counts)]
-    records.add(record, [arrivals.device])
-    assert len(records._under_way) == 1
-    del record
-    gc.collect()
-    assert all(tensor() is None for tensor in on_device)
-    assert [layer["protected"] for layer in records.read()[0]["layers"]] == [2, 3]
-
-
-@pytest.mark.parametrize("rows", [{"layer_of": np.array([1, 0])}, {"budget_of": np.array([1, 0])}])
-def test_a_record_of_tensors_in_other_layers_or_budgets_is_not_written_over_another(rows: dict[str, Any]) -> None:
-    budgets = (Budget("global", 0.5, 4, 2), Budget("global", 0.25, 4, 1))
-    numbers = {"ranges": torch.ones(2, 2), "thresholds": torch.ones(2), "nonfinite": [torch.zeros(2)]}
-    where = {"layer_of": np.array([0, 1]), "budget_of": np.array([0, 1])}
-    counts = torch.tensor([[2, 0, 0], [1, 0, 0]])
-    layout = Layout(("a", "b"), (4, 4), budgets)
-    before = Record(torch.tensor(1.0), layout, **where, **numbers, counts=counts)
-    after = Record(torch.tensor(2.0), layout, **{**where, **rows}, **numbers, counts=counts)
-    assert after.kept_where(torch.tensor(1.0), before) is not before
-    assert float(after.kept_where(torch.tensor(0.0), before).step) == 0
-    assert (
-        Record(torch.tensor(2.0), layout, **where, **numbers, counts=counts).kept_where(torch.tensor(1.0), before)
-        is before
-    )

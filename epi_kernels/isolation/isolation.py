@@ -134,9 +134,9 @@ class Isolation:
         values = local(signed) if scales is None else block8.decoded(local(signed), local(scales))
         return lock.magnitude(values).to(torch.promote_types(values.dtype, torch.float32))
 
-    def telemetry(self, owner: Owner) -> list[dict[str, Any]]:
+    def telemetry(self, owner: Owner, at_most: int) -> list[dict[str, Any]]:
         """Return what the last refreshes did; see `Isolating.telemetry`."""
-        records = self.records.read()
+        records = self.records.read(at_most)
         self.nonfinite.warn(owner.param_groups)
         return records
 

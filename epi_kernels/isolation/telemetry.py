@@ -1,7 +1,8 @@
 """Records of the last refreshes: tensors until a device has copied them to the host, then plain numbers."""
 
+import reprlib
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -48,12 +49,19 @@ class Numbers:
         layers, layer_eligible, budgets = self.layout
         per_budget = self.protected.tolist()
         eligible, protected = sum(layer_eligible), sum(per_budget)
+        _, locked, released = self.counts.sum(0, dtype=np.int64).tolist()
+        kept, either = protected - locked, protected + released
         return {
             "step": self.step,
             "protected_share": protected / eligible if eligible else 0.0,
             "eligible": eligible,
             "budget": sum(budget.k for budget in budgets),
             "protected": protected,
+            "locked": locked,
+            "released": released,
+            "kept": kept,
+            "jaccard": kept / either if either else 1.0,
+            "hamming": locked + released,
             "nonfinite": self.nonfinite,
             "budgets": [
                 {
@@ -73,6 +81,7 @@ class Numbers:
                     "protected": counts[0],
                     "locked": counts[1],
                     "released": counts[2],
+                    "kept": counts[0] - counts[1],
                     "minimum": low,
                     "maximum": high,
                 }
@@ -82,6 +91,58 @@ class Numbers:
                 if eligible
             ],
         }
+
+
+def numbers_of(record: object, place: int, before: Layout | None) -> Numbers:
+    """Return the numbers of a record that `Numbers.as_dict` has made.
+
+    Args:
+        record: the dict.
+        place: its position among the records, for messages.
+        before: the layout of the record before it; it is kept once if both are equal.
+
+    Raises:
+        ValueError: it is no such record, or its sums differ from the numbers of its layers.
+    """
+    if not isinstance(record, Mapping):
+        raise ValueError(f"telemetry record {place} is a {type(record).__name__} and not a dict")
+    try:
+        layers, budgets = record["layers"], record["budgets"]
+        layout = Layout(
+            tuple(str(layer["layer"]) for layer in layers),
+            tuple(int(layer["eligible"]) for layer in layers),
+            tuple(
+                Budget(str(of["scope"]), float(of["isolation_ratio"]), int(of["eligible"]), int(of["budget"]))
+                for of in budgets
+            ),
+        )
+        counts = [[int(layer[key]) for key in ("protected", "locked", "released")] for layer in layers]
+        of_layers = np.array(counts, np.int64).reshape(-1, 3)
+        found = Numbers(
+            int(record["step"]),
+            before if before == layout else layout,
+            of_layers.astype(_narrowest(of_layers)),
+            np.array([int(of["protected"]) for of in budgets], np.int64),
+            np.array([(layer["minimum"], layer["maximum"]) for layer in layers], np.float32).reshape(-1, 2),
+            np.array([of["threshold"] for of in budgets], np.float32),
+            int(record["nonfinite"]),
+        )
+    except KeyError as error:
+        raise ValueError(f"telemetry record {place} has no {error}; pass records as telemetry() returns them") from None
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"telemetry record {place} is not one that telemetry() returned: {error}") from None
+    for key, value in found.as_dict().items():
+        if key in record and record[key] != value:
+            raise ValueError(
+                f"telemetry record {place} has been changed: its {key} is {reprlib.repr(record[key])}, and its other "
+                f"numbers give {reprlib.repr(value)}"
+            )
+    return found
+
+
+def _narrowest(counts: "np.ndarray[Any, Any]") -> "np.dtype[Any]":
+    """Return the narrowest dtype for counts: an optimizer keeps many of them."""
+    return np.min_scalar_type(counts.max(initial=0))
 
 
 @dataclass(frozen=True)
@@ -127,12 +188,20 @@ class Record:
         return Numbers(
             int(self.step),
             before if before == layout else layout,
-            counts.astype(np.min_scalar_type(counts.max(initial=0))),
+            counts.astype(_narrowest(counts)),
             protected,
             np.array(self.ranges.cpu().numpy()),
             np.array(self.thresholds.cpu().numpy()),
             sum(int(counts.sum()) for counts in self.nonfinite),
         )
+
+
+def numbers_of_all(records: Sequence[object]) -> list[Numbers]:
+    """Return the numbers of records that an optimizer's ``telemetry()`` returned; see `numbers_of`."""
+    found: list[Numbers] = []
+    for place, record in enumerate(records):
+        found.append(numbers_of(record, place, found[-1].layout if found else None))
+    return found
 
 
 class Records:
@@ -175,11 +244,16 @@ class Records:
         """Restore the records that `kept` returned."""
         self._done, self._under_way = deque(kept[0], maxlen=RECORDS), deque(kept[1], maxlen=RECORDS)
 
-    def read(self) -> list[dict[str, Any]]:
-        """Return every record as `EPIAdamW.telemetry` documents it, oldest first; this waits for the devices."""
+    def read(self, at_most: int = RECORDS) -> list[dict[str, Any]]:
+        """Return the last records as `EPIAdamW.telemetry` documents them, oldest first; this waits for the devices."""
         self._settle(wait=True)
         last = self._last()
-        return [numbers.as_dict() for numbers in (*self._done, *([last] if last else []))][-RECORDS:]
+        return [numbers.as_dict() for numbers in [*self._done, *([last] if last else [])][-at_most:]]
+
+    def load(self, records: Sequence[Numbers]) -> None:
+        """Let these be the records; of more than RECORDS, the last ones."""
+        self.__init__()  # type: ignore[misc]
+        self._done.extend(records)
 
     def _last(self) -> Numbers | None:
         """Return the record that only a device knows, if there was such a refresh."""
@@ -209,6 +283,5 @@ class Records:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what `__getstate__` gave."""
-        self.__init__()  # type: ignore[misc]
-        self._done.extend(state["done"])
+        self.load(state["done"])
         self._on_device_before = state["last"]

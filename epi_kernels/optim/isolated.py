@@ -31,6 +31,7 @@ from epi_kernels.isolation.isolation import Isolation
 from epi_kernels.isolation.layers import LayersArgument
 from epi_kernels.isolation.protected import Protected, lock_again, put_back
 from epi_kernels.isolation.settings import CLOCK, SETTINGS, SHARED, check_settings
+from epi_kernels.isolation.telemetry import numbers_of_all
 from epi_kernels.storage import VALUES
 from epi_kernels.storage.noise import Place, whole
 
@@ -435,8 +436,11 @@ class IsolatedOptimizer(Isolating, Optimizer):
 
     # State -----------------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, telemetry: bool = False) -> dict[str, Any]:
         """Return the base's state with the importance in the entry of each parameter that has one.
+
+        Args:
+            telemetry: add the records of the last refreshes under "telemetry", from where `load_state_dict` takes them.
 
         Raises:
             ValueError: a program has written a setting into one group that must be equal in all, or cannot change.
@@ -457,17 +461,19 @@ class IsolatedOptimizer(Isolating, Optimizer):
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, packed)
             packed = packed if changed is None else changed
-        return packed
+        return {**packed, "telemetry": self.telemetry()} if telemetry else packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this class, or one of the base, whose importance then starts at 0.
 
         A whole state of one process loads into DTensors: each rank takes its shard. An importance that was kept
-        otherwise than its group here asks is converted, rounded to nearest, and a warning says so.
+        otherwise than its group here asks is converted, rounded to nearest, and a warning says so. Records of refreshes
+        load if the state has any.
 
         Raises:
             ValueError: the state is of another optimizer than the base, of other shapes or another grouping of the
-                parameters into layers, or a setting is out of its range; the message names the entry.
+                parameters into layers, a setting is out of its range, or a record of a refresh is none; the message
+                names the entry.
 
         Nothing has changed after any error, the base's own included.
         """
@@ -476,6 +482,9 @@ class IsolatedOptimizer(Isolating, Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
+        records = state_dict.get("telemetry")
+        numbers = numbers_of_all(records or ())
+        state_dict = {key: value for key, value in state_dict.items() if key != "telemetry"}
         importances: dict[Tensor, Held] = {}
         converted: list[str] = []
         with self._guest.aside(self) as aside, as_before(self.base):
@@ -530,6 +539,8 @@ class IsolatedOptimizer(Isolating, Optimizer):
         self._entries.forget()
         self._advances = Advance()
         self._isolation.competition.part()
+        if records is not None:
+            self._isolation.records.load(numbers)
         storages.say_converted(converted)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
