@@ -151,15 +151,22 @@ def _dumped(option: str, path: str) -> str:
 def _widest_loop(code: str) -> list[str]:
     """Return the instructions of the loop that moves the most bits by its widest accesses; [] without a loop.
 
-    The widths of writes come first: where tensors have few bits for each entry, the words of the table are the widest.
+    Only a loop without a loop inside counts, one over the tiles of a chunk: another may go over chunks. The widths of
+    writes come first: where tensors have few bits for each entry, the words of the table are the widest.
     """
     found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", code, re.M)
     position = {int(address, 16): i for i, (address, _) in enumerate(found)}
-    loops = []
+    ends = []
     for i, (_, text) in enumerate(found):
         jump = re.search(r"\bBRA\b.*?\b0x([0-9a-f]+)", text)
         if jump and position.get(int(jump[1], 16), i) < i:
-            loops.append([text for _, text in found[position[int(jump[1], 16)] : i + 1]])
+            ends.append((position[int(jump[1], 16)], i + 1))
+    innermost = [
+        (start, end)
+        for start, end in ends
+        if not any((start, end) != other and start <= other[0] and other[1] <= end for other in ends)
+    ]
+    loops = [[text for _, text in found[start:end]] for start, end in innermost]
     return max(
         loops, key=lambda loop: (_widest(_widths("STG", loop)), _widest(_widths("(?:LDG|STG)", loop))), default=[]
     )

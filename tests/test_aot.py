@@ -76,7 +76,7 @@ def doubled_kernel(
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    _tensor, start = located(chunks, BLOCK * TILES)
+    _tensor, start = located(chunks, tl.program_id(0), BLOCK * TILES)
     if PROMISE:
         at = pointer(tl.load(rows), start, tl.float32)
         half_at = pointer(tl.load(rows + 1), start, tl.bfloat16)

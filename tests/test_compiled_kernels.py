@@ -175,6 +175,8 @@ def launch_not_due(kernel: Any, words: tuple[str, ...], names: tuple[str, ...], 
         tensors = {name: torch.ones(tiles.CHUNK) for name in names}
         rows, chunks = large.far(words, tensors, aligned, empty="due" not in constants)
         given = {"BLOCK": tiles.BLOCK, "TILES": tiles.TILES, **constants}
+        if "due" in constants:
+            given["CHUNKS"] = 1
         tiles.launch(kernel, 1, torch.device("cpu"), rows, chunks, *more, **given)
 
 

@@ -203,7 +203,7 @@ def test_importance_that_is_not_due_and_sums_without_entries_do_nothing(aligned:
     ranges, nonfinite = torch.tensor([[math.inf, -math.inf]]), torch.zeros(1, dtype=torch.int64)
     kernels.importance_kernel[(1,)](
         *far(IMPORTANCE.words, tensors, aligned, empty=False), torch.tensor([[0.5, 1.0]]), ranges.view(torch.int32),
-        nonfinite, torch.tensor(math.nan), False, tiles.BLOCK, tiles.TILES, due=torch.zeros(1),
+        nonfinite, torch.tensor(math.nan), False, tiles.BLOCK, tiles.TILES, due=torch.zeros(1), CHUNKS=1,
     )  # fmt: skip
     assert torch.equal(tensors["importance"], torch.ones(tiles.CHUNK))
     assert (ranges.tolist(), nonfinite.tolist()) == ([[math.inf, -math.inf]], [0])
@@ -221,11 +221,12 @@ def test_histogram_and_lock_that_are_not_due_do_nothing(aligned: int) -> None:
     rows, due = far(SCORE.words, {"importance": importance}, aligned, empty=False), torch.zeros(1)
     counts = torch.zeros(kernels.COPIES, 1, 4096, dtype=torch.int64)
     kernels.score_histogram_kernel[(1,)](
-        *rows, None, torch.tensor([[0, 1]]), counts, 1, kernels.COPIES, 19, 12, tiles.BLOCK, tiles.TILES, due=due
-    )
+        *rows, None, torch.tensor([[0, 1]]), counts, 1, kernels.COPIES, 19, 12, tiles.BLOCK, tiles.TILES,
+        due=due, CHUNKS=1,
+    )  # fmt: skip
     assert counts.sum() == 0
     locked = torch.zeros(1, 3, dtype=torch.int64)
-    kernels.lock_kernel[(1,)](*rows, None, torch.tensor([0.5]), locked, tiles.BLOCK, tiles.TILES, due=due)
+    kernels.lock_kernel[(1,)](*rows, None, torch.tensor([0.5]), locked, tiles.BLOCK, tiles.TILES, due=due, CHUNKS=1)
     assert locked.tolist() == [[0, 0, 0]]
     assert torch.equal(importance, torch.ones(tiles.CHUNK))
 

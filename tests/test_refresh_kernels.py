@@ -2,7 +2,8 @@
 
 - No score divides 0 or divides by 0: a GPU does both on a slow path, and most S may be 0.
 - A program that has counted nothing queues for no counter: it executes no atomic.
-- That a refresh may not be due is read by the kernels: torch executes nothing more for it.
+- That a refresh may not be due is read by the kernels: torch executes nothing more for it. As many programs are
+  launched then as the device holds at once, whatever the number of chunks, and together they take every chunk.
 """
 
 import math
@@ -112,6 +113,32 @@ def test_a_program_that_counts_nothing_executes_no_atomic(atomics: list[Any]) ->
     assert ranges.tolist() == [[math.inf, -math.inf]]
     assert lock([torch.ones(5)], torch.tensor([[1.0, 1.0]])).sum() == 0  # a constant layer: none is locked
     assert not atomics
+
+
+def test_where_the_device_decides_few_programs_take_all_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from epi_kernels.ops import tiles
+
+    programs = []
+    launch = tiles.launch
+
+    def recorded(kernel: Any, count: int, *arguments: Any, **constants: Any) -> None:
+        programs.append(count)
+        launch(kernel, count, *arguments, **constants)
+
+    monkeypatch.setattr(tiles, "launch", recorded)
+    sizes, found = (5, 9 * tiles.CHUNK + 1, 2 * tiles.CHUNK), []
+    for due in (None, torch.ones(1)):
+        generator = torch.Generator().manual_seed(0)
+        importances = [torch.rand(size, generator=generator) for size in sizes]
+        ranges = torch.tensor([[math.inf, -math.inf]] * 3)
+        importance(importances, ranges, due)
+        selection = torch.tensor([[0, 1]])
+        counts = ops.score_histogram(importances, [0, 1, 2], ranges, [0] * 3, selection, 19, 4096, due, "triton")
+        locked = lock(importances, ranges, due)
+        found.append((*importances, ranges, counts.sum(0), locked))
+    assert all(map(torch.equal, *found))
+    assert found[0][-1].sum() > 0
+    assert programs == [13, 13, 13, 3, 3, 3]
 
 
 class Operations(TorchDispatchMode):

@@ -27,6 +27,9 @@ _INTERPRETED = bool(triton.knobs.runtime.interpret)
 BLOCK, TILES = (4096, 2) if _INTERPRETED else (512, 8)
 CHUNK = BLOCK * TILES
 
+# programs that a processor holds at once: 65,536 registers for 128 threads of 64 each
+_AT_ONCE = 8
+
 # the launch options of every kernel: with 4 warps, each thread has 4 entries of a block
 OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
 
@@ -94,29 +97,56 @@ def launch(kernel: Any, programs: int, device: torch.device, *arguments: object,
             kernel[(programs,)](*arguments, **constants, **OPTIONS)
 
 
+def launch_where_due(
+    kernel: Any, chunks: int, device: torch.device, due: Tensor | None, *arguments: object, **constants: object
+) -> None:
+    """Launch a kernel of a refresh on `device`, which decides whether the refresh is due.
+
+    Args:
+        kernel: it takes `due` and CHUNKS behind the other arguments. Where `due` is given, its programs take the chunks
+            in turns, and as many run as the device holds at once: where nothing is due, millions of programs would
+            start only to end.
+        chunks: how many there are.
+        device: where the kernel runs.
+        due: one float32 value on the device, 0 if the refresh is not due; None: it is due.
+        arguments: of the kernel.
+        constants: of the kernel.
+    """
+    if due is None:
+        launch(kernel, chunks, device, *arguments, **constants)
+    else:
+        programs = min(chunks, _programs_at_once(device))
+        launch(kernel, programs, device, *arguments, due=due, CHUNKS=chunks, **constants)
+
+
+def _programs_at_once(device: torch.device) -> int:
+    """Return how many programs of 64 registers a device runs at once; interpreted, few, so that tests take turns."""
+    return _AT_ONCE * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
 def dtype_codes(tensors: Sequence[Tensor | None]) -> list[int]:
     """Return the number that stands for the dtype of each tensor in `read_as_float32`; None gets any number."""
     return [0 if tensor is None else CODES[tensor.dtype] for tensor in tensors]
 
 
 @triton.jit
-def located(chunks, CHUNK: tl.constexpr):
-    """Return (tensor, first entry) of this program's chunk, both int64."""
-    chunk = tl.load(chunks + tl.program_id(0))
+def located(chunks, number, CHUNK: tl.constexpr):
+    """Return (tensor, first entry) of the chunk at position `number` of the table, both int64."""
+    chunk = tl.load(chunks + number)
     return chunk >> _CHUNK_BITS, (chunk & _CHUNK_MASK) * CHUNK
 
 
 @triton.jit
-def left_of(row, start, CHUNK: tl.constexpr, due=None):
-    """Return how many entries of a chunk the tensor of this row has, int32: 0 if the tensor ends before the chunk.
+def chunks_due(due, CHUNKS):
+    """Return how many chunks a launch of `launch_where_due` takes: all, or none where nothing is due."""
+    return tl.where(tl.load(due) != 0, CHUNKS, 0)
 
-    due: a pointer to float32, or None. Where it is 0, no tensor has entries.
-    """
-    size = tl.load(row + _SIZE)
-    if due is not None:
-        size = tl.where(tl.load(due) != 0, size, 0)
+
+@triton.jit
+def left_of(row, start, CHUNK: tl.constexpr):
+    """Return how many entries of a chunk the tensor of this row has, int32: 0 if the tensor ends before the chunk."""
     # in 64 bits: `start` may be beyond 2^31 where the size is 0
-    return tl.maximum(tl.minimum(size - start, CHUNK), 0).to(tl.int32)
+    return tl.maximum(tl.minimum(tl.load(row + _SIZE) - start, CHUNK), 0).to(tl.int32)
 
 
 @triton.jit

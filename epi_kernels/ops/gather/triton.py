@@ -71,7 +71,7 @@ def gather_kernel(
     rows: int64 [tensors, words of GATHER]. scalars: float32 [.., m], see `epi_kernels.schema`. OFFSET: int32 or
     int64. UPDATE to SCALARS: from `constants_of`. REST to NOISE: as in the sweep.
     """
-    tensor, start = located(chunks, BLOCK * TILES)
+    tensor, start = located(chunks, tl.program_id(0), BLOCK * TILES)
     row = rows + tensor * _WIDTH
     s = row_of(scalars, tl.load(row + _SCALARS), SCALARS)
     left = left_of(row, start, BLOCK * TILES)

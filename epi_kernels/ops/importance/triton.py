@@ -29,7 +29,7 @@ from epi_kernels.ops.stored import (
     write_stored,
 )
 from epi_kernels.ops.table import Table, on_device, row_length, table_sizes
-from epi_kernels.ops.tiles import Variant, left_of, located, pointer, read, read_as_float32, words, write
+from epi_kernels.ops.tiles import Variant, chunks_due, left_of, located, pointer, read, read_as_float32, words, write
 from epi_kernels.schema import IMPORTANCE, SUMS
 from epi_kernels.storage import BFLOAT16, CODES, Storage
 from epi_kernels.storage import BLOCK8 as OF_BLOCK8
@@ -60,17 +60,36 @@ def importance_kernel(
     steps=None,
     STORAGE: tl.constexpr = FLOAT32,
     due=None,
+    CHUNKS=None,
 ):
-    """Advance one chunk of one tensor and merge its range into its layer's.
+    """Advance every chunk of every tensor, and merge its range into its layer's.
 
     rows: int64 [tensors, words of IMPORTANCE]. betas: float32 [tensors, 2]. ranges: the bits of float32 [layers, 2] as
     int32, which have the same order as the values; they start from (inf, -inf). nonfinite: int64 [tensors].
     grad_factor: float32, or None. steps: float32 [tensors], the clocks, if the importances are rounded stochastically;
-    or None. STORAGE: of the importances. due: see `epi_kernels.ops.tiles.left_of`.
+    or None. STORAGE: of the importances. due, CHUNKS: see `epi_kernels.ops.tiles.launch_where_due`.
     """
-    tensor, start = located(chunks, BLOCK * TILES)
+    if due is None:
+        _advance_chunk(
+            rows, chunks, tl.program_id(0), betas, ranges, nonfinite, grad_factor, steps,
+            KEEP_FINITE, STORAGE, BLOCK, TILES,
+        )  # fmt: skip
+    else:
+        for number in range(tl.program_id(0), chunks_due(due, CHUNKS), tl.num_programs(0)):
+            _advance_chunk(
+                rows, chunks, number, betas, ranges, nonfinite, grad_factor, steps, KEEP_FINITE, STORAGE, BLOCK, TILES
+            )
+
+
+@triton.jit
+def _advance_chunk(
+    rows, chunks, number, betas, ranges, nonfinite, grad_factor, steps,
+    KEEP_FINITE: tl.constexpr, STORAGE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Advance one chunk of one tensor."""
+    tensor, start = located(chunks, number, BLOCK * TILES)
     row = rows + tensor * _WIDTH
-    left = left_of(row, start, BLOCK * TILES, due)
+    left = left_of(row, start, BLOCK * TILES)
     beta, one_minus_beta = tl.load(betas + 2 * tensor), tl.load(betas + 2 * tensor + 1)
     bad = tl.zeros([BLOCK], tl.int32)
     low = tl.full([BLOCK], INFINITE, tl.int32)
@@ -97,14 +116,14 @@ def importance_kernel(
                 KEEP_FINITE, STORAGE, BLOCK, TILES, False,
             )  # fmt: skip
     lowest = tl.min(low)
-    if lowest < INFINITE:  # there is a valid entry: without one, as where nothing is due, the range stays as it is
+    if lowest < INFINITE:  # there is a valid entry: without one the range stays as it is
         layer = ranges + 2 * tl.load(row + _LAYER)
         tl.atomic_min(layer, lowest, sem="relaxed")
         tl.atomic_max(layer + 1, tl.max(high), sem="relaxed")
     count = tl.sum(bad)
     if count > 0:
         # read again: keeping the number through the loops took a register more than there are
-        tensor, start = located(chunks, BLOCK * TILES)
+        tensor, start = located(chunks, number, BLOCK * TILES)
         tl.atomic_add(nonfinite + tensor, count.to(tl.int64), sem="relaxed")
 
 
@@ -148,7 +167,7 @@ def _advance_tile(
 @triton.jit
 def gradient_sums_kernel(rows, chunks, BLOCK: tl.constexpr, TILES: tl.constexpr):
     """Add g and g^2 of one chunk of one tensor. rows: int64 [tensors, words of SUMS]."""
-    tensor, start = located(chunks, BLOCK * TILES)
+    tensor, start = located(chunks, tl.program_id(0), BLOCK * TILES)
     row = rows + tensor * _SUMS_WIDTH
     left = left_of(row, start, BLOCK * TILES)
     if (left == BLOCK * TILES) & (tl.load(row + _SUMS_ALIGNED) != 0):
@@ -192,6 +211,7 @@ _ARGUMENTS = {
     "steps": None,
     "STORAGE": FLOAT32.value,
     "due": None,
+    "CHUNKS": None,
 }
 VARIANTS = (
     # the code reads all three dtypes of a gradient: 128 bits at a time for float32, 64 for the others
@@ -208,7 +228,7 @@ VARIANTS = (
     Variant(
         "importance where it may be due",
         importance_kernel,
-        {**_ARGUMENTS, "KEEP_FINITE": True, "due": "*fp32"},
+        {**_ARGUMENTS, "KEEP_FINITE": True, "due": "*fp32", "CHUNKS": "i32"},
         12,
         40,
         {128: 2},
@@ -272,10 +292,11 @@ class Importance:
         rows, betas = table.rows(), on_device(self._betas, ranges.device)
         for kind, chunks in table.chunks_of.items():
             rounded = kind != FLOAT32.value and self._row_major
-            tiles.launch(
+            tiles.launch_where_due(
                 importance_kernel,
                 chunks.numel(),
                 ranges.device,
+                due,
                 rows,
                 chunks,
                 betas,
@@ -287,7 +308,6 @@ class Importance:
                 tiles.TILES,
                 steps if rounded else None,
                 kind,
-                due,
             )
         if flat is not None:
             flat.write_back()

@@ -95,7 +95,7 @@ def sweep_kernel(
     the bits of the rests of the weights, 16 or 8, or 0. STOCHASTIC: whether weights are rounded stochastically, NOISE:
     whether anything is.
     """
-    tensor, start = located(chunks, BLOCK * TILES)
+    tensor, start = located(chunks, tl.program_id(0), BLOCK * TILES)
     row = rows + tensor * _WIDTH
     s = row_of(scalars, tl.load(row + _SCALARS), SCALARS)
     left = left_of(row, start, BLOCK * TILES)

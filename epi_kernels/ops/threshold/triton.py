@@ -13,7 +13,7 @@ from epi_kernels.ops.equations_triton import bits_of, float_of, is_locked, score
 from epi_kernels.ops.stored import BFLOAT16, BLOCK8, FLOAT32, is_ragged, read_stored, tile_at
 from epi_kernels.ops.table import zeros
 from epi_kernels.ops.threshold.rows import Scored
-from epi_kernels.ops.tiles import Variant, left_of, located, pointer, read, words, write
+from epi_kernels.ops.tiles import Variant, chunks_due, left_of, located, pointer, read, words, write
 from epi_kernels.schema import SCORE
 from epi_kernels.storage import BFLOAT16 as OF_BFLOAT16
 from epi_kernels.storage import BLOCK8 as OF_BLOCK8
@@ -46,16 +46,37 @@ def score_histogram_kernel(
     TILES: tl.constexpr,
     STORAGE: tl.constexpr = FLOAT32,
     due=None,
+    CHUNKS=None,
 ):
-    """Count the digits of one chunk of one tensor.
+    """Count the digits of every chunk of every tensor.
 
     rows: int64 [tensors, words of SCORE]. ranges: float32 [layers, 2], or None. selection: int64 [budgets, 2]. counts:
-    int64 [COPIES, budgets, 1 << DIGIT_BITS]. STORAGE: of the importances. due: see
-    `epi_kernels.ops.tiles.left_of`.
+    int64 [COPIES, budgets, 1 << DIGIT_BITS]. STORAGE: of the importances. due, CHUNKS: see
+    `epi_kernels.ops.tiles.launch_where_due`.
     """
-    tensor, start = located(chunks, BLOCK * TILES)
+    if due is None:
+        _count_chunk(
+            rows, chunks, tl.program_id(0), ranges, selection, counts, BUDGETS,
+            COPIES, SHIFT, DIGIT_BITS, BLOCK, TILES, STORAGE,
+        )  # fmt: skip
+    else:
+        for number in range(tl.program_id(0), chunks_due(due, CHUNKS), tl.num_programs(0)):
+            _count_chunk(
+                rows, chunks, number, ranges, selection, counts, BUDGETS,
+                COPIES, SHIFT, DIGIT_BITS, BLOCK, TILES, STORAGE,
+            )  # fmt: skip
+
+
+@triton.jit
+def _count_chunk(
+    rows, chunks, number, ranges, selection, counts, BUDGETS,
+    COPIES: tl.constexpr, SHIFT: tl.constexpr, DIGIT_BITS: tl.constexpr,
+    BLOCK: tl.constexpr, TILES: tl.constexpr, STORAGE: tl.constexpr,
+):  # fmt: skip
+    """Count the digits of one chunk of one tensor."""
+    tensor, start = located(chunks, number, BLOCK * TILES)
     row = rows + tensor * _WIDTH
-    left = left_of(row, start, BLOCK * TILES, due)
+    left = left_of(row, start, BLOCK * TILES)
     budget = tl.load(row + _BUDGET)
     prefix = tl.load(selection + 2 * budget).to(tl.int32)
     histogram = counts + ((tl.program_id(0) % COPIES) * BUDGETS + budget) * (1 << DIGIT_BITS)
@@ -124,16 +145,30 @@ def lock_kernel(
     TILES: tl.constexpr,
     STORAGE: tl.constexpr = FLOAT32,
     due=None,
+    CHUNKS=None,
 ):
-    """Lock one chunk of one tensor.
+    """Lock every chunk of every tensor.
 
     rows: int64 [tensors, words of SCORE]. ranges: float32 [layers, 2], or None. thresholds: float32 [budgets]. counts:
-    int64 [tensors, 3]; the kernel adds to them. STORAGE: of the importances. due: see
-    `epi_kernels.ops.tiles.left_of`.
+    int64 [tensors, 3]; the kernel adds to them. STORAGE: of the importances. due, CHUNKS: see
+    `epi_kernels.ops.tiles.launch_where_due`.
     """
-    tensor, start = located(chunks, BLOCK * TILES)
+    if due is None:
+        _lock_chunk(rows, chunks, tl.program_id(0), ranges, thresholds, counts, BLOCK, TILES, STORAGE)
+    else:
+        for number in range(tl.program_id(0), chunks_due(due, CHUNKS), tl.num_programs(0)):
+            _lock_chunk(rows, chunks, number, ranges, thresholds, counts, BLOCK, TILES, STORAGE)
+
+
+@triton.jit
+def _lock_chunk(
+    rows, chunks, number, ranges, thresholds, counts,
+    BLOCK: tl.constexpr, TILES: tl.constexpr, STORAGE: tl.constexpr,
+):  # fmt: skip
+    """Lock one chunk of one tensor."""
+    tensor, start = located(chunks, number, BLOCK * TILES)
     row = rows + tensor * _WIDTH
-    left = left_of(row, start, BLOCK * TILES, due)
+    left = left_of(row, start, BLOCK * TILES)
     address = tl.load(row + _IMPORTANCE)
     low, high = _range(ranges, tl.load(row + _LAYER))
     threshold = tl.load(thresholds + tl.load(row + _BUDGET))
@@ -155,7 +190,7 @@ def lock_kernel(
                 row, address, low, high, threshold, start, tile * BLOCK, left, locked, newly, released,
                 ranges is not None, STORAGE, BLOCK, TILES, False,
             )  # fmt: skip
-    # most chunks have nothing to add, and none has where nothing is due: else all would queue for three words
+    # most chunks have nothing to add: else all would queue for three words
     _add(counts + 3 * tensor, tl.sum(locked))
     _add(counts + 3 * tensor + 1, tl.sum(newly))
     _add(counts + 3 * tensor + 2, tl.sum(released))
@@ -206,7 +241,7 @@ def _lock_tile(
     return locked, newly, released
 
 
-_TABLES = {"rows": "*i64", "chunks": "*i64", "ranges": "*fp32", "due": None}
+_TABLES = {"rows": "*i64", "chunks": "*i64", "ranges": "*fp32", "due": None, "CHUNKS": None}
 
 
 def _histogram(
@@ -237,7 +272,7 @@ def _lock(name: str, instructions: int, storage: Storage = OF_FLOAT32, **changes
 
 VARIANTS = (
     _histogram("histogram, first digit", 19, 12),
-    _histogram("histogram where it may be due", 19, 12, due="*fp32"),
+    _histogram("histogram where it may be due", 19, 12, due="*fp32", CHUNKS="i32"),
     _histogram("histogram, second digit", 9, 10),
     _histogram("histogram, third digit", 0, 9),
     _histogram("histogram of S itself", 19, 12, ranges=None),
@@ -245,7 +280,8 @@ VARIANTS = (
     _select(1024, 64),
     _select(512, 64),
     _lock("lock", 46),
-    _lock("lock where it may be due", 46, due="*fp32"),
+    # with 67 on sm_100, a processor holds 7 programs and not 8: nobody waits for a refresh in a graph
+    _lock("lock where it may be due", 46, due="*fp32", CHUNKS="i32")._replace(registers=72),
     _lock("lock by S itself", 25, ranges=None),
     _histogram("histogram of bfloat16", 19, 12, OF_BFLOAT16, 61),
     _histogram("histogram of blocks of 8 bits", 19, 12, OF_BLOCK8, 95),
@@ -280,10 +316,11 @@ class Histogram(Scored):
         counts = zeros((copies, len(selection), bins), torch.int64, selection.device)
         rows = table.rows()
         for kind, chunks in table.chunks_of.items():
-            tiles.launch(
+            tiles.launch_where_due(
                 score_histogram_kernel,
                 chunks.numel(),
                 selection.device,
+                due,
                 rows,
                 chunks,
                 ranges,
@@ -296,7 +333,6 @@ class Histogram(Scored):
                 tiles.BLOCK,
                 tiles.TILES,
                 kind,
-                due,
             )
         del flat  # the copies that it holds had to live until now
         return counts
@@ -332,10 +368,11 @@ class Lock(Scored):
         counts = zeros((len(importances), 3), torch.int64, thresholds.device)
         rows = table.rows()
         for kind, chunks in table.chunks_of.items():
-            tiles.launch(
+            tiles.launch_where_due(
                 lock_kernel,
                 chunks.numel(),
                 thresholds.device,
+                due,
                 rows,
                 chunks,
                 ranges,
@@ -344,7 +381,6 @@ class Lock(Scored):
                 tiles.BLOCK,
                 tiles.TILES,
                 kind,
-                due,
             )
         if flat is not None:
             flat.write_back()
