@@ -183,9 +183,9 @@ DISTURBANCES: dict[str, Callable[[Run], None]] = {
 
 
 def disturbed(run: Run, disturb: Callable[[Run], None], plan_anew: bool) -> list[Any]:
-    run.steps(1, 4, plan_anew)
+    run.steps(1, 2, plan_anew)
     disturb(run)
-    run.steps(5, 8, plan_anew)
+    run.steps(3, 4, plan_anew)
     run.refresh(plan_anew)
     return run.result()
 
