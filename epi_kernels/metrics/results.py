@@ -1,16 +1,7 @@
-"""Measures of forgetting, and of how masks differ. Definitions are from arXiv 2604.14010 unless PIECE is named.
+"""How well a sequence of tasks was learned, and how much of it was forgotten."""
 
-A mask is a bool tensor of any shape, True = protected, or a mapping name -> bool tensor for a whole model; the
-entries of a mapping count together, as one long mask.
-"""
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TypeAlias, overload
-
-import torch
-from torch import Tensor
-
-Mask: TypeAlias = Tensor | Mapping[str, Tensor]
 
 # row t: the performance on every task after learning task t
 Results: TypeAlias = Sequence[Sequence[float]]
@@ -107,72 +98,6 @@ def average_performance(results: Results) -> float:
     return sum(rows[i][i] for i in range(len(rows))) / len(rows)
 
 
-def mask_jaccard(a: Mask, b: Mask) -> float:
-    """Return the overlap of two protected sets, in [0, 1]: 1 = the same entries, 0 = none in common.
-
-    ::
-
-        J = |a and b| / |a or b|                             Tables 11 and 13; two empty sets: 1
-
-    Args:
-        a: mask, True = protected.
-        b: mask with the names and shapes of `a`.
-
-    Raises:
-        ValueError: the masks have different names or shapes, or a tensor is not bool.
-
-    >>> mask_jaccard(torch.tensor([True, True, False]), torch.tensor([True, False, False]))
-    0.5
-    """
-    either, both = _counts(a, b)
-    return both / either if either else 1.0
-
-
-def mask_hamming(a: Mask, b: Mask) -> int:
-    """Return in how many entries two masks differ: the temporal drift between two refreshes.
-
-    ::
-
-        d = sum_j 1(a_j != b_j)                              Eq. 4
-
-    Args:
-        a: mask, True = protected.
-        b: mask with the names and shapes of `a`.
-
-    Raises:
-        ValueError: the masks have different names or shapes, or a tensor is not bool.
-
-    >>> mask_hamming(torch.tensor([True, True, False]), torch.tensor([True, False, True]))
-    2
-    """
-    either, both = _counts(a, b)
-    return either - both
-
-
-def flip_rate(before: Mask, after: Mask) -> float:
-    """Return the share of the protected entries that changed between two refreshes, in [0, 1].
-
-    ::
-
-        r = |before xor after| / (|before| + |after|)        Table 12; two empty sets: 0
-
-    The paper gives no denominator; this one makes 0 = the same set and 1 = none in common, whatever the sizes. For
-    the rate of one layer, pass only the masks of its parameters.
-
-    Args:
-        before: mask of the earlier refresh, True = protected.
-        after: mask of the later refresh, with the names and shapes of `before`.
-
-    Raises:
-        ValueError: the masks have different names or shapes, or a tensor is not bool.
-
-    >>> flip_rate(torch.tensor([True, True, False]), torch.tensor([True, False, True]))
-    0.5
-    """
-    either, both = _counts(before, after)
-    return (either - both) / (either + both) if either else 0.0
-
-
 def _forgetting_ratio(initial: float, after: float) -> float:
     if not initial > 0:
         raise ValueError(f"the initial performance is {initial}; the forgetting ratio needs one above 0")
@@ -183,27 +108,3 @@ def _square(results: Results) -> Results:
     if not results or any(len(row) != len(results) for row in results):
         raise ValueError(f"results has rows of {[len(row) for row in results]} for {len(results)} tasks; pass a square")
     return results
-
-
-def _counts(a: Mask, b: Mask) -> tuple[int, int]:
-    """Return the sizes of the union and of the intersection."""
-    first, second = _named(a), _named(b)
-    if first.keys() != second.keys():
-        raise ValueError(f"only one of the masks has {sorted(first.keys() ^ second.keys())}")
-    either = both = 0
-    for name, left in first.items():
-        right = second[name]
-        for tensor in (left, right):
-            if tensor.dtype != torch.bool:
-                raise ValueError(f"mask {name!r} is {tensor.dtype}; masks are torch.bool, True = protected")
-        if left.shape != right.shape:
-            raise ValueError(
-                f"mask {name!r} has shape {tuple(left.shape)} in one and {tuple(right.shape)} in the other"
-            )
-        either += int((left | right).sum())
-        both += int((left & right).sum())
-    return either, both
-
-
-def _named(mask: Mask) -> Mapping[str, Tensor]:
-    return {"": mask} if isinstance(mask, Tensor) else mask
