@@ -173,13 +173,21 @@ def placement(mask: Mapping[str, Tensor]) -> list[Place]:
     for name, tensor in mask.items():
         layer, entries, count = block(name), tensor.numel(), selected[name]
         bare = without_wrappers(name)
-        inside = layer.rpartition(".")[2].isdecimal()
         # a parameter can be the block itself, as in a ParameterList
-        kind = bare[len(layer) + 1 :] if inside and bare != layer else bare
+        kind = bare[len(layer) + 1 :] if is_block(layer) and bare != layer else bare
         rows.append(
             Place(layer, kind, entries, count, count / entries if entries else 0.0, count / size if size else 0.0)
         )
     return rows
+
+
+def is_block(layer: str) -> bool:
+    """Return whether a layer, as `epi_kernels.isolation.layers.block` names it, is a block and no other module.
+
+    >>> is_block("model.layers.3"), is_block("model.embed_tokens")
+    (True, False)
+    """
+    return layer.rpartition(".")[2].isdecimal()
 
 
 def _counts(a: Mask, b: Mask) -> tuple[int, int]:
