@@ -1,11 +1,16 @@
-"""``python -m epi_kernels``: what runs on this machine, and why; ``memory``: what an optimizer holds and moves."""
+"""``python -m epi_kernels``: what runs on this machine; what an optimizer holds and moves; a report of a run.
+
+``doctor``, or no command, says what runs here and why; ``memory`` counts bytes; ``report`` writes a page of HTML.
+"""
 
 import argparse
+import json
 import math
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,6 +72,57 @@ def print_memory(parser: argparse.ArgumentParser, options: dict[str, Any]) -> No
     print(f"Bytes held for each parameter, GiB for {what}; bytes of a step\n\n{table}")
 
 
+def print_report(parser: argparse.ArgumentParser, options: dict[str, Any]) -> None:
+    """Write a report of the refreshes that a file or a checkpoint has, and print its path."""
+    from epi_kernels import report
+    from epi_kernels.isolation.telemetry import numbers_of_all
+
+    given: Path = options["run"]
+    try:
+        records = records_in(given)
+        numbers_of_all(records)  # which says what is wrong with a record that is none
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    facts = {"of": given, "last refresh at step": f"{records[-1]['step']:,}"} if records else {"of": given}
+    print(report.write(options["out"], options["title"], facts=facts, telemetry={"": records}))
+
+
+def records_in(path: Path) -> list[Any]:
+    """Return the records of refreshes in a file, or in a folder that has a telemetry.json.
+
+    Args:
+        path: JSON, a list as ``optimizer.telemetry()`` returns it; or what torch.save wrote of
+            ``optimizer.state_dict(telemetry=True)``, or of a dict in which that is a value.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file has no records; the message says how to have them.
+    """
+    path = path / "telemetry.json" if path.is_dir() else path
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; give a telemetry.json, a folder with one, or a checkpoint")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # it is no JSON, nor text
+        found = _in_checkpoint(path)
+    if not isinstance(found, list):
+        raise ValueError(
+            f"{path} has no records of refreshes: save optimizer.state_dict(telemetry=True), or write "
+            "json.dumps(optimizer.telemetry())"
+        )
+    return found
+
+
+def _in_checkpoint(path: Path) -> object:
+    """Return the records that a checkpoint of torch.save has; None if it has none."""
+    try:
+        found = torch.load(path, map_location="meta", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} is neither JSON nor a checkpoint that torch.load reads: {error}") from error
+    within = [found, *found.values()] if isinstance(found, dict) else []
+    return next((of["telemetry"] for of in within if isinstance(of, dict) and "telemetry" in of), None)
+
+
 def _count(text: str) -> int:
     """Return a number of parameters, such as 8e9, or raise what argparse reports."""
     try:
@@ -78,12 +134,13 @@ def _count(text: str) -> int:
     return int(number)
 
 
-def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
-    """Return the parser of the command line, and that of ``memory``."""
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """Return the parser of the command line, and those of the commands."""
     parser = argparse.ArgumentParser(
-        prog="python -m epi_kernels", description="Print what runs on this machine, and why; or what a command says."
+        prog="python -m epi_kernels", description="Print what runs on this machine, and why; or do what a command says."
     )
     commands = parser.add_subparsers(dest="command", metavar="command")
+    commands.add_parser("doctor", help="what runs on this machine, and why, as without a command")
     about = "what an optimizer holds and moves, in bytes for each parameter"
     parsed = commands.add_parser(
         "memory",
@@ -117,7 +174,22 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     masks.add_argument("--frozen", dest="mask", action="store_const", const="fixed", help="MaskedAdamW")
     masks.add_argument("--trainable", type=float, metavar="SHARE", help="SparseAdamW of this share of the entries")
     masks.add_argument("--no-isolation", dest="mask", action="store_const", const="none", help="isolation_ratio=0")
-    return parser, parsed
+
+    about = "a page of HTML on what a run has protected"
+    reported = commands.add_parser(
+        "report",
+        help=about,
+        description=f"Write {about}, and print its path.",
+        epilog="Example: python -m epi_kernels report out/checkpoint-500 --out out/report.html",
+    )
+    reported.add_argument(
+        "run",
+        type=Path,
+        help="a telemetry.json, a folder with one, or a checkpoint of optimizer.state_dict(telemetry=True)",
+    )
+    reported.add_argument("--out", type=Path, default=Path("report.html"), help="the page (%(default)s)")
+    reported.add_argument("--title", default="What the run has protected", help="of the page (%(default)s)")
+    return parser, commands.choices
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -126,10 +198,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: of the command line; None: those of the process.
     """
-    parser, of_memory = _parsers()
+    parser, commands = _parsers()
     options = vars(parser.parse_args(arguments))
-    if options.pop("command") == "memory":
-        print_memory(of_memory, options)
+    command = options.pop("command")
+    if command == "memory":
+        print_memory(commands[command], options)
+    elif command == "report":
+        print_report(commands[command], options)
     else:
         print_backends()
 

@@ -1,7 +1,7 @@
 """Learn four tasks one after the other, with AdamW and with EPI, and measure what is forgotten.
 
 Every method starts from the same pre-trained weights and sees the same batches. Prints the accuracy on every task
-after every task, and draws two pictures. `python examples/demo.py --help` lists the options.
+after every task, and writes two pictures and a report. `python examples/demo.py --help` lists the options.
 """
 
 import argparse
@@ -12,7 +12,9 @@ import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from model import ByteTransformer
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from epi_kernels import EPIAdamW, plots
+from epi_kernels import EPIAdamW, plots, report
 from epi_kernels.metrics import forgetting_ratio, mask_jaccard
 
 BATCH = 12  # windows of CONTEXT bytes
@@ -30,7 +32,7 @@ LEARNING_RATE = 5e-4
 IMPORTANCE_BETA = 0.95  # remembers 20 steps; the paper's 0.99 goes with masks that last 500 steps
 EXAMINED = 128  # held-out windows of each task
 LIMITS = """It shows how EPIAdamW is used and how its masks move with the task. It does not show what EPI is worth for a
-language model: this is one small model ({parameters:,} parameters) and one seed, at a learning rate far above the
+language model: this is one small model ({parameters} parameters) and one seed, at a learning rate far above the
 paper's. The gap between the methods changes by many points with the seed and the number of steps, and can change its
 sign (try --seed 2 --steps 100)."""
 
@@ -41,7 +43,7 @@ class Result:
 
     accuracy: list[list[float]]  # row t: on every task, after learning t of them, in percent
     overlap: dict[int, float] = field(default_factory=dict)  # step of a refresh -> Jaccard with the first mask
-    protected: float = 0.0  # share of all entries in the last mask
+    telemetry: list[dict[str, Any]] = field(default_factory=list)  # of every refresh
 
     def learned(self) -> list[float]:
         """Return the accuracy on each task right after learning it, in percent: the plasticity."""
@@ -68,8 +70,9 @@ def main(arguments: list[str] | None = None) -> None:
     ):
         learning = [pool.submit(learn, ratio, weights, tasks, options, progress.update) for ratio in methods.values()]
         results = dict(zip(methods, [future.result() for future in learning], strict=True))
-    report(results, tasks, sum(value.numel() for value in weights.values()))
-    draw(results, tasks, options)
+    parameters = sum(value.numel() for value in weights.values())
+    tell(results, tasks, parameters)
+    draw(results, tasks, options, parameters)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -139,9 +142,8 @@ def learn(
                 result.overlap[step] = mask_jaccard(first, mask)
             progress()
         result.accuracy.append(examine(model, tasks))
-    if result.overlap:
-        refresh = optimizer.telemetry()[-1]
-        result.protected = refresh["protected"] / refresh["eligible"]
+    if isinstance(optimizer, EPIAdamW):
+        result.telemetry = optimizer.telemetry()
     return result
 
 
@@ -162,7 +164,7 @@ def examine(model: nn.Module, tasks: list[Task]) -> list[float]:
     return [100 * task.accuracy(model(inputs), targets) for task, (inputs, targets) in pairs]
 
 
-def report(results: Mapping[str, Result], tasks: list[Task], parameters: int) -> None:
+def tell(results: Mapping[str, Result], tasks: list[Task], parameters: int) -> None:
     """Print what each method learned and forgot."""
     rows = ["before", *(f"after {task.name}" for task in tasks)]
 
@@ -177,23 +179,48 @@ def report(results: Mapping[str, Result], tasks: list[Task], parameters: int) ->
         line("forgetting ratio, %", result.forgetting())
         print(f"  average forgetting ratio {average(result.forgetting()):.1f}%, ", end="")
         print(f"average accuracy right after learning {average(result.learned()):.1f}%")
-        if result.overlap:
-            print(f"  {len(result.overlap)} refreshes; {result.protected:.2%} of the entries protected in the last")
+        if result.telemetry:
+            share = result.telemetry[-1]["protected_share"]
+            print(f"  {len(result.telemetry)} refreshes; {share:.2%} of the entries protected in the last")
     print("\nForgetting ratio: share of the accuracy right after learning that is lost at the end (Eq. 14).")
-    print(LIMITS.format(parameters=parameters))
+    print(LIMITS.format(parameters=f"{parameters:,}"))
 
 
-def draw(results: Mapping[str, Result], tasks: list[Task], options: argparse.Namespace) -> None:
-    """Write the two pictures."""
+def draw(results: Mapping[str, Result], tasks: list[Task], options: argparse.Namespace, parameters: int) -> None:
+    """Write the two pictures and the report."""
+    names, out = [task.name for task in tasks], options.out
     ratios = {method: [*result.forgetting(), average(result.forgetting())] for method, result in results.items()}
-    labels = [*(task.name for task in tasks[:-1]), "average"]
     title = "Share of what was learned that is lost after all four tasks"
-    plots.forgetting(ratios, labels, title).savefig(options.out / "forgetting.png")
+    plots.forgetting(ratios, [*names[:-1], "average"], title).savefig(out / "forgetting.png")
     overlaps = {method: result.overlap for method, result in results.items() if result.overlap}
-    starts = {task.name: number * options.steps for number, task in enumerate(tasks)}
-    title = "How much of the first mask is still protected"
-    plots.mask_overlap(overlaps, starts, title).savefig(options.out / "mask_overlap.png")
-    print(f"\nPictures: {options.out / 'forgetting.png'}, {options.out / 'mask_overlap.png'}")
+    starts = {name: number * options.steps for number, name in enumerate(names)}
+    overlap = partial(plots.mask_overlap, overlaps, starts, "How much of the first mask is still protected")
+    overlap().savefig(out / "mask_overlap.png")
+    page = report.write(
+        out / "report.html",
+        "Four tasks in a row: AdamW and EPI",
+        facts={
+            "model": "byte-level transformer",
+            "parameters": f"{parameters:,}",
+            "steps for each task": options.steps,
+            "steps from refresh to refresh": options.mask_interval,
+            "learning rate": LEARNING_RATE,
+            "seed": options.seed,
+        },
+        tasks=names,
+        results={method: result.accuracy[1:] for method, result in results.items()},
+        measure="held-out accuracy (%)",
+        telemetry={method: result.telemetry for method, result in results.items() if result.telemetry},
+        more=[
+            report.Picture(
+                "A line that falls at the start of a task means that the new task uses other entries: a mask that did "
+                "not follow would protect what matters no longer.",
+                overlap,
+            )
+        ],
+        note=LIMITS.format(parameters=f"{parameters:,}"),
+    )
+    print(f"\nPictures: {out / 'forgetting.png'}, {out / 'mask_overlap.png'}\nReport, to open in a browser: {page}")
 
 
 def average(values: list[float]) -> float:
