@@ -2,7 +2,7 @@
 #
 #   make demo    fine-tune a small model through four tasks, with AdamW and with EPI (pictures in out/)
 #   make test    the tests
-#   make ptx     more of the tests of compiled kernels, which an interpreter of PTX runs without a GPU; 15 minutes
+#   make ptx     all budgets of machine code, and more tests of kernels, which an interpreter of PTX runs; 20 minutes
 #   make fuzz    10 minutes of random programs over the optimizers; make fuzz FUZZ='--seed 17' repeats one
 #   make gpu     on a machine with a CUDA GPU: the tests that need one, then the benchmarks, whatever the tests say
 #   make gpu-test | gpu-bench | gpu-sanitize    one of them, or compute-sanitizer; RESULTS=folder gets logs and JSON
@@ -38,6 +38,7 @@ test: $(VENV)/.test
 PTX := backends_agree storages_agree_triton ends_of_tensors sweep gather importance threshold lion_rule lion \
     epi_algorithm compact_optimizers sparse_optimizer scaling refresh_clock device_clocks
 ptx: $(VENV)/.test
+	PYTHONPATH=. $(BIN)/python bench/aot.py
 	for architecture in sm_80 sm_90; do \
 	    OMP_NUM_THREADS=1 EPI_KERNELS_PTX=$$architecture $(BIN)/python -m pytest --numprocesses auto \
 	        $(PTX:%=tests/test_%.py) || exit; \
