@@ -1,7 +1,7 @@
 """What the package uses of torch that torch promises nobody: private names, and behaviour that is not documented.
 
 `tests/test_private_torch.py` compares the names with the code, and looks for each of them in the torch that runs.
-DeepSpeed's are not here: all that the package knows of DeepSpeed is in `epi_kernels.integrations.deepspeed`.
+DeepSpeed's are not here: all that the package knows of DeepSpeed is in `epi_kernels.isolation.deepspeed`.
 """
 
 from typing import NamedTuple

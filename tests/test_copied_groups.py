@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch.nn import Parameter
 
 from epi_kernels import EPIAdamW, IsolatedOptimizer, MaskedAdamW, SparseAdamW
-from epi_kernels.integrations import deepspeed
-from epi_kernels.integrations.deepspeed import Segment
+from epi_kernels.isolation import deepspeed
+from epi_kernels.isolation.deepspeed import Segment
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
 

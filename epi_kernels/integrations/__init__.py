@@ -1,1 +1,1 @@
-"""What other libraries make of a model's parameters, brought back to the parameters."""
+"""What trainers of other libraries need to train with the optimizers here, one library a file."""

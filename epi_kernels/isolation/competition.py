@@ -25,7 +25,7 @@ from epi_kernels.engine.groups import has_names, params_of
 from epi_kernels.engine.method import Owner
 from epi_kernels.engine.settings import Groups, settings_of
 from epi_kernels.engine.storages import DEFAULTS
-from epi_kernels.integrations.deepspeed import Segment
+from epi_kernels.isolation.deepspeed import Segment
 from epi_kernels.isolation.layers import Grouping
 from epi_kernels.isolation.refresh import Candidate
 from epi_kernels.isolation.settings import SETTINGS

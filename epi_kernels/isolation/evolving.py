@@ -12,7 +12,7 @@ from epi_kernels.engine.checkpoint import named
 from epi_kernels.engine.groups import group_of, name_of, params_of
 from epi_kernels.engine.method import Method, Owner
 from epi_kernels.engine.storages import importance_setting, keys_of, wanted_dtype
-from epi_kernels.integrations import deepspeed
+from epi_kernels.isolation import deepspeed
 from epi_kernels.isolation.isolation import Isolation
 from epi_kernels.isolation.layers import LayersArgument, check_saved
 from epi_kernels.isolation.settings import CLOCK, SHARED, check_settings
