@@ -1,4 +1,4 @@
-"""Every warning points at a line of the program that called, and not at a file of this package or of torch."""
+"""Every warning points at a line of the program that called, and not into this package, torch or a framework."""
 
 import ast
 import warnings
@@ -69,6 +69,12 @@ def flat_partitions() -> None:
     optimizer.step()
 
 
+def called_by_a_framework() -> None:
+    names = {"__name__": "transformers.trainer", "step": with_nan(EPIAdamW(unnamed(), layers="tensor")).step}
+    exec("def train():\n    step()", names)
+    names["train"]()
+
+
 def scored() -> None:
     model = torch.nn.Linear(2, 2)
     batches = [torch.full((1, 2), torch.nan) for _ in range(8)]
@@ -88,6 +94,7 @@ SITUATIONS: dict[str, Callable[[], Any]] = {
     "a step by a scaler": stepped_by_a_scaler,
     "a step in backward()": released,
     "flat partitions": flat_partitions,
+    "a step that a training framework takes": called_by_a_framework,
     "fisher": scored,
 }
 
