@@ -7,6 +7,7 @@
 #   make gpu     on a machine with a CUDA GPU: the tests that need one, then the benchmarks, whatever the tests say
 #   make gpu-test | gpu-bench | gpu-sanitize    one of them, or compute-sanitizer; RESULTS=folder gets logs and JSON
 #   make deepspeed  install DeepSpeed into .venv, and the tests that need it
+#   make integrations  the tests in transformers, TRL, accelerate and Lightning, in .venv-integrations; 8 minutes
 #   make lint    ruff, clang-format, mypy
 #   make schema  write csrc/schema.h, which follows from epi_kernels/schema.py and the rules
 #   make format  let ruff and clang-format rewrite the files
@@ -20,7 +21,8 @@ SOURCES := $(wildcard csrc/*.h csrc/*/* tests/*.cpp)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test ptx fuzz gpu gpu-there gpu-test gpu-bench gpu-sanitize deepspeed lint schema format clean
+.PHONY: help demo test ptx fuzz gpu gpu-there gpu-test gpu-bench gpu-sanitize deepspeed integrations lint \
+    schema format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -83,6 +85,21 @@ deepspeed: $(VENV)/.test
 	DS_BUILD_OPS=0 $(PIP) --quiet --no-build-isolation deepspeed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_deepspeed.py
 
+# in an environment of its own, whose pins `make test` shall not depend on
+WITH := .venv-integrations
+integrations: $(WITH)/.integrations
+	OMP_NUM_THREADS=1 $(WITH)/bin/python -m pytest tests/integrations epi_kernels/integrations/transformers.py
+
+# torch in the same call, so that no other one is fetched; DeepSpeed is built with the torch that is there
+PINNED = $(WITH)/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt \
+    --constraint tests/integrations/constraints.txt
+$(WITH)/.integrations: Makefile constraints.txt tests/integrations/constraints.txt pyproject.toml setup.py $(SOURCES)
+	test -x $(WITH)/bin/python || $(PYTHON) -m venv $(WITH)
+	@echo "Installing transformers, TRL, DeepSpeed and Lightning into $(WITH) (once) ..."
+	$(PINNED) setuptools wheel --editable '.[test,integrations]'
+	DS_BUILD_OPS=0 $(PINNED) --no-build-isolation deepspeed
+	@touch $@
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -98,7 +115,7 @@ format: $(VENV)/.dev
 	$(BIN)/clang-format -i $(SOURCES)
 
 clean:
-	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(WITH) out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # one stamp for each set of optional dependencies of pyproject.toml
 $(VENV)/.demo: EXTRAS := demo

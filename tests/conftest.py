@@ -27,12 +27,14 @@ def available(backend: str) -> bool:
     return True
 
 
-# scripts of processes that tests start, and what cannot be imported without triton
+# scripts of processes that tests start, what cannot be imported without triton, and the tests of `make integrations`,
+# which names their folder and so has them all the same
 collect_ignore = [
     "ptx_device.py",
     "ambient.py",
     "deepspeed_ranks.py",
     "forked.py",
+    "integrations",
     "ranks.py",
     "resume.py",
     "sharding.py",
