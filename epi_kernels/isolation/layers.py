@@ -17,6 +17,12 @@ LayersArgument = Literal["auto", "block", "tensor"] | Callable[[str], str]
 
 GROUPINGS = ("auto", "block", "tensor")
 
+# how to give an optimizer names; a Trainer hands it tensors alone
+_NAMED = (
+    "pass model.named_parameters(), or in a transformers Trainer use optimizer_cls_and_kwargs of "
+    "epi_kernels.integrations.transformers"
+)
+
 # what `Grouping.stamp` writes into a group
 STAMPED = ("layers", "layers_auto", "layer_digest")
 
@@ -70,12 +76,11 @@ class Grouping:
             self.layers = "tensor"
             warn(
                 "the optimizer was given no parameter names: each tensor is a layer of its own. For the paper's layers "
-                "(transformer blocks) pass model.named_parameters(); to keep this, layers='tensor'."
+                f"(transformer blocks) {_NAMED}; to keep this, layers='tensor'."
             )
         elif self.layers != "tensor":
             raise ValueError(
-                f"layers={self.layers!r} goes by parameter names, and the optimizer was given none; "
-                "pass model.named_parameters()"
+                f"layers={self.layers!r} goes by parameter names, and the optimizer was given none; {_NAMED}"
             )
 
     def of(self, groups: Sequence[dict[str, Any]]) -> dict[Tensor, str]:
