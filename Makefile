@@ -96,7 +96,7 @@ PINNED = $(WITH)/bin/python -m pip install --disable-pip-version-check --quiet -
 $(WITH)/.integrations: Makefile constraints.txt tests/integrations/constraints.txt pyproject.toml setup.py $(SOURCES)
 	test -x $(WITH)/bin/python || $(PYTHON) -m venv $(WITH)
 	@echo "Installing transformers, TRL, DeepSpeed and Lightning into $(WITH) (once) ..."
-	$(PINNED) setuptools wheel --editable '.[test,integrations]'
+	$(PINNED) setuptools wheel --editable '.[demo,test,integrations]'
 	DS_BUILD_OPS=0 $(PINNED) --no-build-isolation deepspeed
 	@touch $@
 

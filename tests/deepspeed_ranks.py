@@ -1,6 +1,6 @@
 """The processes of test_deepspeed.py: ``python tests/deepspeed_ranks.py <stage> <what> <rank> <folder>``, 2 ranks.
 
-<what> is "bound" or "unbound", of EPIAdamW, or "masked", "sparse" or "isolated", of the other optimizers.
+<what> is "bound" or "unbound", of EPIAdamW, "lion", bound, or "masked", "sparse" or "isolated", of the others.
 """
 
 import copy
@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-STAGE, BOUND, RANK, FOLDER = int(sys.argv[1]), sys.argv[2] == "bound", int(sys.argv[3]), Path(sys.argv[4])
+STAGE, BOUND, RANK, FOLDER = int(sys.argv[1]), sys.argv[2] in ("bound", "lion"), int(sys.argv[3]), Path(sys.argv[4])
 os.environ.update(DS_ACCELERATOR="cpu", TORCH_EXTENSIONS_DIR=str(FOLDER / "extensions"), GLOO_SOCKET_IFNAME="lo")
 os.environ.update(RANK=str(RANK), LOCAL_RANK=str(RANK), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
 
@@ -20,7 +20,7 @@ import deepspeed.ops  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from epi_kernels import EPIAdamW, IsolatedOptimizer, MaskedAdamW, SparseAdamW  # noqa: E402
+from epi_kernels import EPIAdamW, EPILion, IsolatedOptimizer, MaskedAdamW, SparseAdamW  # noqa: E402
 from epi_kernels.select import top_k  # noqa: E402
 
 # an extension for one machine's processes, built when it is first asked for; gloo alone does
@@ -67,7 +67,8 @@ def engine_of() -> tuple[Any, EPIAdamW]:
     ]
     if EXEMPT:
         groups[1]["isolation_ratio"] = 0.0
-    optimizer = EPIAdamW(groups, lr=0.02, isolation_ratio=0.2, mask_interval=2, importance_beta=0.5)
+    kind: Any = EPILion if sys.argv[2] == "lion" else EPIAdamW
+    optimizer = kind(groups, lr=0.02, isolation_ratio=0.2, mask_interval=2, importance_beta=0.5)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=copy.deepcopy(CONFIG))
     if BOUND:
         optimizer.bind_deepspeed(engine)

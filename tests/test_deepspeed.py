@@ -1,9 +1,9 @@
 """DeepSpeed ZeRO-1, 2 and 3 with an optimizer of ours as its client optimizer, on two processes of the CPU.
 
-Bound, EPIAdamW trains, refreshes with the model's layers, every entry counted once and padding never, saves, loads and
-goes on bit for bit. Unbound, a warning says that flat partitions are layers. Masks of MaskedAdamW and SparseAdamW
-follow at stage 0, and flat partitions are refused, by IsolatedOptimizer too. Run by ``make deepspeed``, which installs
-it.
+Bound, EPIAdamW and EPILion train, refresh with the model's layers, every entry counted once and padding never, save,
+load and go on bit for bit. Unbound, a warning says that flat partitions are layers. Masks of MaskedAdamW and
+SparseAdamW follow at stage 0, and flat partitions are refused, by IsolatedOptimizer too. Run by ``make deepspeed``,
+which installs it.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, r
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("bound", ["bound", "unbound"])
+@pytest.mark.parametrize("bound", ["bound", "unbound", "lion"])
 def test_zero(stage: int, bound: str, tmp_path: Path) -> None:
     run(stage, bound, tmp_path)
 

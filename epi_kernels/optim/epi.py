@@ -1,6 +1,6 @@
 """EPIAdamW: AdamW with evolving parameter isolation (EPI, arXiv 2604.14010, Alg. 1)."""
 
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -11,13 +11,13 @@ from epi_kernels.engine.optimizer import FusedOptimizer
 from epi_kernels.engine.storages import StorageArgument
 from epi_kernels.engine.sweeping import Sweeping
 from epi_kernels.isolation.evolving import Evolving
-from epi_kernels.isolation.isolating import Isolating
+from epi_kernels.isolation.fused import FusedIsolating
 from epi_kernels.isolation.layers import LayersArgument
 from epi_kernels.isolation.settings import CLOCK, check_settings
 from epi_kernels.rules import ADAMW
 
 
-class EPIAdamW(Isolating, FusedOptimizer, AdamW):
+class EPIAdamW(FusedIsolating, FusedOptimizer, AdamW):
     """AdamW that protects the most important entries, and chooses them again as training goes on.
 
     ::
@@ -168,23 +168,3 @@ class EPIAdamW(Isolating, FusedOptimizer, AdamW):
             process_group=process_group,
             backend=backend,
         )
-
-    @property
-    def _isolation(self) -> Evolving:
-        return cast(Evolving, self._method)
-
-    def bind_deepspeed(self, engine: Any) -> None:
-        """Assign every segment of DeepSpeed's flat partitions to its layer, for ZeRO-1, 2 and 3.
-
-        Call it after ``deepspeed.initialize(..., optimizer=optimizer)``, on every rank. From then on a refresh
-        that is due happens at the start of the next step, once all groups have advanced their importance. Without this
-        call each flat partition is one layer with a budget of its own, and a warning says so.
-
-        Args:
-            engine: the engine that deepspeed.initialize returned.
-
-        Raises:
-            TypeError: `engine` is not a DeepSpeed engine.
-            ValueError: the engine steps another optimizer, or its segments do not lie in this optimizer's partitions.
-        """
-        self._isolation.bind_deepspeed(self, engine)

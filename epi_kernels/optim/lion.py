@@ -1,6 +1,6 @@
 """EPILion: Lion with evolving parameter isolation (EPI, arXiv 2604.14010; Lion, arXiv 2302.06675)."""
 
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -8,13 +8,13 @@ from epi_kernels.engine.optimizer import FusedOptimizer
 from epi_kernels.engine.storages import StorageArgument
 from epi_kernels.engine.sweeping import Sweeping
 from epi_kernels.isolation.evolving import Evolving
-from epi_kernels.isolation.isolating import Isolating
+from epi_kernels.isolation.fused import FusedIsolating
 from epi_kernels.isolation.layers import LayersArgument
 from epi_kernels.isolation.settings import CLOCK, check_settings
 from epi_kernels.rules import LION
 
 
-class EPILion(Isolating, FusedOptimizer):
+class EPILion(FusedIsolating, FusedOptimizer):
     """Lion that protects the most important entries, and chooses them again as training goes on.
 
     ::
@@ -115,7 +115,3 @@ class EPILion(Isolating, FusedOptimizer):
             process_group=process_group,
             backend=backend,
         )
-
-    @property
-    def _isolation(self) -> Evolving:
-        return cast(Evolving, self._method)
