@@ -10,6 +10,7 @@ import copy
 import gc
 import json
 import pickle
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -41,10 +42,12 @@ def made(name: str) -> tuple[Any, dict[str, Parameter]]:
     return OPTIMIZERS[name](params.items()), params
 
 
-def step(optimizer: Optimizer, params: dict[str, Parameter], seed: int) -> None:
+def step(optimizer: Optimizer, params: dict[str, Parameter], seed: int, bad: int = 0) -> None:
+    """Take a step with gradients of which `bad` are not finite."""
     generator = torch.Generator().manual_seed(seed)
     for param in params.values():
         param.grad = torch.randn(param.shape, generator=generator)
+    params["layers.0.a"].grad.view(-1)[:bad] = float("nan")  # type: ignore[union-attr]
     optimizer.step()
 
 
@@ -119,6 +122,24 @@ def test_a_checkpoint_that_is_asked_for_the_records_has_them(run: tuple[Any, dic
     assert other.telemetry() == optimizer.telemetry()
     assert len(other.telemetry()) == 4
     assert "telemetry" in saved  # the caller's dict is as it was
+
+
+def test_counts_of_gradients_that_are_not_finite_go_on_from_the_last_record(name: str) -> None:
+    optimizer, params = made(name)
+    other, twins = made(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for seed in range(4):
+            step(optimizer, params, seed, bad=seed + 1)
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict(telemetry=True)))
+        for seed in range(4, 8):
+            step(optimizer, params, seed, bad=seed + 1)
+            step(other, twins, seed, bad=seed + 1)
+    assert [record["nonfinite"] for record in optimizer.telemetry()] == [3, 10, 21, 36]
+    assert other.telemetry() == optimizer.telemetry()
+    other.load_telemetry(optimizer.telemetry()[:1])
+    other.refresh()
+    assert other.telemetry(last=True)["nonfinite"] == 3
 
 
 def test_a_state_without_records_leaves_those_that_there_are(run: tuple[Any, dict[str, Parameter]]) -> None:

@@ -115,6 +115,17 @@ class NonfiniteCounts:
                     ended.append((counter, counter.counts.to("cpu", non_blocking=True)))
         self._send(ended, final=True)
 
+    def go_on_from(self, count: int) -> None:
+        """Let the sum of all counts be `count`, from which later ones are counted; this waits for an accelerator."""
+        self._past += count - self._total()
+
+    def _total(self) -> int:
+        ended = [copy for copy in self._under_way if copy.final]
+        for copy in ended:
+            copy.event.synchronize()
+        held = [*(copy.counts for copy in ended), *(counter.counts for counter in self._counters.values())]
+        return self._past + sum(int(counts.sum()) for counts in held)
+
     def _send(self, copies: Sequence[tuple[_Counter, Tensor]], final: bool) -> None:
         for counter, copy in copies:
             device = counter.counts.device
@@ -146,11 +157,7 @@ class NonfiniteCounts:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the sum and the names that were warned of; this waits for an accelerator."""
-        ended = [copy for copy in self._under_way if copy.final]
-        for copy in ended:
-            copy.event.synchronize()
-        held = [*(copy.counts for copy in ended), *(counter.counts for counter in self._counters.values())]
-        return {"past": self._past + sum(int(counts.sum()) for counts in held), "warned": set(self._warned)}
+        return {"past": self._total(), "warned": set(self._warned)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what `__getstate__` gave."""

@@ -90,6 +90,8 @@ class Isolating:
     def load_telemetry(self, records: Sequence[object]) -> None:
         """Let these be the records of the last refreshes: a run that goes on elsewhere brings its records along.
 
+        ``nonfinite`` is counted on from the last of them.
+
         Args:
             records: as `telemetry` returned them, or as JSON has kept them.
 
@@ -109,7 +111,7 @@ class Isolating:
             >>> other.telemetry(last=True)["kept"], other.telemetry() == optimizer.telemetry()
             (0, True)
         """
-        self._isolation.records.load(numbers_of_all(records))
+        self._isolation.take_records(numbers_of_all(records))
 
     def state_dict(self, *, telemetry: bool = False) -> dict[str, Any]:
         """Return the state in torch's form.
@@ -135,7 +137,7 @@ class Isolating:
         records = numbers_of_all(rest.pop("telemetry", ()))
         super().load_state_dict(rest)  # type: ignore[misc]
         if "telemetry" in state_dict:
-            self._isolation.records.load(records)
+            self._isolation.take_records(records)
 
     def __repr__(self) -> str:
         """Return torch's text and the grouping and backend in force."""

@@ -32,7 +32,7 @@ from epi_kernels.isolation.layers import Grouping, LayersArgument
 from epi_kernels.isolation.mask_clock import MaskClock
 from epi_kernels.isolation.refresh import Refresh
 from epi_kernels.isolation.settings import CLOCK
-from epi_kernels.isolation.telemetry import Budget, Layout, Record, Records
+from epi_kernels.isolation.telemetry import Budget, Layout, Numbers, Record, Records
 from epi_kernels.notices import warn
 from epi_kernels.ops.table import Uploads
 from epi_kernels.storage import block8
@@ -139,6 +139,11 @@ class Isolation:
         records = self.records.read(at_most)
         self.nonfinite.warn(owner.param_groups)
         return records
+
+    def take_records(self, records: Sequence[Numbers]) -> None:
+        """Let these be the records; counts of gradients that are not finite go on from the last one."""
+        self.records.load(records)
+        self.nonfinite.go_on_from(records[-1].nonfinite if records else 0)
 
     def text(self, owner: Owner) -> str:
         """Return one line on the grouping and the backend in force."""

@@ -540,7 +540,7 @@ class IsolatedOptimizer(Isolating, Optimizer):
         self._advances = Advance()
         self._isolation.competition.part()
         if records is not None:
-            self._isolation.records.load(numbers)
+            self._isolation.take_records(numbers)
         storages.say_converted(converted)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
