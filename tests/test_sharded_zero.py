@@ -22,21 +22,22 @@ from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
-from epi_kernels import EPIAdamW, IsolatedOptimizer, MaskedAdamW, SparseAdamW, importance
+from epi_kernels import EPIAdamW, EPILion, IsolatedOptimizer, MaskedAdamW, SparseAdamW, importance
 
 
 def fsdp1_of(model: nn.Module, **settings: Any) -> FullyShardedDataParallel:
     return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"), **settings)
 
 
-@on_ranks(1, 2, 3, 4)
-def test_slices_of_fsdp1_have_the_masks_of_one_process(rank: int, size: int) -> None:
+@pytest.mark.parametrize("kind", [EPIAdamW, EPILion])
+@on_ranks(1, 2, 3)
+def test_slices_of_fsdp1_have_the_masks_of_one_process(rank: int, size: int, kind: Any) -> None:
     # slices of flat parameters, cut at any entry
     model = model_of(False)
     whole = copy.deepcopy(model)
     sharded = fsdp1_of(model, sharding_strategy=ShardingStrategy.FULL_SHARD)
-    optimizer = EPIAdamW(sharded.named_parameters(), **SETTINGS)
-    reference = EPIAdamW(whole.named_parameters(), **SETTINGS)
+    optimizer = kind(sharded.named_parameters(), **SETTINGS)
+    reference = kind(whole.named_parameters(), **SETTINGS)
     for step in range(1, STEPS + 1):
         loss_of(whole, step, 7).backward()
         loss_of(sharded, step, 7).backward()
