@@ -30,8 +30,19 @@ Shape = tuple[int, ...]
 ENTRIES: list[Shape] = [(64, 64)]
 
 
-def decoder(vocabulary: int, hidden: int, layers: int, keys: int, intermediate: int, biases: bool) -> list[Shape]:
-    """Return the shapes of a decoder as transformers has them, embeddings and head untied.
+def decoder(
+    vocabulary: int,
+    hidden: int,
+    layers: int,
+    keys: int,
+    intermediate: int,
+    *,
+    queries: int | None = None,
+    norms: int = 2,
+    biases: bool = False,
+    tied: bool = False,
+) -> list[Shape]:
+    """Return the shapes of a decoder as transformers has them.
 
     Args:
         vocabulary: number of tokens.
@@ -39,18 +50,32 @@ def decoder(vocabulary: int, hidden: int, layers: int, keys: int, intermediate: 
         layers: number of blocks.
         keys: key heads times the size of a head.
         intermediate: size inside of a feed-forward network.
+        queries: query heads times the size of a head; None: `hidden`.
+        norms: number of norms in a block.
         biases: queries, keys and values have one.
+        tied: the head is the embedding.
     """
-    attention = [(hidden, hidden), (keys, hidden), (keys, hidden), (hidden, hidden)]
+    queries = queries or hidden
+    attention = [(queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries)]
     feed_forward = [(intermediate, hidden), (intermediate, hidden), (hidden, intermediate)]
-    vectors = [(hidden,), (hidden,), *([(hidden,), (keys,), (keys,)] if biases else [])]
+    vectors = [*([(hidden,)] * norms), *([(queries,), (keys,), (keys,)] if biases else [])]
     layer: list[Shape] = [*attention, *feed_forward, *vectors]
-    return [(vocabulary, hidden), *(layer * layers), (hidden,), (vocabulary, hidden)]
+    ends: list[Shape] = [(hidden,)] if tied else [(hidden,), (vocabulary, hidden)]
+    return [(vocabulary, hidden), *(layer * layers), *ends]
+
+
+def _gpt2() -> list[Shape]:
+    """Return the shapes of the smallest GPT-2, whose linear layers have biases and whose norms have two vectors."""
+    linear = [(768, 2304), (2304,), (768, 768), (768,), (768, 3072), (3072,), (3072, 768), (768,)]
+    return [(50257, 768), (1024, 768), *([*linear, *[(768,)] * 4] * 12), (768,), (768,)]
 
 
 MODELS = {
-    "llama-3-8b": decoder(128256, 4096, 32, 8 * 128, 14336, biases=False),
+    "llama-3-8b": decoder(128256, 4096, 32, 8 * 128, 14336),
     "qwen2.5-7b": decoder(152064, 3584, 28, 4 * 128, 18944, biases=True),
+    "mistral-7b": decoder(32000, 4096, 32, 8 * 128, 14336),
+    "gemma-2-9b": decoder(256000, 3584, 42, 8 * 256, 14336, queries=16 * 256, norms=4, tied=True),
+    "gpt2": _gpt2(),
 }
 
 

@@ -205,7 +205,16 @@ def test_blocks_of_8_bits_hold_what_their_storage_says() -> None:
     )
 
 
-@pytest.mark.parametrize(("name", "entries"), [("llama-3-8b", 8_030_261_248), ("qwen2.5-7b", 7_615_616_512)])
+PUBLISHED = {
+    "llama-3-8b": 8_030_261_248,
+    "qwen2.5-7b": 7_615_616_512,
+    "mistral-7b": 7_241_732_096,
+    "gemma-2-9b": 9_241_705_984,
+    "gpt2": 124_439_808,
+}
+
+
+@pytest.mark.parametrize(("name", "entries"), PUBLISHED.items())
 def test_the_models_have_their_published_numbers_of_parameters(name: str, entries: int) -> None:
     assert sum(torch.Size(shape).numel() for shape in MODELS[name]) == entries
 
