@@ -14,7 +14,16 @@ from eager import EagerEPI
 from torch import Tensor
 from torch.nn import Parameter
 
-from epi_kernels import EPIAdamW, MaskedAdamW, SparseAdamW, __version__, memory, ops
+from epi_kernels import (
+    EPIAdamW,
+    EPILion,
+    IsolatedOptimizer,
+    MaskedAdamW,
+    SparseAdamW,
+    __version__,
+    memory,
+    ops,
+)
 
 TENSORS = 16  # each tensor is a layer
 PROTECTED = 0.01
@@ -27,6 +36,8 @@ IN_EXP_AVG_SQ = "EPI, S = exp_avg_sq"
 EAGER = "eager EPI"
 COMPILED_EAGER = "eager EPI, torch.compile"
 REFRESH = "EPI, refresh at every step"
+LION = "EPILion"
+ISOLATED = "IsolatedOptimizer, torch AdamW"
 SPARSE = "0.1% of the entries"
 SCORING = "sums for PIECE's scores"
 
@@ -39,6 +50,8 @@ BYTES = {
     EPI: 36,  # read p g m v S, write p m v S
     IN_EXP_AVG_SQ: 28,
     "fixed mask": 29,  # one byte of lock
+    LION: 28,  # read p g m S, write p m S
+    ISOLATED: None,  # see bytes_of
     REFRESH: 36 + 28,  # and g S, S; three times S; S, S; but S no more in the sweep
     EAGER: None,
     COMPILED_EAGER: None,
@@ -72,6 +85,10 @@ def bytes_of(name: str, dtype: torch.dtype, device: str) -> float | None:
     """
     if name == SPARSE:
         return SELECTED * (3 * SECTOR[device] + 2 * 8 + 4)
+    if name == ISOLATED:
+        # the base's; read g and S and write S; for each protected entry read its position twice, read a sector of p,
+        # write and read the value, and read and write a sector of p
+        return 7 * dtype.itemsize + dtype.itemsize + 8 + PROTECTED * (3 * SECTOR[device] + 2 * 8 + 2 * dtype.itemsize)
     if name in COMPACT:
         weights, settings = COMPACT[name]
         entries = torch.empty(1024, 1024, dtype=weights, device="meta")
@@ -125,11 +142,17 @@ def candidates(
     for p in params:
         p.grad = torch.randn_like(p) * 1e-3
 
-    def epi(**settings: Any) -> Candidate:
-        optimizer = EPIAdamW(named, lr=LR, isolation_ratio=PROTECTED, **{"mask_interval": None, **settings})
+    def with_masks(optimizer: Any) -> Candidate:
         optimizer.step()
         optimizer.refresh()
         return of_optimizer(optimizer)
+
+    def epi(**settings: Any) -> Candidate:
+        return with_masks(EPIAdamW(named, lr=LR, isolation_ratio=PROTECTED, **{"mask_interval": None, **settings}))
+
+    def isolated() -> Candidate:
+        base = torch.optim.AdamW(named, lr=LR, fused=True)
+        return with_masks(IsolatedOptimizer(base, isolation_ratio=PROTECTED, mask_interval=None))
 
     def masks(share: float) -> dict[Parameter, Tensor]:
         return {p: torch.rand(p.shape, device=device) < share for p in params}
@@ -154,6 +177,8 @@ def candidates(
         EPI: epi,
         IN_EXP_AVG_SQ: lambda: epi(importance="exp_avg_sq"),
         "fixed mask": lambda: of_optimizer(MaskedAdamW(params, lr=LR, frozen=masks(PROTECTED))),
+        LION: lambda: with_masks(EPILion(named, lr=LR, isolation_ratio=PROTECTED, mask_interval=None)),
+        ISOLATED: isolated,
         REFRESH: lambda: epi(mask_interval=1),
         EAGER: lambda: eager(compiled=False),
         COMPILED_EAGER: lambda: eager(compiled=True),

@@ -52,7 +52,7 @@ LARGE = (BASELINE, EPI)  # candidates where the states of all do not fit
 STORED = (BASELINE, EPI, *COMPACT)
 
 # bytes of memory that the candidates of a case need for each entry, float32: p, g and every candidate's states
-MEMORY = {ALL: 118, LARGE: 8 + 8 + 12 + 4, STORED: 84}
+MEMORY = {ALL: 138, LARGE: 8 + 8 + 12 + 4, STORED: 84}
 
 # the targets of a case: (candidate, figure, comparison, value, the number of entries from which the target applies); a
 # "ratio" applies only in float32, where torch's states are as wide as ours

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from tqdm import trange
 
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
 
 @dataclass
 class Timing:
