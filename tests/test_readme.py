@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import tables
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -56,6 +57,10 @@ def test_every_page_is_linked_to_from_the_readme() -> None:
 def test_its_python_compiles(page: Path) -> None:
     for code in re.findall(r"```py(?:thon)?\n(.*?)```", PAGES[page], re.DOTALL):
         compile(code, str(page), "exec")
+
+
+def test_the_table_of_speed_is_that_of_the_committed_results() -> None:
+    assert f"{tables.BEGIN}\n\n{tables.text()}\n\n{tables.END}" in README
 
 
 def test_every_option_of_the_commands_it_shows_exists() -> None:

@@ -1,0 +1,128 @@
+"""Writes the README's tables of speed from the committed results, each row with its bytes, its spread and its source.
+
+python bench/tables.py            # rewrites what stands between the marks in README.md
+python bench/tables.py --print
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from cases import (
+    BASELINE,
+    COMPILED_EAGER,
+    DEFAULT,
+    EAGER,
+    EPI,
+    IN_EXP_AVG_SQ,
+    ISOLATED,
+    LION,
+    SPARSE,
+)
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+BEGIN, END = "<!-- written by bench/tables.py: begin -->", "<!-- written by bench/tables.py: end -->"
+
+# the results that the README shows: file -> what the README calls the machine
+MACHINES = {
+    "epyc-2-cores.json": "AMD EPYC (Zen 5, 2.6 GHz, AVX-512)",
+    "xeon-2.6ghz-2-cores.json": "Intel Xeon (2.6 GHz, 480 MiB of L3 cache, AVX-512)",
+}
+ENTRIES, THREADS = 1 << 26, 2
+
+# candidate -> what the README calls it
+STEPS = {
+    BASELINE: "`torch.optim.AdamW(fused=True)`",
+    "isolation off": "`EPIAdamW(isolation_ratio=0)`",
+    EPI: "`EPIAdamW`",
+    IN_EXP_AVG_SQ: '`EPIAdamW(importance="exp_avg_sq")`',
+    LION: "`EPILion`",
+    "fixed mask": "`MaskedAdamW`",
+    ISOLATED: "`IsolatedOptimizer` around the first",
+    SPARSE: "`SparseAdamW` of 0.1%",
+    DEFAULT: "`torch.optim.AdamW()`, a loop on the CPU",
+    "torch AdamW, foreach": "`torch.optim.AdamW(foreach=True)`",
+    EAGER: "EPI in eager torch around AdamW",
+    COMPILED_EAGER: "the same under `torch.compile`",
+}
+
+
+def results(file: str, entries: int = ENTRIES) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Return the machine of a file of results, and candidate -> figures, with all threads."""
+    found = json.loads((RESULTS / file).read_text())
+    (case,) = (one for one in found["results"] if one["entries"] == entries and one["threads"] == THREADS)
+    return found["machine"], {step["step"]: step for step in case["steps"]}
+
+
+def spread(figures: dict[str, Any]) -> str:
+    """Return a ratio with the least and the greatest of its rounds."""
+    digits = 1 if figures["ratio"] >= 1.5 else 2
+    middle, least, greatest = (f"{figures[key]:.{digits}f}" for key in ("ratio", "ratio_least", "ratio_greatest"))
+    return f"{middle} [{least}, {greatest}]" if figures["step"] != BASELINE else "1"
+
+
+def number(value: float | None, digits: int) -> str:
+    """Return a number with so many significant digits; "" for None."""
+    return "" if value is None else f"{float(f'{value:.{digits}g}'):g}"
+
+
+def source(file: str) -> str:
+    """Return a sentence on where figures come from."""
+    machine, _ = results(file)
+    return (
+        f"{MACHINES[file]}, {machine['cores']} cores, torch {machine['torch'].removesuffix('+cpu')},\n"
+        f"  {machine['date']}, commit {machine['commit']} ([results](bench/results/{file}))"
+    )
+
+
+def steps_table() -> str:
+    """Return the table of steps: the figures of the first machine, and the ratios of the others."""
+    first, *others = MACHINES
+    _, figures = results(first)
+    beside = [results(file)[1] for file in others]
+    head = ["step", "bytes of state", "bytes moved", "ns", "GB/s", "time, torch's fused AdamW: 1", "on the second"]
+    rows = [head, ["---"] * len(head)]
+    for name, title in STEPS.items():
+        own = figures.get(name)
+        if own is None and not any(name in other for other in beside):
+            continue
+        cells = ["", "", "", "", ""]
+        if own is not None:
+            cells = [
+                number(own["state_bytes_per_entry"], 3 if own["state_bytes_per_entry"] > 1 else 2),
+                number(own["bytes_per_entry"], 2),
+                f"{own['ns_per_entry']:.2f}" if own["ns_per_entry"] > 0.1 else number(own["ns_per_entry"], 2),
+                f"{own['gb_per_s']:.0f}" if own["gb_per_s"] else "",
+                spread(own),
+            ]
+        rows.append([title, *cells, *(spread(other[name]) if name in other else "" for other in beside)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def text() -> str:
+    """Return what stands between the marks."""
+    first, second = MACHINES
+    return (
+        "One step over 2^26 float32 entries in 16 tensors on two threads; bytes and times are for each entry. Ratios "
+        f"are\ntaken within interleaved rounds: the median of 9, and the extremes.\n\n{steps_table()}\n\n"
+        f"- First: {source(first)}.\n- Second: {source(second)}."
+    )
+
+
+def main() -> None:
+    """Write or print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--print", action="store_true", help="print the text and leave the README as it is")
+    if parser.parse_args().print:
+        print(text())
+        return
+    readme = ROOT / "README.md"
+    before, rest = readme.read_text().split(BEGIN)
+    _, after = rest.split(END)
+    readme.write_text(f"{before}{BEGIN}\n\n{text()}\n\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()
