@@ -6,6 +6,7 @@
 #   make fuzz    10 minutes of random programs over the optimizers; make fuzz FUZZ='--seed 17' repeats one
 #   make gpu     on a machine with a CUDA GPU: the tests that need one, then the benchmarks, whatever the tests say
 #   make gpu-test | gpu-bench | gpu-sanitize    one of them, or compute-sanitizer; RESULTS=folder gets logs and JSON
+#   make bench   the CPU's times and pictures that the README's tables hold; 12 minutes. make bench-all: peers and models too
 #   make deepspeed  install DeepSpeed into .venv, and the tests that need it
 #   make integrations  the tests in transformers, TRL, accelerate and Lightning, in .venv-integrations; 8 minutes
 #   make lint    ruff, clang-format, mypy
@@ -21,7 +22,7 @@ SOURCES := $(wildcard csrc/*.h csrc/*/* tests/*.cpp)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test ptx fuzz gpu gpu-there gpu-test gpu-bench gpu-sanitize deepspeed integrations lint \
+.PHONY: help demo test ptx fuzz gpu gpu-there gpu-test gpu-bench gpu-sanitize bench bench-all deepspeed integrations lint \
     schema format clean
 
 help:
@@ -78,6 +79,21 @@ gpu-bench: gpu-there $(LIBRARIES)
 
 gpu-sanitize: gpu-there $(LIBRARIES)
 	set -o pipefail; $(GPU_PYTHON) -m pytest tests/test_gpu.py -v -k sanitizer 2>&1 | tee $(RESULTS)/gpu-sanitize.log
+
+# what is measured is written as it is found: a run that is cut short goes on with what is missing
+MEASURED := bench/results/measured
+BENCH = PYTHONPATH=. $(BIN)/python bench
+bench: $(VENV)/.test
+	@mkdir -p $(MEASURED)
+	test -e $(MEASURED)/cpu.json || $(BENCH)/cpu.py --compile --json $(MEASURED)/cpu.json
+	test -e $(MEASURED)/compact.json || $(BENCH)/cpu.py --compact --entries 24 --json $(MEASURED)/compact.json
+	test -e $(MEASURED)/host.json || $(BENCH)/host.py --json $(MEASURED)/host.json
+	test -e $(MEASURED)/scaling.png || $(BENCH)/scaling.py --out $(MEASURED)
+	@echo "The figures are in $(MEASURED); remove the folder to measure again."
+
+bench-all: bench
+	test -e $(MEASURED)/models.json || $(BENCH)/models.py --json $(MEASURED)/models.json
+	test -e $(MEASURED)/peers.json || $(BENCH)/peers.py --json $(MEASURED)/peers.json
 
 # with the torch that is there: its own build environment would fetch another
 deepspeed: $(VENV)/.test

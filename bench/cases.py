@@ -3,7 +3,7 @@
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -118,8 +118,22 @@ class Candidate:
         return self.step()
 
     def state_bytes(self) -> int:
-        """Return the number of bytes of all tensors kept."""
-        return sum(kept.numel() * kept.element_size() for kept in self.state)
+        """Return the number of bytes of all tensors kept, those with two names once."""
+        return held(self.state)
+
+
+def held(tensors: Iterable[Any]) -> int:
+    """Return the bytes of tensors, of those that consist of others too; memory with two names counts once."""
+    found: dict[int, int] = {}
+    left = [value for value in tensors if isinstance(value, Tensor)]
+    while left:
+        tensor = left.pop()
+        if hasattr(tensor, "__tensor_flatten__"):
+            names, _ = tensor.__tensor_flatten__()
+            left += [getattr(tensor, name) for name in names]
+        else:
+            found[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+    return sum(found.values())
 
 
 def of_optimizer(optimizer: torch.optim.Optimizer) -> Candidate:
