@@ -1,6 +1,6 @@
 """The target of a backend: the vendor and the architecture of the tensors' device.
 
-Only this module asks torch for the vendor or the architecture of a device.
+Only this module asks torch for the vendor, the architecture or the size of a device.
 """
 
 from dataclasses import dataclass
@@ -37,6 +37,11 @@ def target_of(device: torch.device) -> Target:
     if torch.version.hip is not None:
         return Target("amd")
     return Target("nvidia", torch.cuda.get_device_capability(device))
+
+
+def processors(device: torch.device) -> int:
+    """Return the number of processors (SM) of a GPU."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def with_index(device: torch.device) -> torch.device:

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from epi_kernels.backends.target import processors
 from epi_kernels.ops.table import ALIGNMENT, current
 from epi_kernels.schema import CHUNK_BITS, Row
 from epi_kernels.storage import CODES, STORAGES, VALUES
@@ -121,7 +122,7 @@ def launch_where_due(
 
 def _programs_at_once(device: torch.device) -> int:
     """Return how many programs of 64 registers a device runs at once; interpreted, few, so that tests take turns."""
-    return _AT_ONCE * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+    return _AT_ONCE * processors(device) if device.type == "cuda" else 3
 
 
 def dtype_codes(tensors: Sequence[Tensor | None]) -> list[int]:

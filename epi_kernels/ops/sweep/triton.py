@@ -133,8 +133,10 @@ def sweep_kernel(
     if (LOCK_IN == _IMPORTANCE or LOCK_IN == _SLOT) and not ADVANCED:
         count = tl.sum(bad)
         if count > 0:
-            # read again: keeping the number through the loops took a register more than there are
-            tensor, start = located(chunks, tl.program_id(0), BLOCK * TILES)
+            if not NOISE:
+                # read again: keeping the number through the loops took a register more than there are. With noise,
+                # which needs others there, it is the other way round
+                tensor, start = located(chunks, tl.program_id(0), BLOCK * TILES)
             tl.atomic_add(nonfinite + tensor, count.to(tl.int64), sem="relaxed")
 
 
