@@ -1,6 +1,7 @@
 """What a step and a refresh should take on a GPU, from the bytes that they move: predictions, made before any run.
 
-    python bench/predict.py        # both tables for A100, H100 and H200
+    python bench/predict.py                                        # both tables for A100, H100, H200 and B200
+    python bench/predict.py --model llama-3-8b --ranks 8           # a step and a refresh of one rank
 
 Nothing here was measured on a GPU: `bench/gpu.py` writes these predictions beside what it measures. A kernel takes the
 longer of two times, that of its bytes and that of its instructions, and its last blocks a little more:
@@ -11,8 +12,11 @@ Tensors are taken to be large and aligned: for 2000 tiny ones the host decides, 
 """
 
 import argparse
+import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from cases import (
@@ -26,6 +30,10 @@ from cases import (
     REFRESH,
     bytes_of,
 )
+
+from epi_kernels import memory
+
+RESULTS = Path(__file__).parent / "results"
 
 # Seconds from the first free processor to the end of a launch. A block of 4096 entries that has the device to itself
 # takes as long: a launch, the words of the table, the entries, one after the other.
@@ -81,7 +89,16 @@ class Card:
 A100 = Card("A100", 1.75e12, 0.93, 0.86, 108 * 4 * 32 * 1.41e9 * ISSUE, (5.0e10, 1.33e11))
 H100 = Card("H100", 3.0e12, 0.93, 0.86, 132 * 4 * 32 * 1.83e9 * ISSUE, (5.3e10, 1.6e11))
 H200 = Card("H200", 4.3e12, 0.90, 0.83, 132 * 4 * 32 * 1.83e9 * ISSUE, (5.7e10, 1.6e11))
-CARDS = (A100, H100, H200)
+B200 = Card("B200", 6.8e12, 0.88, 0.81, 148 * 4 * 32 * 1.85e9 * ISSUE, (5.9e10, 1.8e11))
+CARDS = (A100, H100, H200, B200)
+
+# Seconds of an all-reduce of a few KiB for each doubling of the number of ranks, up the tree or down again: over NVLink
+# for the first 8 ranks, then over a network.
+HOP, NETWORK_HOP, IN_A_NODE = 4e-6, 1.2e-5, 8
+COLLECTIVES = 5  # of a refresh: ranges, three histograms, counts
+
+# entries of models that are only extrapolated to, with their ranks
+FAR = {"70B on 64": (70.6e9, 64), "1T on 4096": (1e12, 4096)}
 
 
 def pass_seconds(card: Card, entries: float, size: float, instructions: float = 0.0) -> float:
@@ -172,6 +189,53 @@ def predicted_ms(name: str, entries: int, dtype: torch.dtype, device: str, copy:
     return step_seconds(replace(card, copy=copy), name, entries, dtype) * 1e3
 
 
+def collectives_seconds(ranks: int) -> float:
+    """Return the seconds that the all-reduces of a refresh add, whose sizes the number of ranks does not change.
+
+    Example:
+        >>> collectives_seconds(1), round(collectives_seconds(64) * 1e3, 2)  # ms
+        (0.0, 0.48)
+    """
+    inside = math.log2(min(ranks, IN_A_NODE))
+    outside = math.log2(max(1.0, ranks / IN_A_NODE))
+    return COLLECTIVES * 2 * (HOP * inside + NETWORK_HOP * outside)
+
+
+def rank_table(title: str, entries: float, ranks: int) -> list[list[str]]:
+    """Return what a rank of a sharded model takes, in ms, as rows of text: a column for each card."""
+    own = entries / ranks
+    rows = [[f"{title}: {own:,.0f} entries for each rank", *(card.name for card in CARDS)]]
+    for name in (BASELINE, EPI, "EPI, S = exp_avg_sq"):
+        rows.append([name, *(f"{step_seconds(card, name, own) * 1e3:.3g}" for card in CARDS)])
+    added = [sum(refresh_passes(card, own).values()) + collectives_seconds(ranks) for card in CARDS]
+    rows.append(["added by a refresh", *(f"{seconds * 1e3:.3g}" for seconds in added)])
+    rows.append(["of that, collectives", *([f"{collectives_seconds(ranks) * 1e3:.3g}"] * len(CARDS))])
+    share = [seconds / 500 / step_seconds(card, EPI, own) for seconds, card in zip(added, CARDS, strict=True)]
+    rows.append(["a refresh at every 500 steps, of the step", *(f"{of:.2%}" for of in share)])
+    return rows
+
+
+def compared(folder: Path = RESULTS) -> list[list[str]]:
+    """Return what was measured and committed beside what bytes alone predict: a row for each step of each result.
+
+    On a CPU the prediction is that of the bandwidth that torch's fused AdamW had in the same rounds.
+    """
+    rows = [["result", "entries", "threads", "step", "measured / torch's", "by bytes", "measured / predicted"]]
+    for path in sorted(folder.glob("*.json")):
+        cases = json.loads(path.read_text()).get("results", [])
+        for case in cases if isinstance(cases, list) else []:
+            steps = {step["step"]: step for step in case.get("steps", []) if isinstance(step, dict) and "step" in step}
+            base = steps.get(BASELINE, {}).get("bytes_per_entry")
+            for name, step in steps.items():
+                size = step.get("bytes_per_entry")
+                if name != BASELINE and size and base:
+                    predicted = size / base
+                    cells = [f"{case['entries']:,}", str(case.get("threads", "GPU")), name]
+                    figures = (step["ratio"], predicted, step["ratio"] / predicted)
+                    rows.append([path.stem, *cells, *(f"{figure:.2f}" for figure in figures)])
+    return rows
+
+
 def refresh_table(entries: float = 8e9) -> list[list[str]]:
     """Return what a refresh takes, in ms, as rows of text: a column for each card."""
     rows = [["pass", *(card.name for card in CARDS)]]
@@ -211,14 +275,26 @@ def text_of(rows: Sequence[Sequence[str]]) -> str:
 
 
 def main() -> None:
-    """Print both tables."""
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=memory.MODELS, help="a model, on --ranks; without: the usual tables")
+    parser.add_argument("--ranks", type=int, default=1, help="that share out the model (FSDP2) [1]")
+    arguments = parser.parse_args()
+    if arguments.model:
+        entries = sum(map(math.prod, memory.MODELS[arguments.model]))
+        title = f"{arguments.model} on {arguments.ranks}"
+        print(f"Float32; predicted ms\n\n{text_of(rank_table(title, entries, arguments.ranks))}")
+        return
     print(
         f"A refresh of 8e9 entries, importance in float32, exact threshold; predicted ms\n\n{text_of(refresh_table())}"
     )
     print(f"\nA step over 2^26 float32 entries; predicted ms\n\n{text_of(step_table())}")
     for name, reason in NOT_PREDICTED.items():
         print(f"\nnot predicted: {name}, because {reason}")
+    print("\nOn paper, float32; predicted ms")
+    for title, (entries, ranks) in FAR.items():
+        print(f"\n{text_of(rank_table(title, entries, ranks))}")
+    print(f"\nMeasured so far, against bytes alone\n\n{text_of(compared())}")
 
 
 if __name__ == "__main__":
