@@ -159,19 +159,31 @@ def test_the_comparison_of_piece_runs_and_its_deltas_are_small(tmp_path, capsys,
 
     monkeypatch.setattr(demo, "EXAMINED", 4)
     threads = torch.get_num_threads()
-    arguments = ["--steps", "2", "--pretrain-steps", "3", "--examples", "16", "--threads", "1", "--out", str(tmp_path)]
+    monkeypatch.setattr(piece, "RATES", (1e-9, 1e-3))
+    arguments = ["--steps", "2", "--pretrain-steps", "3", "--examples", "16", "--out", str(tmp_path)]
     try:
         piece.main(arguments)  # which restores the trained weights from the deltas, and compares
+        options = piece.parse(arguments)
+        # no run again: these tasks could not be learned
+        rates = piece.chosen_rates(piece.make_methods(options.ratio), {}, [], options)
     finally:
         torch.set_num_threads(threads)
     printed = capsys.readouterr().out
-    rows = {line[:14].strip(): line[14:].split() for line in printed.splitlines()}
-    assert {"PIECE-F", "PIECE-S", "MIGU", "LayerNorm", "EPI, p = 1%", "AdamW"} <= rows.keys()
-    assert rows["PIECE-F"][3] == rows["PIECE-S"][3] == "493"  # floor(0.001 * 493,248)
+    assert set(rates.values()) == {1e-3}  # 1e-9 moves nothing
+    shares = [f"{kind}, {share}%" for kind in ("PIECE-F", "PIECE-S") for share in ("0.1", "1", "10")]
+    rows = {line[:14].strip(): line[14:].split() for line in printed.splitlines() if line[:1] != " "}
+    assert {*shares, "MIGU, 10%", "LayerNorm", "EPI, p = 1%", "AdamW"} <= rows.keys()
+    # floor(share * 493,248)
+    assert [rows[name][4] for name in shares] == 2 * ["493", "4,932", "49,324"]
+    assert "  PIECE-F, 0.1% learns " in printed
+    assert "eval() mode" in printed
+    assert (tmp_path / "piece.png").read_bytes().startswith(b"\x89PNG")
     (weights,) = tmp_path.glob("pretrained-*.pt")
     deltas = list(tmp_path.glob("*.safetensors"))
-    assert len(deltas) == 6
-    assert max(delta.stat().st_size for delta in deltas) <= 0.01 * weights.stat().st_size
+    assert len(deltas) == 14
+    smallest = [delta for delta in deltas if "-0.1-percent" in delta.name]
+    assert len(smallest) == 4
+    assert max(delta.stat().st_size for delta in smallest) <= 0.01 * weights.stat().st_size
 
 
 def test_the_sharded_example_runs_on_two_ranks(tmp_path) -> None:
