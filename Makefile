@@ -23,8 +23,8 @@ SOURCES := $(wildcard csrc/*.h csrc/*/* tests/*.cpp)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-real test ptx fuzz gpu gpu-there gpu-test gpu-bench gpu-sanitize bench bench-all deepspeed integrations lint \
-    schema format clean
+.PHONY: help demo demo-real test ptx fuzz gpu gpu-there gpu-test gpu-bench gpu-sanitize bench bench-all deepspeed \
+    integrations lint schema format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -118,7 +118,7 @@ PINNED = $(WITH)/bin/python -m pip install --disable-pip-version-check --quiet -
 $(WITH)/.integrations: Makefile constraints.txt tests/integrations/constraints.txt pyproject.toml setup.py $(SOURCES)
 	test -x $(WITH)/bin/python || $(PYTHON) -m venv $(WITH)
 	@echo "Installing transformers, TRL, DeepSpeed and Lightning into $(WITH) (once) ..."
-	$(PINNED) setuptools wheel --editable '.[demo,test,integrations]'
+	$(PINNED) setuptools wheel --editable '.[demo,test,integrations,real]'
 	DS_BUILD_OPS=0 $(PINNED) --no-build-isolation deepspeed
 	@touch $@
 
