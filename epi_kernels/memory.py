@@ -14,10 +14,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from epi_kernels.delta.entries import narrow
 from epi_kernels.engine import storages
 from epi_kernels.engine.gathering import check_flags
 from epi_kernels.engine.state import ensure, ensure_slots, new_state
-from epi_kernels.isolation.selection import narrow
 from epi_kernels.optim import EPIAdamW, EPILion, MaskedAdamW, SparseAdamW
 from epi_kernels.rules import rule_of
 
@@ -247,7 +247,7 @@ def _states_of_entry(param: Tensor, settings: Settings) -> dict[str, Any]:
     """Return the state for one trainable entry of a parameter, without a clock."""
     state: dict[str, Any] = {}
     ensure_slots(rule_of(settings.rule), state, param.new_empty(1), asdict(settings))
-    return {**state, "indices": narrow(torch.empty(1, dtype=torch.int64, device="meta"), param)}
+    return {**state, "indices": narrow(torch.empty(1, dtype=torch.int64, device="meta"), param.numel())}
 
 
 def _size(tensor: Tensor) -> int:

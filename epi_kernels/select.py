@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from epi_kernels import contract, ops
+from epi_kernels.delta.entries import by_name, summed
 from epi_kernels.distributed import Ranks, Shard, agreement, group_of, is_dtensor, local, shard_key, shard_of, wrapped
 from epi_kernels.engine.groups import without_wrappers
 from epi_kernels.isolation.layers import block
@@ -159,6 +160,41 @@ def _keep_first(flags: Tensor, count: int) -> None:
             # a chunk at a time: int64 sums over all flags would take eight times their memory
             chunk &= chunk.cumsum(0) <= count
         count -= min(found, count)
+
+
+def freeze_unselected(model: nn.Module, masks: Mapping[str, Tensor]) -> list[str]:
+    """Let the parameters without a selected entry need no gradient, which saves memory and time in `backward()`.
+
+    `SparseAdamW` does not move them, with a gradient or without. Call it before the optimizer is made. To train another
+    task, first let all parameters need gradients again: ``model.requires_grad_()``.
+
+    Args:
+        model: ``requires_grad`` of its parameters is written: False where nothing is selected, else as it is.
+        masks: {name: bool tensor}, as `top_k` returns them. A parameter without a mask has no selected entry. Of
+            DTensors every rank must call.
+
+    Returns:
+        The names of the parameters that need no gradient now and did before.
+
+    Raises:
+        ValueError: the model has no parameter of a name; nothing has changed.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1)
+        >>> freeze_unselected(model, {"weight": torch.tensor([[True, False]])})
+        ['bias']
+        >>> [name for name, param in model.named_parameters() if param.requires_grad]
+        ['weight']
+    """
+    params = dict(model.named_parameters(remove_duplicate=False))
+    names = by_name(masks, params, "the model", "masks have")
+    # a rank must keep a parameter of which another rank's shard has an entry
+    anywhere = {name: bool(summed(local(mask).any().long(), mask)) for name, mask in masks.items()}
+    kept = {id(params[names[name]]) for name, found in anywhere.items() if found}
+    frozen = [name for name, param in model.named_parameters() if param.requires_grad and id(param) not in kept]
+    for name in frozen:
+        params[name].requires_grad_(False)
+    return frozen
 
 
 def _check(scores: Mapping[str, Tensor], ratio: float, scope: str, normalize: str | None) -> None:

@@ -2,7 +2,7 @@
 
 - 200 steps against the dense optimizer, on every backend; against torch's fused AdamW in step_ulps.
 - Entries that are not selected keep their bits under weight decay, NaN and infinite gradients.
-- State is 12 bytes for each selected entry. Checkpoints, release, tasks one after the other, deltas.
+- State is 12 bytes for each selected entry. Checkpoints, release, tasks one after the other.
 """
 
 import copy
@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from epi_kernels import EPIAdamW, IsolatedOptimizer, SparseAdamW
-from epi_kernels.delta import apply_delta, load_delta, save_delta
-from epi_kernels.isolation import selection
+from epi_kernels.delta import entries
 from epi_kernels.optim import release_gradients
 
 SHAPES = {"h.0.weight": (30, 70), "h.0.bias": (30,), "head.weight": (110, 5), "scale": (), "untouched": (40,)}
@@ -300,65 +299,6 @@ def test_released_gradients_are_gathered_one_by_one_to_the_same_bits() -> None:
         assert torch.equal(p, q)
 
 
-def test_a_delta_restores_the_trained_model_bit_for_bit(tmp_path: Any) -> None:
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
-    base = copy.deepcopy(model)
-    optimizer = SparseAdamW(model.named_parameters(), lr=0.1, trainable={})
-    for task in (1, 2):
-        torch.manual_seed(task)
-        optimizer.select({n: torch.rand(p.shape) < 0.001 * (p.dim() > 1) for n, p in model.named_parameters()})
-        for _ in range(5):
-            model(torch.randn(8, 64)).square().sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        save_delta(optimizer.delta(), tmp_path / f"task{task}.safetensors")
-    assert not same_state(dict(base.state_dict()), dict(model.state_dict()))
-    for task in (1, 2):
-        apply_delta(base, load_delta(tmp_path / f"task{task}.safetensors"))
-    assert same_state(dict(base.state_dict()), dict(model.state_dict()))
-
-
-def test_a_delta_that_does_not_fit_changes_nothing(tmp_path: Any) -> None:
-    model = torch.nn.Linear(2, 2)
-    before = copy.deepcopy(dict(model.state_dict()))
-    good = (torch.tensor([0]), torch.tensor([9.0]))
-    for delta, message in (
-        ({"weight": good, "head": good}, "the delta has head, which the model has not; it has weight, bias"),
-        (
-            {"weight": good, "bias": (torch.tensor([2]), torch.tensor([1.0]))},
-            "positions from 2 to 2 in bias, which has 2",
-        ),
-        (
-            {"weight": good, "bias": (torch.tensor([-1, 0]), torch.tensor([1.0, 2.0]))},
-            "positions from -1 to 0 in bias, which has 2",
-        ),
-        ({"weight": good, "bias": (torch.tensor([0.0]), torch.tensor([1.0]))}, "bias has positions of torch.float32"),
-        ({"weight": good, "bias": (torch.tensor([True]), torch.tensor([1.0]))}, "bias has positions of torch.bool"),
-        (
-            {"weight": good, "bias": (torch.tensor([1, 1]), torch.tensor([1.0, 2.0]))},
-            "the delta has positions of bias twice",
-        ),
-        (
-            {"weight": good, "bias": (torch.tensor([0, 1]), torch.tensor([1.0]))},
-            r"positions of shape \(2,\) and values of",
-        ),
-        (
-            {"weight": good, "bias": (torch.tensor([0]), torch.tensor([1.0]).half())},
-            "bias is torch.float32 in the model",
-        ),
-    ):
-        with pytest.raises(ValueError, match=message):
-            apply_delta(model, delta)
-        assert same_state(dict(model.state_dict()), before)
-    from safetensors.torch import save_file
-
-    for key in ("weight", "weight.indices", "weight.values"):
-        save_file({key: torch.ones(2)}, tmp_path / "other.safetensors")
-        with pytest.raises(ValueError, match=f"is no delta: it holds {key}"):
-            load_delta(tmp_path / "other.safetensors")
-
-
 def test_a_delta_needs_names() -> None:
     param = Parameter(torch.ones(2))
     optimizer = SparseAdamW([param], trainable={param: torch.tensor([True, False])})
@@ -408,7 +348,7 @@ def test_a_scaler_unscales_and_skips_by_itself_with_fused_too() -> None:
 
 
 def test_the_positions_of_each_tensor_are_as_narrow_as_it_allows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selection, "_NARROW", 100)  # as if at 2^31
+    monkeypatch.setattr(entries, "_NARROW", 100)  # as if at 2^31
     params, twins, mask = parameters(), parameters(), masks()
     optimizer = SparseAdamW(params.items(), trainable=mask, lr=0.01)
     assert {state["indices"].dtype for state in optimizer.state.values()} == {torch.int32, torch.int64}

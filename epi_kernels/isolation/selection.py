@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from epi_kernels.contract import arithmetic_dtype
+from epi_kernels.delta.entries import checksum, in_whole, narrow
 from epi_kernels.distributed import is_dtensor, local, shard_of, wrapped
 from epi_kernels.engine.checkpoint import pairs_of, placed_alike, taken
 from epi_kernels.engine.gathering import check_flags
@@ -21,9 +22,6 @@ from epi_kernels.ops.flat import put_
 from epi_kernels.rules import Rule
 from epi_kernels.storage import split
 
-# positions fit int32 below this
-_NARROW = 1 << 31
-
 _WAY_OUT = "If you replaced or resized the parameter, select() again, with masks in the new shapes"
 
 
@@ -31,12 +29,15 @@ _WAY_OUT = "If you replaced or resized the parameter, select() again, with masks
 class _Selected:
     """The trainable entries of a parameter: positions in this rank's shard, and the shape of the whole parameter.
 
-    A DTensor also has a digest, which is equal on ranks whose masks are equal.
+    A DTensor also has a digest, which is equal on ranks whose masks are equal. Once a step has begun it has a checksum
+    of the values that this rank's entries had before; None where nobody knows them: a loaded state does not say.
     """
 
     positions: Tensor
     shape: torch.Size
     digest: int | None = None
+    begun: bool = False
+    before: Tensor | None = None
 
 
 class Selection(Following):
@@ -52,6 +53,7 @@ class Selection(Following):
     def __init__(self, rule: Rule) -> None:
         super().__init__()
         self._slots = tuple(slot.name for slot in rule.slots if slot.option is None)
+        self._begun = False  # whether every selection has begun
 
     # Selecting -------------------------------------------------------------------------------------------------------
 
@@ -67,9 +69,10 @@ class Selection(Following):
         for param in params_of(groups):
             self.places.put(param, None)
         for param, mask in shards.items():
-            positions = narrow(mask.reshape(-1).nonzero()[:, 0], local(param))
+            positions = narrow(mask.reshape(-1).nonzero()[:, 0], local(param).numel())
             digest = digest_of(chosen[param]) if is_dtensor(param) else None
             self.places.put(param, _Selected(positions, param.shape, digest))
+        self._begun = False
         self.complete_states(owner)
 
     def complete_states(self, owner: Owner) -> None:
@@ -92,12 +95,12 @@ class Selection(Following):
         elif REST in dtypes and REST not in state:
             state[REST] = torch.zeros(len(positions), dtype=dtypes[REST], device=param.device)
         elif positions is not (selected and selected.positions) and (selected or positions.numel()):
-            self.places.put(param, _Selected(positions, selected.shape if selected else param.shape))
+            self.places.put(param, _Selected(positions, selected.shape if selected else param.shape, begun=True))
 
     def _start(self, owner: Owner, param: Tensor, group: dict[str, Any], positions: Tensor | None) -> None:
         """Give a parameter a fresh state for the entries at these positions (row-major) of this rank's shard."""
         if positions is None:
-            positions = narrow(torch.zeros(0, dtype=torch.int64, device=param.device), local(param))
+            positions = narrow(torch.zeros(0, dtype=torch.int64, device=param.device), local(param).numel())
         k = len(positions)
         with torch.inference_mode(False):  # the state may be written outside of inference mode
             slots = {key: torch.zeros(k, dtype=d, device=param.device) for key, d in self._dtypes(param, group).items()}
@@ -127,6 +130,42 @@ class Selection(Following):
         mask = torch.zeros(shard.numel(), dtype=torch.bool, device=param.device)
         mask[self.positions(owner, param).long()] = True
         return mask.view(shard.shape)
+
+    # What there was before -------------------------------------------------------------------------------------------
+
+    def before_step(self, owner: Owner) -> None:
+        """Look at the entries that will move, before the first step moves them."""
+        super().before_step(owner)
+        if not self._begun:
+            for param in params_of(owner.param_groups):
+                self._begin(owner, param)
+            self._begun = True
+
+    def before_param(self, owner: Owner, param: Tensor) -> None:
+        """Look at the entries of a parameter that steps alone."""
+        super().before_param(owner, param)
+        if not self._begun:
+            self._begin(owner, param)
+
+    def _begin(self, owner: Owner, param: Tensor) -> None:
+        selected: _Selected | None = self.places.get(param)
+        if selected is not None and not selected.begun:
+            self.places.put(param, replace(selected, begun=True, before=self._checksum(owner, param)))
+
+    def _checksum(self, owner: Owner, param: Tensor) -> Tensor:
+        positions = self.positions(owner, param).long()
+        return checksum(in_whole(param, positions), local(param).take(positions))
+
+    def before(self, owner: Owner, param: Tensor) -> Tensor:
+        """Return the checksum of what this rank's entries of a parameter were before the first step; and 1 if lost.
+
+        It is int64 [2], and the sum of it over all shards says the same of the whole parameter.
+        """
+        selected: _Selected | None = self.places.get(param)
+        found = selected.before if selected is not None and selected.begun else self._checksum(owner, param)
+        if found is None:
+            return torch.tensor([0, 1], device=param.device)
+        return torch.stack([found, torch.zeros_like(found)])
 
     # The step --------------------------------------------------------------------------------------------------------
 
@@ -176,7 +215,7 @@ class Selection(Following):
         selected: _Selected = place.belongs
         check_shape(param, str(place), "trainable", selected.shape, _WAY_OUT)
         if key_of(param) in owner.state.get(param, ()):  # the code that replaced the parameter has given it a state
-            return _Selected(self.positions(owner, param), param.shape), None
+            return _Selected(self.positions(owner, param), param.shape, begun=True), None
         state = owner.state.get(place.param, {})
         if not state:  # the state was cleared: start with fresh moments
             k, dtypes = len(selected.positions), self._dtypes(param, group_of(param, owner.param_groups))
@@ -196,7 +235,10 @@ class Selection(Following):
         digest = selected.digest  # of the positions of the whole parameter, of which a shard has a part
         if is_dtensor(param) and not is_dtensor(place.param):
             digest = digest_of(selected.positions)
-        return _Selected(new[key_of(param)], param.shape, digest), new
+        # the checksum of a shard is not that of another
+        alike = placed_alike(place.param, param) if is_dtensor(param) else not is_dtensor(place.param)
+        before = selected.before if alike and place.param.dtype == param.dtype else None
+        return _Selected(new[key_of(param)], param.shape, digest, selected.begun, before), new
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
@@ -213,21 +255,21 @@ class Selection(Following):
         """Return a parameter's saved state in the compact form that `state` has."""
         if "trainable" not in entry:
             if not is_dtensor(param):
-                return {**entry, "indices": narrow(entry["indices"], param)}
+                return {**entry, "indices": narrow(entry["indices"], param.numel())}
             entry = {"step": entry["step"], **self._dense(entry, "indices", param.shape)}  # saved without shards
         # the saved tensors are shards of a DTensor, or whole tensors
         keys = (*self._slots, *([REST] if REST in entry else []), "trainable")
         parts = {key: local(shard_of(entry[key].to(param.device), param)).reshape(-1) for key in keys}
         positions = parts["trainable"].nonzero()[:, 0]
         slots = {key: parts[key][positions] for key in keys[:-1]}
-        return {"step": entry["step"], **slots, key_of(param): narrow(positions, local(param))}
+        return {"step": entry["step"], **slots, key_of(param): narrow(positions, local(param).numel())}
 
     def loaded(self, owner: Owner) -> None:
         """Take the selection from a checkpoint; parameters without an entry there keep theirs, with fresh moments."""
         for param in params_of(owner.param_groups):
             kept: _Selected | None = self.places.get(param)
             if owner.state.get(param):  # the selection is the checkpoint's
-                self.places.put(param, _Selected(self.positions(owner, param), param.shape))
+                self.places.put(param, _Selected(self.positions(owner, param), param.shape, begun=True))
             elif kept is not None and kept.positions.numel():
                 warn(
                     f"the state has no entry for {name_of(param, owner.param_groups)}, which requires no gradient: its "
@@ -286,8 +328,3 @@ def key_of(param: Tensor) -> str:
     Loaders of flat checkpoints ask the state which keys to load.
     """
     return "trainable" if is_dtensor(param) else "indices"
-
-
-def narrow(positions: Tensor, tensor: Tensor) -> Tensor:
-    """Return positions in a tensor as int32 if every position in the tensor fits, else as int64."""
-    return positions.int() if tensor.numel() < _NARROW else positions.long()

@@ -8,11 +8,12 @@ from torch import Tensor
 from torch.optim.adamw import AdamW
 
 from epi_kernels.contract import FLOATING
+from epi_kernels.delta.entries import Delta, narrow, summed
 from epi_kernels.distributed import is_dtensor, local, wrapped
 from epi_kernels.engine.gathering import Gathering
 from epi_kernels.engine.groups import name_of, params_of
 from epi_kernels.engine.optimizer import FusedOptimizer
-from epi_kernels.isolation.selection import Selection, key_of, narrow
+from epi_kernels.isolation.selection import Selection, key_of
 from epi_kernels.rules import ADAMW
 
 
@@ -144,11 +145,15 @@ class SparseAdamW(FusedOptimizer, AdamW):
         return self._selection.trainable(self, param)
 
     @torch.no_grad()
-    def delta(self) -> dict[str, tuple[Tensor, Tensor]]:
+    def delta(self) -> Delta:
         """Return what this task may have changed: {name: (positions, values)} of the trainable entries, on the CPU.
 
         `epi_kernels.delta` applies these values to the model from the start of the task and gets the present model, bit
-        for bit. If parameters are sharded, every rank must call `delta`, which gathers one parameter after the other.
+        for bit. The delta has the shapes of its parameters and a checksum of the values that its entries had before the
+        first step, so that `epi_kernels.delta.apply` refuses another model. A state that was loaded does not say what
+        these were: deltas after a resumption have no such checksum.
+
+        If parameters are sharded, every rank must call `delta`, which gathers one parameter after the other.
 
         Raises:
             ValueError: the optimizer has no parameter names, by which a delta stores entries.
@@ -156,16 +161,21 @@ class SparseAdamW(FusedOptimizer, AdamW):
         if not all("param_names" in group for group in self.param_groups):
             raise ValueError("a delta goes by names, and the optimizer has none; pass it model.named_parameters()")
         self._selection.catch_up(self)
-        found = {}
+        found = Delta()
         # in the order of the groups, which is the same on all ranks
         for param in params_of(self.param_groups):
             positions, whole = self._selection.positions(self, param), param
+            before, unknown = summed(self._selection.before(self, param), param).tolist()
             if is_dtensor(param):
                 mask = wrapped(self.trainable_mask(param).to(torch.uint8), param)
                 mask, whole = mask.full_tensor(), param.full_tensor()  # type: ignore[attr-defined]
-                positions = narrow(mask.flatten().nonzero()[:, 0], param)
+                positions = narrow(mask.flatten().nonzero()[:, 0], param.numel())
             if positions.numel():
-                found[name_of(param, self.param_groups)] = (positions.cpu(), whole.take(positions.long()).cpu())
+                name = name_of(param, self.param_groups)
+                found[name] = (positions.cpu(), whole.take(positions.long()).cpu())
+                found.shapes[name] = tuple(param.shape)
+                if not unknown:
+                    found.before[name] = before
         return found
 
     def __repr__(self) -> str:
