@@ -1,6 +1,7 @@
-"""``python -m epi_kernels``: what runs on this machine; what an optimizer holds and moves; a report of a run.
+"""``python -m epi_kernels``: what runs on this machine; what an optimizer holds and moves; a report; tasks as files.
 
-``doctor``, or no command, says what runs here and why; ``memory`` counts bytes; ``report`` writes a page of HTML.
+``doctor``, or no command, says what runs here and why; ``memory`` counts bytes; ``report`` writes a page of HTML;
+``delta`` prints, applies, undoes, combines, merges and exports the deltas of tasks.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from epi_kernels import __version__, memory
 from epi_kernels.backends import cuda, native, registry
 from epi_kernels.backends.support import Spec
 from epi_kernels.contract import arithmetic_dtype
+from epi_kernels.delta import command as delta
 
 _FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _STORAGES = {**_FLOATS, "8bit": "8bit"}
@@ -189,6 +191,9 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     )
     reported.add_argument("--out", type=Path, default=Path("report.html"), help="the page (%(default)s)")
     reported.add_argument("--title", default="What the run has protected", help="of the page (%(default)s)")
+    delta.add_to(
+        commands.add_parser("delta", help="a task as a file: print, apply, undo, combine, merge and export deltas")
+    )
     return parser, commands.choices
 
 
@@ -205,6 +210,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print_memory(commands[command], options)
     elif command == "report":
         print_report(commands[command], options)
+    elif command == "delta":
+        delta.run(commands[command], options)
     else:
         print_backends()
 

@@ -150,7 +150,8 @@ def read(path: Path) -> tuple[Header, dict[str, Tensor]]:
             raise ValueError(f"{path} has {name} in a dtype that is not known here")
         # a copy is aligned and may be written
         part = bytearray(whole[stored.begin : stored.end])
-        flat = torch.frombuffer(part, dtype=stored.dtype) if part else torch.empty(0, dtype=stored.dtype)
+        # a buffer of no bytes is refused
+        flat = torch.frombuffer(part or bytearray(8), dtype=stored.dtype)[: None if part else 0]
         try:
             tensors[name] = flat.view(stored.shape)
         except RuntimeError as error:  # of no entries, but with a size that overflows

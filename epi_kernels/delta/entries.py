@@ -1,8 +1,9 @@
 """The entries of a delta: how they are checked, named and added up, and where they are in a parameter."""
 
 import difflib
+import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -192,6 +193,56 @@ def narrow(positions: Tensor, count: int) -> Tensor:
     return positions.int() if count < _NARROW else positions.long()
 
 
+def check_dtype(name: str, given: torch.dtype, wanted: torch.dtype, whose: str, convert: bool) -> None:
+    """Check that values of one dtype may be written where another is.
+
+    Raises:
+        ValueError: the dtypes differ, and `convert` is not set or only one of them is complex.
+    """
+    if given != wanted and (not convert or given.is_complex != wanted.is_complex):
+        way_out = "convert one of them" if convert else "convert=True rounds the values"
+        raise ValueError(f"{name} is {wanted} in {whose} and {given} in the delta; {way_out}")
+
+
+def check_before(delta: Delta, found: Mapping[str, int], otherwise: str) -> None:
+    """Compare the checksums of the values that are to be replaced, by name, with those that the delta expects.
+
+    Raises:
+        ValueError: one differs; `otherwise` says what was expected.
+    """
+    for name, expected in delta.before.items():
+        if name in found and found[name] != expected:
+            raise ValueError(
+                f"{name} has other values at the {len(delta[name][0])} positions of the delta than {otherwise}"
+            )
+
+
+def check_digest(delta: Delta, found: str) -> None:
+    """Compare the digest of a whole model with that of a delta's base.
+
+    Raises:
+        ValueError: they differ, or the delta has none.
+    """
+    if delta.base is None:
+        raise ValueError("the delta has no digest of its base; set delta.base = digest(model) before training")
+    if delta.base != found:
+        raise ValueError(f"the model's digest is {found} and that of the delta's base {delta.base}: they differ")
+
+
+def check_undoes(old: Mapping[str, Entries]) -> None:
+    """Check that a delta says what it is to replace.
+
+    Raises:
+        ValueError: it does not, so that what was written since would be lost.
+    """
+    for name in old:
+        if name not in belongings(old).before:
+            raise ValueError(
+                f"{name} has no checksum of the values that are to be replaced, so what was written since would be "
+                "lost: pass what apply() returned"
+            )
+
+
 # Checksums -----------------------------------------------------------------------------------------------------------
 
 
@@ -240,6 +291,16 @@ def _mixed(x: Tensor) -> Tensor:
     x *= _SECOND
     x ^= x >> 31 & (1 << 33) - 1
     return x
+
+
+def line_of(name: str, dtype: torch.dtype, shape: tuple[int, ...], total: int) -> str:
+    """Return what a digest knows of one parameter."""
+    return f"{name} {dtype} {list(shape)} {total}"
+
+
+def digest_of(lines: Sequence[str]) -> str:
+    """Return the digest of a model from the lines of its parameters, in any order."""
+    return hashlib.blake2b("\n".join(sorted(lines)).encode(), digest_size=16).hexdigest()
 
 
 # Entries of a parameter, which may be shared out over ranks -----------------------------------------------------------

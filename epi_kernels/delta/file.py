@@ -93,8 +93,9 @@ def _gaps(positions: Tensor) -> Tensor:
     """Return the gaps before ascending positions, as uint16."""
     gaps = positions - torch.cat([positions.new_full((1,), -1), positions[:-1]])[: len(positions)] - 1
     escapes, last = gaps // _ESCAPE, gaps % _ESCAPE
-    words = torch.full((len(positions) + int(escapes.sum()),), _ESCAPE, dtype=torch.int32)
-    words[torch.arange(len(positions)) + escapes.cumsum(0)] = last.int()
+    words = torch.full((len(positions) + int(escapes.sum()),), _ESCAPE, dtype=torch.int32, device="cpu")
+    places = torch.arange(len(positions), dtype=torch.int64, device="cpu") + escapes.cumsum(0)
+    words[places] = last.int()
     return words.to(torch.uint16)
 
 

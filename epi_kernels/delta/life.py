@@ -1,6 +1,5 @@
 """The life of a delta: written into a model, taken out of it again, put together with others."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,8 +13,14 @@ from epi_kernels.delta.entries import (
     bits_of,
     by_name,
     check,
+    check_before,
+    check_digest,
+    check_dtype,
+    check_undoes,
     checksum,
+    digest_of,
     in_whole,
+    line_of,
     narrow,
     summed,
     values_at,
@@ -98,12 +103,7 @@ def undo(model: nn.Module, old: Delta, *, digest: bool = False) -> Delta:
         Traceback (most recent call last):
         ValueError: weight has other values at the 1 positions of the delta than ...
     """
-    lacking = [name for name in old if name not in belongings(old).before]
-    if lacking:
-        raise ValueError(
-            f"{lacking[0]} has no checksum of the values that are to be replaced, so what was written since would be "
-            "lost: pass what apply() returned"
-        )
+    check_undoes(old)
     return _replace(
         model,
         old,
@@ -170,42 +170,6 @@ def _places(model: nn.Module, delta: Delta, convert: bool) -> list[_Place]:
     return found
 
 
-def check_dtype(name: str, given: torch.dtype, wanted: torch.dtype, whose: str, convert: bool) -> None:
-    """Check that values of one dtype may be written where another is.
-
-    Raises:
-        ValueError: the dtypes differ, and `convert` is not set or only one of them is complex.
-    """
-    if given != wanted and (not convert or given.is_complex != wanted.is_complex):
-        way_out = "convert one of them" if convert else "convert=True rounds the values"
-        raise ValueError(f"{name} is {wanted} in {whose} and {given} in the delta; {way_out}")
-
-
-def check_before(delta: Delta, found: Mapping[str, int], otherwise: str) -> None:
-    """Compare the checksums of the values that are to be replaced, by name, with those that the delta expects.
-
-    Raises:
-        ValueError: one differs; `otherwise` says what was expected.
-    """
-    for name, expected in delta.before.items():
-        if name in found and found[name] != expected:
-            raise ValueError(
-                f"{name} has other values at the {len(delta[name][0])} positions of the delta than {otherwise}"
-            )
-
-
-def check_digest(delta: Delta, found: str) -> None:
-    """Compare the digest of a whole model with that of a delta's base.
-
-    Raises:
-        ValueError: they differ, or the delta has none.
-    """
-    if delta.base is None:
-        raise ValueError("the delta has no digest of its base; set delta.base = digest(model) before training")
-    if delta.base != found:
-        raise ValueError(f"the model's digest is {found} and that of the delta's base {delta.base}: they differ")
-
-
 @torch.no_grad()
 def digest(model: nn.Module | Mapping[str, Tensor]) -> str:
     """Return a digest of all parameters of a model: names without wrappers, dtypes, shapes and bits; 32 hex digits.
@@ -229,20 +193,11 @@ def digest(model: nn.Module | Mapping[str, Tensor]) -> str:
         flat = local(param.detach()).reshape(-1)
         total = torch.zeros((), dtype=torch.int64, device=flat.device)
         for begin in range(0, len(flat), _CHUNK):
-            where = torch.arange(begin, min(begin + _CHUNK, len(flat)), device=flat.device)
+            end = min(begin + _CHUNK, len(flat))
+            where = torch.arange(begin, end, dtype=torch.int64, device=flat.device)
             total += checksum(in_whole(param, where), flat[begin : begin + _CHUNK])
         lines.append(line_of(without_wrappers(name), param.dtype, tuple(param.shape), int(summed(total, param))))
     return digest_of(lines)
-
-
-def line_of(name: str, dtype: torch.dtype, shape: tuple[int, ...], total: int) -> str:
-    """Return what a digest knows of one parameter."""
-    return f"{name} {dtype} {list(shape)} {total}"
-
-
-def digest_of(lines: Sequence[str]) -> str:
-    """Return the digest of a model from the lines of its parameters, in any order."""
-    return hashlib.blake2b("\n".join(sorted(lines)).encode(), digest_size=16).hexdigest()
 
 
 def combine(deltas: Sequence[Mapping[str, Entries]], *, consecutive: bool = False) -> Delta:

@@ -164,7 +164,7 @@ class Selection(Following):
         selected: _Selected | None = self.places.get(param)
         found = selected.before if selected is not None and selected.begun else self._checksum(owner, param)
         if found is None:
-            return torch.tensor([0, 1], device=param.device)
+            return torch.tensor([0, 1], dtype=torch.int64, device=param.device)
         return torch.stack([found, torch.zeros_like(found)])
 
     # The step --------------------------------------------------------------------------------------------------------
