@@ -4,6 +4,7 @@
 - Another base, an entry that was overwritten since, and a chain that does not close are refused.
 - Names do not depend on wrappers, tied parameters have all their names, unknown ones are answered with near ones.
 - Checksums of shards and of deltas add up; every changed bit changes them.
+- What any optimizer has changed since a snapshot is found by bits.
 """
 
 import copy
@@ -13,11 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from states import same_state
 from torch import Tensor, nn
 
-from epi_kernels import SparseAdamW, delta, select
-from epi_kernels.delta import Delta
+from epi_kernels import EPIAdamW, EPILion, MaskedAdamW, SparseAdamW, delta, select
+from epi_kernels.delta import Delta, since
 from epi_kernels.delta.entries import bits_of, checksum, from_bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128]
@@ -412,3 +414,68 @@ def test_parameters_without_a_selected_entry_need_no_gradient() -> None:
         ValueError, match="masks have 0.wieght, which the model has not; the nearest names are 0.weight"
     ):
         select.freeze_unselected(model, {"0.wieght": masks["0.weight"]})
+
+
+# Since a snapshot -----------------------------------------------------------------------------------------------------
+
+
+def optimizers(model: nn.Module) -> dict[str, Any]:
+    named = list(model.named_parameters())
+    frozen = {name: torch.arange(param.numel()).view(param.shape) % 2 == 0 for name, param in named}
+    return {
+        "EPIAdamW": EPIAdamW(named, lr=0.1, isolation_ratio=0.3, mask_interval=1),
+        "EPILion": EPILion(named, lr=0.1, isolation_ratio=0.3, mask_interval=1),
+        "MaskedAdamW": MaskedAdamW(named, lr=0.1, frozen=frozen),
+    }
+
+
+@pytest.mark.parametrize("base", ["a snapshot", "a model", "a checkpoint"])
+@pytest.mark.parametrize("kind", ["EPIAdamW", "EPILion", "MaskedAdamW"])
+def test_what_was_changed_since_brings_a_server_up_to_date(kind: str, base: str, tmp_path: Any) -> None:
+    model = model_of().bfloat16()
+    server = copy.deepcopy(model)
+    optimizer = optimizers(model)[kind]
+    for update in range(3):
+        held: Any = copy.deepcopy(server)
+        if base == "a snapshot":
+            held = state(server)
+        elif base == "a checkpoint":
+            held = tmp_path / f"{update}.safetensors"
+            save_file(state(server), held)
+        model(torch.randn(8, 64).bfloat16()).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found = optimizer.delta_since(held)
+        # masks are chosen at the beginning of a step
+        protected = [optimizer.isolation_mask(param) for param in model.parameters()]
+        for mask, (name, old) in zip(protected, server.named_parameters(), strict=True):
+            differ = (model.get_parameter(name) != old).flatten().nonzero()[:, 0]
+            assert torch.equal(found[name][0].long(), differ)
+            assert not mask.flatten()[differ].any()
+        delta.apply(server, found)
+        assert same_state(state(server), state(model))
+    assert optimizer.delta_since(server) == {}
+
+
+def test_bits_are_compared_and_not_values() -> None:
+    model = nn.ParameterDict({"w": torch.tensor([0.0, torch.nan, 1.0])})
+    snapshot = {"w": torch.tensor([-0.0, torch.nan, 1.0])}
+    assert since.changes(model.named_parameters(), snapshot)["w"][0].tolist() == [0]
+    double = nn.ParameterDict({"w": torch.zeros(3, 2, dtype=torch.complex128)})
+    snapshot = {"w": torch.zeros(3, 2, dtype=torch.complex128)}
+    snapshot["w"][2, 0] = 1j
+    assert since.changes(double.named_parameters(), snapshot)["w"][0].tolist() == [4]
+
+
+def test_a_base_that_does_not_fit_is_refused() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = EPIAdamW(model.named_parameters())
+    for base, message in (
+        ({"weight": model.weight}, "the optimizer has bias, which the base has not"),
+        ({**state(model), "bias": torch.ones(3)}, r"bias has shape \(2,\), and \(3,\) in the base"),
+        ({**state(model), "bias": torch.ones(2).half()}, "bias is torch.float32 in the model and torch.float16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            optimizer.delta_since(base)
+    with pytest.raises(ValueError, match=r"the optimizer has none; pass it model.named_parameters\(\)"):
+        EPIAdamW(model.parameters(), layers="tensor").delta_since(state(model))

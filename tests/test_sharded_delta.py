@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from ranks import on_ranks
-from sharding import every_layout, every_sharded_layout, every_third, expect, full, give, names_of, pairs
+from sharding import SETTINGS, every_layout, every_sharded_layout, every_third, expect, full, give, names_of, pairs
 from torch import Tensor, nn
 
-from epi_kernels import SparseAdamW, delta, distributed, select
+from epi_kernels import EPIAdamW, SparseAdamW, delta, distributed, select
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
@@ -122,3 +122,24 @@ def test_a_delta_goes_into_the_shards_of_an_fsdp_model_that_has_whole_parameters
         model(torch.randn(2, width))  # the root keeps whole parameters after a forward pass alone
     delta.apply(model, given)
     assert_same(model, state(whole))
+
+
+@every_layout
+@on_ranks()
+def test_what_shards_have_changed_since_is_that_of_one_process(rank: int, size: int, layout: str) -> None:
+    model, whole, _ = pairs(layout)
+    snapshot, base = {n: p.detach().clone() for n, p in names_of(model).items()}, state(whole)
+    optimizers = [EPIAdamW(one.named_parameters(), **SETTINGS) for one in (model, whole)]
+    for step in range(1, 4):
+        for one, optimizer in zip((model, whole), optimizers, strict=True):
+            give(names_of(one), step)
+            optimizer.step()
+    expected = optimizers[1].delta_since(base)
+    for held in (snapshot, base):  # placed as the parameters are, and whole
+        found = optimizers[0].delta_since(held)
+        assert {name.removeprefix("module.") for name in found} == set(expected)
+        for name, (positions, values) in found.items():
+            bare = name.removeprefix("module.")
+            assert torch.equal(positions, expected[bare][0])
+            assert torch.equal(values, expected[bare][1])
+            assert found.before[name] == expected.before[bare]

@@ -246,10 +246,21 @@ def check_undoes(old: Mapping[str, Entries]) -> None:
 # Checksums -----------------------------------------------------------------------------------------------------------
 
 
+def integers_of(values: Tensor) -> Tensor:
+    """Return the bits of 1-D values as integers of their size, [k], or as int64 [k, 2] where a value has 16 bytes."""
+    bits = values.contiguous().view(_INTEGERS[values.element_size()])
+    return bits.view(-1, 2) if values.element_size() == 16 else bits
+
+
+def differ(one: Tensor, other: Tensor) -> Tensor:
+    """Return where 1-D values of one dtype have other bits: bool [k]."""
+    found = integers_of(one) != integers_of(other)
+    return found.any(1) if found.dim() == 2 else found
+
+
 def bits_of(values: Tensor) -> Tensor:
     """Return the bits of 1-D values as int64 [k], or [k, 2] where a value has 16 bytes."""
-    bits = values.contiguous().view(_INTEGERS[values.element_size()]).long()
-    return bits.view(-1, 2) if values.element_size() == 16 else bits
+    return integers_of(values).long()
 
 
 def from_bits(bits: Tensor, dtype: torch.dtype) -> Tensor:

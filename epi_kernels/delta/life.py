@@ -10,7 +10,6 @@ from epi_kernels.delta.entries import (
     Delta,
     Entries,
     belongings,
-    bits_of,
     by_name,
     check,
     check_before,
@@ -18,6 +17,7 @@ from epi_kernels.delta.entries import (
     check_dtype,
     check_undoes,
     checksum,
+    differ,
     digest_of,
     in_whole,
     line_of,
@@ -279,15 +279,14 @@ def _both(first: Delta, other: Delta, consecutive: bool) -> Delta:
         if before is not None:
             both.before[name] = (before + (1 << 63)) % (1 << 64) - (1 << 63)
         if not consecutive and again.any():
-            differ = _differ(ours[again], old[again], positions, values)
-            if differ:
-                both.conflicts[name] = both.conflicts.get(name, 0) + differ
+            count = _differing(ours[again], old[again], positions, values)
+            if count:
+                both.conflicts[name] = both.conflicts.get(name, 0) + count
     return both
 
 
-def _differ(positions: Tensor, values: Tensor, others: Tensor, theirs: Tensor) -> int:
+def _differing(positions: Tensor, values: Tensor, others: Tensor, theirs: Tensor) -> int:
     """Return at how many of these positions, each of which is among `others`, the values have other bits."""
     order = others.long().argsort()
     place = order[torch.searchsorted(others.long()[order], positions.long())]
-    differ = bits_of(values) != bits_of(theirs[place])
-    return int(differ.view(len(positions), -1).any(1).sum())
+    return int(differ(values, theirs[place]).sum())

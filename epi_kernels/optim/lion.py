@@ -11,10 +11,11 @@ from epi_kernels.isolation.evolving import Evolving
 from epi_kernels.isolation.fused import FusedIsolating
 from epi_kernels.isolation.layers import LayersArgument
 from epi_kernels.isolation.settings import CLOCK, check_settings
+from epi_kernels.optim.since import DeltaSince
 from epi_kernels.rules import LION
 
 
-class EPILion(FusedIsolating, FusedOptimizer):
+class EPILion(DeltaSince, FusedIsolating, FusedOptimizer):
     """Lion that protects the most important entries, and chooses them again as training goes on.
 
     ::

@@ -10,10 +10,11 @@ from epi_kernels.engine.optimizer import FusedOptimizer
 from epi_kernels.engine.storages import StorageArgument
 from epi_kernels.engine.sweeping import Sweeping
 from epi_kernels.isolation.fixed import FixedMask
+from epi_kernels.optim.since import DeltaSince
 from epi_kernels.rules import ADAMW
 
 
-class MaskedAdamW(FusedOptimizer, AdamW):
+class MaskedAdamW(DeltaSince, FusedOptimizer, AdamW):
     """AdamW that never moves the entries of a fixed mask.
 
     ::

@@ -8,12 +8,14 @@ from torch import Tensor
 from torch.optim.adamw import AdamW
 
 from epi_kernels.contract import FLOATING
-from epi_kernels.delta.entries import Delta, narrow, summed
-from epi_kernels.distributed import is_dtensor, local, wrapped
+from epi_kernels.delta.entries import Delta, summed
+from epi_kernels.delta.since import entries_at
+from epi_kernels.distributed import local
 from epi_kernels.engine.gathering import Gathering
 from epi_kernels.engine.groups import name_of, params_of
 from epi_kernels.engine.optimizer import FusedOptimizer
 from epi_kernels.isolation.selection import Selection, key_of
+from epi_kernels.optim.since import check_names
 from epi_kernels.rules import ADAMW
 
 
@@ -158,22 +160,16 @@ class SparseAdamW(FusedOptimizer, AdamW):
         Raises:
             ValueError: the optimizer has no parameter names, by which a delta stores entries.
         """
-        if not all("param_names" in group for group in self.param_groups):
-            raise ValueError("a delta goes by names, and the optimizer has none; pass it model.named_parameters()")
+        check_names(self.param_groups)
         self._selection.catch_up(self)
         found = Delta()
         # in the order of the groups, which is the same on all ranks
         for param in params_of(self.param_groups):
-            positions, whole = self._selection.positions(self, param), param
             before, unknown = summed(self._selection.before(self, param), param).tolist()
-            if is_dtensor(param):
-                mask = wrapped(self.trainable_mask(param).to(torch.uint8), param)
-                mask, whole = mask.full_tensor(), param.full_tensor()  # type: ignore[attr-defined]
-                positions = narrow(mask.flatten().nonzero()[:, 0], param.numel())
-            if positions.numel():
+            entries = entries_at(param, self._selection.positions(self, param))
+            if len(entries[0]):
                 name = name_of(param, self.param_groups)
-                found[name] = (positions.cpu(), whole.take(positions.long()).cpu())
-                found.shapes[name] = tuple(param.shape)
+                found[name], found.shapes[name] = entries, tuple(param.shape)
                 if not unknown:
                     found.before[name] = before
         return found
