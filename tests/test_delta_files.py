@@ -165,7 +165,7 @@ def test_files_of_earlier_versions_load(tmp_path: Path) -> None:
 def forged(path: Path, tensors: dict[str, Tensor], parameters: Any, version: str = "2") -> Path:
     """Write a file with a checksum that is right, as somebody does who knows the format."""
     said = parameters if isinstance(parameters, str) else json.dumps(parameters)
-    container.write(path, tensors, {"epi_kernels.delta": version, "parameters": said})
+    container.write(path, tensors, {"epi_kernels.delta": version, "parameters": said}, sealed=True)
     return path
 
 
@@ -256,7 +256,7 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         (raw({"a": ENTRY}, bytes(8)), "is no delta that save.. wrote: it holds a"),
         (raw({"__metadata__": {"epi_kernels.delta": "3"}}), "it is of version 3, and 2 is read here"),
         (raw({"__metadata__": {"epi_kernels.delta": "2", "parameters": "{}"}}), "it has no checksum"),
-        (raw({"__metadata__": {"checksum": "0" * 32}}), "has a checksum that cannot be found"),
+        (raw({"__metadata__": {"epi_kernels.checksum": "0" * 32}}), "has a checksum that cannot be found"),
     ],
 )
 def test_foreign_and_hostile_files_are_refused(content: bytes, message: str, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """safetensors files, read and written byte by byte: checked in whole, and patched in place where they are large.
 
-A file is the length of its header in 8 bytes, the header in JSON, and the tensors' bytes without gaps. The files that
-`write` makes are ordinary ones, which any reader of safetensors reads; their metadata has a checksum of all bytes.
+A file is the length of its header in 8 bytes, the header in JSON, and the tensors' bytes without gaps. A sealed one is
+an ordinary one, which any reader of safetensors reads; its metadata has a checksum of all bytes.
 """
 
 import hashlib
@@ -41,9 +41,9 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # safetensors reads no longer header
 _LONGEST = 100_000_000
 
-_METADATA, CHECKSUM = "__metadata__", "checksum"
+_METADATA, CHECKSUM = "__metadata__", "epi_kernels.checksum"
 # a quotation mark within JSON's strings has a backslash before it: these bytes are in a header once
-_MARK = b'"checksum":"'
+_MARK = b'"epi_kernels.checksum":"'
 _DIGITS = 32
 
 
@@ -177,15 +177,21 @@ def _digest(*parts: bytes | memoryview) -> str:
     return digest.hexdigest()
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file with a checksum over all its bytes; another file of that name is replaced at the end.
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, sealed: bool = False) -> None:
+    """Write a safetensors file; another file of that name is replaced once it is complete.
+
+    Args:
+        path: of the file.
+        tensors: by name.
+        metadata: texts by name.
+        sealed: add a checksum over all bytes. A file that is patched afterwards has none.
 
     Raises:
         ValueError: a tensor has a dtype that safetensors does not have.
     """
     # wide ones first, so that every tensor is aligned
     ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
-    header: dict[str, Any] = {_METADATA: {**metadata, CHECKSUM: "0" * _DIGITS}}
+    header: dict[str, Any] = {_METADATA: {**metadata, **({CHECKSUM: "0" * _DIGITS} if sealed else {})}}
     parts, begin = [], 0
     for name, tensor in ordered:
         if tensor.dtype not in _NAMES:
@@ -201,10 +207,12 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     start = len(text).to_bytes(8, "little") + text
-    place = start.index(_MARK) + len(_MARK)
-    checksum = _digest(start[:place], bytes(_DIGITS), start[place + _DIGITS :], *parts)
+    if sealed:
+        place = start.index(_MARK) + len(_MARK)
+        checksum = _digest(start[:place], bytes(_DIGITS), start[place + _DIGITS :], *parts)
+        start = start[:place] + checksum.encode() + start[place + _DIGITS :]
     with replacing(path) as file:
-        file.write(start[:place] + checksum.encode() + start[place + _DIGITS :])
+        file.write(start)
         for part in parts:
             file.write(part)
 

@@ -63,7 +63,7 @@ def save(delta: Mapping[str, Entries], path: str | PathLike[str]) -> None:
         parameters[name] = about
     metadata = {"format": "pt", _FORM: _VERSION, _PARAMETERS: json.dumps(parameters, separators=(",", ":"))}
     metadata |= {key: digest for key, digest in ((_BASE, of.base), (_TARGET, of.target)) if digest is not None}
-    container.write(Path(path), tensors, metadata)
+    container.write(Path(path), tensors, metadata, sealed=True)
 
 
 def load(path: str | PathLike[str]) -> Delta:
