@@ -151,6 +151,7 @@ def test_files_of_earlier_versions_load(tmp_path: Path) -> None:
         ("a.indices", torch.tensor([5, 5]), "positions of a twice"),
         ("a.indices", torch.tensor([-1, 5]), "positions from -1 to 5 in a"),
         ("a.indices", torch.tensor([1.0, 5.0]), "positions of torch.float32"),
+        ("a.indices", torch.tensor([1, 5]).to(torch.uint64), "positions of torch.uint64; they are signed integers"),
         ("a.values", torch.ones(3), r"positions of shape \(2,\) and values of \(3,\)"),
         ("b", torch.ones(3), "is no delta that save.. wrote: it holds"),
     ):
@@ -300,14 +301,29 @@ def changed(content: bytes, source: random.Random) -> bytes:
     return bytes(found)
 
 
-def tried(path: Path, count: int, seed: int) -> dict[str, int]:
-    """Load changed files and apply what loads; return how many of them were refused when."""
+def as_before(delta_: Delta, path: Path) -> None:
+    """Write a delta as versions before did."""
+    tensors = {}
+    for name, (positions, values) in delta_.items():
+        tensors[f"{name}.indices"], tensors[f"{name}.values"] = positions.int(), values
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def tried(path: Path, count: int, seed: int, earlier: bool = False) -> dict[str, int]:
+    """Load changed files and apply what loads; return how many of them were refused when.
+
+    Args:
+        path: of the files.
+        count: of files.
+        seed: of the changes.
+        earlier: the files are of a version before, without a checksum.
+    """
     source, made = random.Random(seed), example()
     model = nn.ParameterDict({"w": torch.zeros(5_000_001).bfloat16(), "none": torch.zeros(3, 3).double()})
     model |= {"complex": torch.zeros(80_000, dtype=torch.complex64), "head_bias": torch.zeros(4)}
     made["head_bias"] = made.pop("head.bias")
     made.shapes["head_bias"], made.before = made.shapes.pop("head.bias"), {}
-    delta.save(made, path)
+    (as_before if earlier else delta.save)(made, path)
     content, counts = path.read_bytes(), {"refused": 0, "refused, signed again": 0, "no change": 0, "loaded": 0}
     for number in range(count):
         other = changed(content, source)
@@ -323,7 +339,7 @@ def tried(path: Path, count: int, seed: int) -> dict[str, int]:
             counts["no change"] += 1
             continue
         # who changes a byte and does not know the format is found out
-        assert signed, number
+        assert signed or earlier, number
         counts["loaded"] += 1
         before = {name: param.detach().clone() for name, param in model.items()}
         try:
@@ -341,8 +357,13 @@ def test_changed_files_are_refused_and_write_nothing(tmp_path: Path) -> None:
     assert counts["refused"] + counts["no change"] >= 200
 
 
+def test_changed_files_of_earlier_versions_crash_nothing_and_write_nothing(tmp_path: Path) -> None:
+    tried(tmp_path / "task", 300, seed=3, earlier=True)
+
+
 if __name__ == "__main__":
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
-        print(tried(Path(folder) / "task", int(sys.argv[1]), seed=2))
+        for earlier in (False, True):
+            print(tried(Path(folder) / "task", int(sys.argv[1]), seed=2, earlier=earlier))

@@ -18,6 +18,9 @@ Entries = tuple[Tensor, Tensor]
 # positions fit int32 below this
 _NARROW = 1 << 31
 
+# torch does not compare unsigned ones of more than 8 bits
+_POSITIONS = frozenset({torch.int8, torch.int16, torch.int32, torch.int64})
+
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
 
 # odd numbers of 64 bits with about as many ones as zeros, signed as torch has them; the last two are splitmix64's
@@ -174,8 +177,8 @@ def check(name: str, positions: Tensor, values: Tensor, shape: tuple[int, ...] |
             f"{name} has positions of shape {tuple(positions.shape)} and values of {tuple(values.shape)}; both are "
             "1-D and equally long"
         )
-    if positions.is_floating_point() or positions.is_complex() or positions.dtype == torch.bool:
-        raise ValueError(f"{name} has positions of {positions.dtype}; they are integers")
+    if positions.dtype not in _POSITIONS:
+        raise ValueError(f"{name} has positions of {positions.dtype}; they are signed integers")
     if not positions.numel():
         return
     # the usual case is told by one comparison; in others the positions are sorted
