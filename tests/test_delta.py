@@ -331,6 +331,27 @@ def test_combine_takes_the_last_of_values_that_conflict_and_counts_and_names_the
     assert both.keys() == {"a", "b", "c"}
 
 
+@pytest.mark.parametrize("kind", ["a model", "tensors", "a checkpoint"])
+def test_combined_deltas_are_compared_with_the_base_on_request(kind: str, tmp_path: Any) -> None:
+    base = model_of()
+    save_file(state(base), tmp_path / "model.safetensors")
+    given: Any = {"a model": base, "tensors": state(base), "a checkpoint": tmp_path}[kind]
+    tasks = [task(copy.deepcopy(base), seed) for seed in (1, 2)]
+    tasks.append(Delta(tasks[0], before=tasks[0].before))  # which shares all positions with the first
+    whole = delta.combine(tasks, base=given)
+    assert whole.before.keys() == whole.keys()
+    delta.undo(base, delta.apply(base, whole))
+    assert delta.combine(tasks[:1], base=given).before == tasks[0].before
+    two = [tasks[0], task(model_of(1), 2)]
+    with pytest.raises(ValueError, match="0.weight has other values .* than the base that was given"):
+        delta.combine(two, base=given)
+    delta.combine(two, base=given, consecutive=True)  # the other one did not begin with the base
+    with pytest.raises(ValueError, match="the delta has head, which the base has not"):
+        delta.combine([{"head": (torch.tensor([0]), torch.ones(1))}], base=given)
+    with pytest.raises(ValueError, match="0.bias is torch.float32 in the base and torch.float16"):
+        delta.combine([{"0.bias": (torch.tensor([0]), torch.ones(1).half())}], base=given)
+
+
 def test_a_chain_that_does_not_close_is_refused() -> None:
     steps = [one(0, 1.0, base="A", target="B"), one(1, 2.0, base="B", target="C"), one(2, 3.0, base="A", target="D")]
     chain = delta.combine(steps[:2], consecutive=True)

@@ -428,6 +428,21 @@ def test_deltas_combine_from_the_command_line(tmp_path: Path, capsys: pytest.Cap
     assert delta.load(tmp_path / "both")["w"][1].tolist() == [1.0, 3.0]
     out = told(capsys, "combine", tmp_path / "0", tmp_path / "1", "--out", tmp_path / "both", "--consecutive")
     assert "0 conflicts" in out
+    save_file({"w": torch.zeros(5)}, tmp_path / "base.safetensors")
+    for number in range(2):
+        delta.save(delta.load(tmp_path / str(number)).copy(), tmp_path / str(number))  # without what they found
+    out = told(
+        capsys,
+        "combine",
+        tmp_path / "0",
+        tmp_path / "1",
+        "--out",
+        tmp_path / "both",
+        "--base",
+        tmp_path / "base.safetensors",
+    )
+    assert "no checksum" not in out
+    assert delta.load(tmp_path / "both").before.keys() == {"w"}
     many = {f"layer{i}": (torch.arange(i), torch.ones(i)) for i in range(12)}
     delta.save(many, tmp_path / "many")
     assert "and 2 more: --all" in told(capsys, "inspect", tmp_path / "many")

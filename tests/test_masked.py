@@ -45,7 +45,7 @@ def test_a_frozen_entry_survives_a_gradient_that_is_not_finite(bad: float) -> No
 @pytest.mark.parametrize(
     ("frozen", "message"),
     [
-        ({"wieght": torch.ones(4, dtype=torch.bool)}, "unknown name 'wieght'; known are weight"),
+        ({"wieght": torch.ones(4, dtype=torch.bool)}, "unknown name 'wieght'; the nearest names are weight"),
         ({"weight": torch.ones(4)}, r"frozen\['weight'\] is torch.float32; pass a bool tensor"),
         ({"weight": torch.ones(5, dtype=torch.bool)}, r"frozen\['weight'\] has shape \(5,\), the parameter \(4,\)"),
         ({Parameter(torch.ones(3)): torch.ones(3, dtype=torch.bool)}, r"shape \(3,\) that is not a parameter here"),

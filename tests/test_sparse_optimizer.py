@@ -171,7 +171,10 @@ def test_the_next_task_starts_with_fresh_moments() -> None:
 @pytest.mark.parametrize(
     ("trainable", "message"),
     [
-        ({"nobody": torch.ones(3, dtype=torch.bool)}, "trainable has the unknown name 'nobody'; known are h.0.weight"),
+        (
+            {"nobody": torch.ones(3, dtype=torch.bool)},
+            "trainable has the unknown name 'nobody'; it has h.0.weight, h.0.bias, head.weight, ...",
+        ),
         ({"h.0.bias": torch.ones(30)}, r"trainable\['h.0.bias'\] is torch.float32; pass a bool tensor, True = moves"),
         (
             {"h.0.bias": torch.ones(3, dtype=torch.bool)},

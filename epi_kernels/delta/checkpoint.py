@@ -99,11 +99,17 @@ class Checkpoint:
         return found
 
 
+def known_dtype(weight: Weight) -> torch.dtype:
+    """Return the dtype of a tensor of a checkpoint, or raise ValueError."""
+    if weight.stored.dtype is None:
+        raise ValueError(f"{weight.name} is in {weight.path} in a dtype that is not known here")
+    return weight.stored.dtype
+
+
 @contextmanager
 def bits_in(weight: Weight, mode: Any, path: Path | None = None) -> Iterator[Any]:
     """Open the integers that a tensor of a file consists of, which need not be aligned there."""
-    dtype, stored = weight.stored.dtype, weight.stored
-    assert dtype is not None
+    dtype, stored = known_dtype(weight), weight.stored
     if stored.begin == stored.end:
         yield np.empty(0, _INTEGERS[dtype.itemsize])
         return
@@ -138,9 +144,7 @@ def places_in(checkpoint: Checkpoint, delta: Delta, convert: bool, whole: bool, 
     found = []
     for name, (positions, values) in delta.items():
         weight = checkpoint.weights[names[name]]
-        dtype, shape = weight.stored.dtype, weight.stored.shape
-        if dtype is None:
-            raise ValueError(f"{name} is in {weight.path} in a dtype that is not known here")
+        dtype, shape = known_dtype(weight), weight.stored.shape
         expected = delta.shapes.get(name)
         if expected is not None and expected != shape:
             raise ValueError(f"{name} has shape {shape} in the checkpoint and {expected} in the delta's base")
@@ -328,9 +332,7 @@ def digest(path: str | PathLike[str]) -> str:
 def _digest(checkpoint: Checkpoint) -> str:
     lines = []
     for name, weight in checkpoint.weights.items():
-        dtype = weight.stored.dtype
-        if dtype is None:
-            raise ValueError(f"{name} is in {weight.path} in a dtype that is not known here")
+        dtype = known_dtype(weight)
         total = torch.zeros((), dtype=torch.int64, device="cpu")
         with bits_in(weight, "r") as integers:
             for begin in range(0, len(integers), _CHUNK):

@@ -36,6 +36,7 @@ def add_to(parsed: argparse.ArgumentParser) -> None:
     combined.add_argument(
         "--consecutive", action="store_true", help="each task began with the model with which the one before it ended"
     )
+    combined.add_argument("--base", type=Path, help="the checkpoint with which the first task began, to compare with")
     merged = command("merge", _merge, "write a checkpoint that has a delta's values, file by file")
     merged.add_argument("base", type=Path, help="a folder of save_pretrained")
     _task(merged)
@@ -152,13 +153,14 @@ def _undo(options: dict[str, Any]) -> None:
 
 
 def _combine(options: dict[str, Any]) -> None:
-    whole = life.combine([file.load(path) for path in options["tasks"]], consecutive=options["consecutive"])
+    tasks = [file.load(path) for path in options["tasks"]]
+    whole = life.combine(tasks, consecutive=options["consecutive"], base=options["base"])
     file.save(whole, options["out"])
     print(f"{_count(whole)} entries of {len(options['tasks'])} deltas; {sum(whole.conflicts.values()):,} conflicts")
     _table([(name, f"{count:,} have the value of the last delta") for name, count in whole.conflicts.items()])
     lost = sum(name not in whole.before for name in whole)
     if lost:
-        print(f"{lost} parameters have no checksum of old values, so that another base is not refused there")
+        print(f"{lost} parameters have no checksum of old values, so that another base is not refused there: --base")
 
 
 def _merge(options: dict[str, Any]) -> None:

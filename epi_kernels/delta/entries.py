@@ -1,6 +1,5 @@
 """The entries of a delta: how they are checked, named and added up, and where they are in a parameter."""
 
-import difflib
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from epi_kernels.distributed import is_dtensor, local, offsets_of
-from epi_kernels.engine.groups import without_wrappers
+from epi_kernels.engine.groups import nearest, without_wrappers
 from epi_kernels.ops.flat import put_
 
 # positions in row-major order, values
@@ -111,16 +110,6 @@ def rename(delta: Mapping[str, Entries], names: Mapping[str, str] | Callable[[st
 
 
 # Names ---------------------------------------------------------------------------------------------------------------
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a clause for errors: the known names that are most like an unknown one."""
-    known = list(dict.fromkeys(known))
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    if near:
-        return f"the nearest names are {', '.join(near)}"
-    more = ", ..." if len(known) > 3 else ""
-    return f"it has {', '.join(known[:3])}{more}" if known else "it has no parameters"
 
 
 def by_name(given: Iterable[str], known: Iterable[str], whose: str, what: str = "the delta has") -> dict[str, str]:

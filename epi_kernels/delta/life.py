@@ -26,6 +26,7 @@ from epi_kernels.delta.entries import (
     values_at,
     write_,
 )
+from epi_kernels.delta.since import Base, values_before
 from epi_kernels.distributed import is_slice, local, reshard
 from epi_kernels.engine.groups import without_wrappers
 
@@ -200,22 +201,24 @@ def digest(model: nn.Module | Mapping[str, Tensor]) -> str:
     return digest_of(lines)
 
 
-def combine(deltas: Sequence[Mapping[str, Entries]], *, consecutive: bool = False) -> Delta:
+def combine(deltas: Sequence[Mapping[str, Entries]], *, consecutive: bool = False, base: Base | None = None) -> Delta:
     """Return one delta that does what several do, applied in their order: at a position that two have, the last counts.
 
     Args:
         deltas: at least one, of models with the same names and shapes.
         consecutive: True: each task began with the model with which the task before it ended. False: all began with the
             same model, as tasks that were trained apart; where two of them have different values there is a conflict.
+        base: with which the first task began: a model, its tensors by name, or the path of a checkpoint. The deltas
+            that began with it are compared with it, and ``before`` of the result is known of all parameters.
 
     Returns:
         The delta, with ascending positions. ``conflicts`` of it has {name: number of conflicts}, names without one left
-        out. Of a name in which tasks that were trained apart share positions ``before`` is not known: what their base
-        had at these positions cannot be told from sums.
+        out. Without `base`, ``before`` is not known of a name in which tasks that were trained apart share positions:
+        what their base had there cannot be told from sums.
 
     Raises:
         ValueError: there are none; or dtypes or shapes of a parameter differ; or the digests of the deltas say that one
-            does not begin where it must.
+            does not begin where it must; or a delta does not fit `base`.
 
     Example:
         >>> first = Delta({"w": (torch.tensor([0, 1]), torch.tensor([1.0, 2.0]))})
@@ -229,6 +232,9 @@ def combine(deltas: Sequence[Mapping[str, Entries]], *, consecutive: bool = Fals
     first, *others = [belongings(delta) for delta in deltas]
     for name, (positions, values) in first.items():
         check(name, positions, values, first.shapes.get(name))
+    if base is not None:
+        for one in (first,) if consecutive else (first, *others):
+            check_before(one, _checksums(one, base), "the base that was given, from which the delta was not made")
     whole = Delta(first, shapes=first.shapes, before=first.before, base=first.base, target=first.target)
     for number, other in enumerate(others, 1):
         begins, expected = (whole.target, "the one before ends") if consecutive else (whole.base, "the first begins")
@@ -238,7 +244,15 @@ def combine(deltas: Sequence[Mapping[str, Entries]], *, consecutive: bool = Fals
     for name, (positions, values) in whole.items():
         order = positions.long().argsort()
         whole[name] = (narrow(positions[order], int(positions.max()) if len(positions) else 0), values[order])
+    if base is not None:
+        whole.before = _checksums(whole, base)
     return whole
+
+
+def _checksums(delta: Delta, base: Base) -> dict[str, int]:
+    """Return the checksums of what a base has at the positions of a delta."""
+    old = values_before(base, delta)
+    return {name: int(checksum(positions.cpu(), old[name])) for name, (positions, _) in delta.items()}
 
 
 def _both(first: Delta, other: Delta, consecutive: bool) -> Delta:
@@ -259,8 +273,10 @@ def _both(first: Delta, other: Delta, consecutive: bool) -> Delta:
             both[name] = (positions, values)
             continue
         if name != theirs:
-            both.shapes.pop(theirs, None)
             both.before.pop(theirs, None)
+            shape = both.shapes.pop(theirs, None)
+            if shape is not None:
+                both.shapes.setdefault(name, shape)
         ours, old = first[name]
         shapes = first.shapes.get(name), other.shapes.get(theirs)
         if old.dtype != values.dtype or (None not in shapes and shapes[0] != shapes[1]):
@@ -268,7 +284,7 @@ def _both(first: Delta, other: Delta, consecutive: bool) -> Delta:
                 f"{name} is {old.dtype} of shape {shapes[0]} in one delta and {values.dtype} of shape {shapes[1]} in "
                 "another: they are of different models"
             )
-        kept = ~torch.isin(ours, positions)
+        kept = ~torch.isin(ours.long(), positions.long())
         again = ~kept
         both[name] = (torch.cat([ours[kept].long(), positions.long()]), torch.cat([old[kept], values]))
         before = None

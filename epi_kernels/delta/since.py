@@ -6,11 +6,12 @@ from os import PathLike
 import torch
 from torch import Tensor, nn
 
-from epi_kernels.delta.checkpoint import Checkpoint, bits_in, values_from
+from epi_kernels.delta.checkpoint import Checkpoint, Weight, bits_in, known_dtype, values_from
 from epi_kernels.delta.entries import (
     Delta,
     Entries,
     by_name,
+    check,
     check_dtype,
     checksum,
     differ,
@@ -51,21 +52,11 @@ def changes(named: Iterable[tuple[str, Tensor]], base: Base) -> Delta:
         >>> changes(model.named_parameters(), snapshot)
         {'weight': (tensor([1], dtype=torch.int32), tensor([0.5000]))}
     """
-    named = list(named)
-    if isinstance(base, nn.Module):
-        base = dict(base.named_parameters(remove_duplicate=False))
-    source = base if isinstance(base, Mapping) else Checkpoint(base).weights
+    named, source = list(named), tensors_of(base)
     names = by_name([name for name, _ in named], source, "the base", "the optimizer has")
     found = Delta()
     for name, param in named:
-        held = source[names[name]]
-        if isinstance(held, Tensor):
-            old = held.detach()
-        else:
-            if held.stored.dtype is None:
-                raise ValueError(f"{name} is in {held.path} in a dtype that is not known here")
-            with bits_in(held, "r") as integers:
-                old = values_from(integers, held.stored.dtype).view(held.stored.shape)
+        old = _whole(source[names[name]])
         if old.shape != param.shape:
             raise ValueError(f"{name} has shape {tuple(param.shape)}, and {tuple(old.shape)} in the base")
         check_dtype(name, old.dtype, param.dtype, "the model", convert=False)
@@ -76,6 +67,44 @@ def changes(named: Iterable[tuple[str, Tensor]], base: Base) -> Delta:
         entries = entries_at(param, where)
         if len(entries[0]):
             found[name], found.shapes[name], found.before[name] = entries, tuple(param.shape), before
+    return found
+
+
+def tensors_of(base: Base) -> Mapping[str, Tensor | Weight]:
+    """Return the tensors of a base by name, those of a checkpoint as where they are."""
+    if isinstance(base, nn.Module):
+        return dict(base.named_parameters(remove_duplicate=False))
+    return base if isinstance(base, Mapping) else Checkpoint(base).weights
+
+
+def _whole(held: Tensor | Weight) -> Tensor:
+    if isinstance(held, Tensor):
+        return held.detach()
+    with bits_in(held, "r") as integers:
+        return values_from(integers, known_dtype(held)).view(held.stored.shape)
+
+
+@torch.no_grad()
+def values_before(base: Base, delta: Mapping[str, Entries]) -> dict[str, Tensor]:
+    """Return what a base has at the positions of a delta, by the delta's names; of DTensors every rank must call.
+
+    Raises:
+        ValueError: the base lacks a parameter, or has it in another shape or dtype.
+    """
+    source = tensors_of(base)
+    names = by_name(delta, source, "the base")
+    found = {}
+    for name, (positions, values) in delta.items():
+        held = source[names[name]]
+        shape = held.shape if isinstance(held, Tensor) else held.stored.shape
+        dtype = held.dtype if isinstance(held, Tensor) else known_dtype(held)
+        check(name, positions, values, tuple(shape))
+        check_dtype(name, values.dtype, dtype, "the base", convert=False)
+        if isinstance(held, Tensor):
+            found[name] = values_at(held, positions.long().to(held.device)).cpu()
+        else:
+            with bits_in(held, "r") as integers:
+                found[name] = values_from(integers[positions.numpy()], dtype)
     return found
 
 

@@ -1,7 +1,8 @@
 """Parameters found and named in torch's parameter groups, in constant time."""
 
+import difflib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -80,6 +81,16 @@ def without_wrappers(name: str) -> str:
     return ".".join([component for component in path if component not in _WRAPPERS] + [last])
 
 
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a clause for errors: the known names that are most like an unknown one."""
+    known = list(dict.fromkeys(known))
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    if near:
+        return f"the nearest names are {', '.join(near)}"
+    more = ", ..." if len(known) > 3 else ""
+    return f"it has {', '.join(known[:3])}{more}" if known else "it has no parameters"
+
+
 def name_of(param: Tensor, groups: Groups) -> str:
     """Return the parameter's name, or "<group>.<place>" where the groups have none; or raise as `position_of`."""
     i, j = position_of(param, groups)
@@ -127,7 +138,7 @@ def masks_of(
     for key, mask in masks.items():
         param = key if isinstance(key, Tensor) else by_name.get(key)
         if param is None:
-            known = f"known are {', '.join(by_name)}" if by_name else "pass model.named_parameters() to use names"
+            known = nearest(str(key), by_name) if by_name else "pass model.named_parameters() to use names"
             raise ValueError(f"{argument} has the unknown name {key!r}; {known}")
         if param not in params:
             if partitioned and not by_name:
