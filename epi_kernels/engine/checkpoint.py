@@ -363,7 +363,7 @@ def taken(
             state[key] = before[key].copy_(value) if isinstance(value, Tensor) else before[key].fill_(value)
         elif key == "step":
             state[key] = value  # the caller knows where the clock runs
-        elif key in ("indices", "trainable"):
+        elif key in ("indices", "trainable", "departed"):
             state[key] = value.to(param.device)  # positions
         else:
             state[key] = _writable(value.to(device=param.device, dtype=_dtype_of(key, param, value, live)))
@@ -397,7 +397,7 @@ def _dtype_of(key: str, param: Tensor, value: Tensor, live: Mapping[str, torch.d
     A moment takes the dtype of the live state, which its maker has chosen. Without a live state it takes the dtype of
     the arithmetic; but 16 bits under a float32 or float64 parameter were chosen on purpose too, and stay.
     """
-    if key == "indices":
+    if key in ("indices", "departed"):
         return value.dtype
     if is_compact(key) or (key == "importance" and value.dtype == torch.bfloat16):
         return value.dtype

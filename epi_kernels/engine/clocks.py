@@ -92,10 +92,14 @@ class HostClocks(_Clocks):
                 self._values[i] = value
         return True
 
+    def values(self, bundle: int) -> list[float]:
+        """Return the clock of each parameter of a bundle."""
+        first = sum(self._sizes[:bundle])
+        return self._values[first : first + self._sizes[bundle]]
+
     def scalars(self, bundle: int, members: Sequence[int], groups: Groups, rule: Rule) -> tuple[Tensor, list[int]]:
         """Return (rows of scalars, the row of each parameter); `members` are the parameters' groups."""
-        first = sum(self._sizes[:bundle])
-        values = self._values[first : first + len(members)]
+        values = self.values(bundle)
         if values.count(values[0]) == len(values) and len(set(members)) == 1:
             table = [scalars_of(rule, groups[members[0]], values[0])]
             return torch.tensor(table, dtype=torch.float64, device="cpu"), [0] * len(members)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from epi_kernels import ops
+from epi_kernels.engine.clocks import scalars_of
 from epi_kernels.engine.groups import name_of
 from epi_kernels.engine.method import Owner
 from epi_kernels.engine.plan import Bundle, Planner, Present
@@ -21,6 +22,9 @@ REFUSED = ("amsgrad", "capturable", "differentiable")
 # the key of the positions in a parameter's state: the second one for DTensors
 _POSITIONS = ("indices", "trainable")
 
+# where entries of a parameter became trainable at several times: the clock's value of each when it did
+_JOINED = "joined"
+
 
 @dataclass(slots=True)
 class _Bundle(Bundle):
@@ -28,6 +32,8 @@ class _Bundle(Bundle):
     rests: bool  # whether the weights have more bits than the parameters
     places: list[Place]  # see `Planner.places`
     rounds: bool  # whether the weights are rounded stochastically
+    # for each parameter the entries that joined together: when, and where in the compact tensors, None for all
+    cohorts: list[list[tuple[int, Tensor | None]]] | None = None
 
     def tensors(self, slots: tuple[str, ...], now: Present) -> tuple[ops.Tensors, list[Tensor]]:
         """Return the lists that the operation takes, and the positions."""
@@ -62,11 +68,45 @@ class Gathering(Planner):
 
     def _update(self, owner: Owner, plan: Any, now: Present) -> None:
         for number, bundle in enumerate(plan.bundles):
+            if bundle.cohorts is not None:
+                self._update_cohorts(owner, plan.clocks.values(number), bundle, now)
+                continue
             scalars, rows = plan.clocks.scalars(number, bundle.groups, owner.param_groups, self.rule)
             tensors, positions = bundle.tensors(self._slots, now)
             bundle.gather.step_(tensors, positions, scalars, rows)
             for written in tensors.all_written():
                 increment_version(written)
+
+    def _update_cohorts(self, owner: Owner, clocks: list[float], bundle: _Bundle, now: Present) -> None:
+        """Step entries with a number of steps of their own: those that joined together as a tensor of their own."""
+        tensors, positions = bundle.tensors(self._slots, now)
+        assert bundle.cohorts is not None
+        cohorts = [(i, since, where) for i, of in enumerate(bundle.cohorts) for since, where in of]
+
+        def parts(column: list[Any]) -> list[Any]:
+            return [column[i] if where is None else column[i][where] for i, _, where in cohorts if column]
+
+        slots, rests = {slot: parts(column) for slot, column in tensors.slots.items()}, parts(tensors.rests)
+        apart = ops.Tensors(
+            [tensors.params[i] for i, _, _ in cohorts],
+            [tensors.grads[i] for i, _, _ in cohorts],
+            slots,
+            rests=rests,
+            places=[tensors.places[i] for i, _, _ in cohorts] if tensors.places else [],
+            stochastic=tensors.stochastic,
+        )
+        indices = parts(positions)
+        table = [scalars_of(self.rule, owner.param_groups[bundle.groups[i]], clocks[i] - s) for i, s, _ in cohorts]
+        scalars = torch.tensor(table, dtype=torch.float64, device="cpu")
+        gather = ops.prepared_gather(self.rule, apart, indices, owner._backend)
+        gather.step_(apart, indices, scalars, list(range(len(cohorts))))
+        for whole, made in ((tensors.rests, rests), *((tensors.slots[slot], slots[slot]) for slot in slots)):
+            for (i, _, where), part in zip(cohorts, made, strict=False):
+                if where is None:
+                    increment_version(part)
+                else:
+                    whole[i][where] = part  # type: ignore[index]
+        increment_version(tensors.params)
 
     def _kind(self, owner: Owner, param: Tensor) -> tuple[object, ...]:
         # a tensor from 2^31 entries on has int64 positions: in one launch it would double those of all others
@@ -108,8 +148,18 @@ class Gathering(Planner):
             rounds=rounds(param, group),
         )
         tensors, positions = made.tensors(self._slots, now)
+        if _JOINED in now.columns:
+            made.cohorts = [_cohorts(joined) for joined in bundle.column(now, _JOINED)]
         made.gather = ops.prepared_gather(self.rule, tensors, positions, owner._backend)
         return made
+
+
+def _cohorts(joined: Tensor | None) -> list[tuple[int, Tensor | None]]:
+    """Return when the entries of a parameter joined, and the positions of those that did so together."""
+    times = [] if joined is None else joined.unique().tolist()
+    if joined is None or len(times) < 2:
+        return [(times[0] if times else 0, None)]
+    return [(time, (joined == time).nonzero()[:, 0]) for time in times]
 
 
 def check_flags(group: dict[str, Any]) -> None:

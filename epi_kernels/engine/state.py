@@ -24,7 +24,7 @@ from epi_kernels.rules import Rule
 from epi_kernels.storage import split
 
 # states with a fixed dtype, loaded or new
-FIXED_DTYPES = {"frozen": torch.int8, "trainable": torch.uint8}
+FIXED_DTYPES = {"frozen": torch.int8, "trainable": torch.uint8, "joined": torch.int32}
 
 # where the lock bit is -> the name of the state that has it, for locks with a state of their own
 LOCK_STATE = {"importance": "importance", "static": "frozen"}

@@ -22,6 +22,13 @@ from epi_kernels.ops.flat import put_
 from epi_kernels.rules import Rule
 from epi_kernels.storage import split
 
+# keys of the state of a parameter whose selection has evolved: the clock's value when each trainable entry became so,
+# of which its own number of steps follows; and the positions of entries that have moved and do so no more
+JOINED, DEPARTED = "joined", "departed"
+
+# what a saved clock has on top where a state has these keys: a loader that takes only some keys does not go unnoticed
+_MARK = 0.5
+
 _WAY_OUT = "If you replaced or resized the parameter, select() again, with masks in the new shapes"
 
 
@@ -38,6 +45,7 @@ class _Selected:
     digest: int | None = None
     begun: bool = False
     before: Tensor | None = None
+    departed: Tensor | None = None
 
 
 class Selection(Following):
@@ -47,7 +55,7 @@ class Selection(Following):
         rule: the optimizer's rule; a state has one compact tensor for each slot of the rule.
     """
 
-    state_keys = ("indices", "trainable", REST)
+    state_keys = ("indices", "trainable", REST, JOINED, DEPARTED)
     complete = True
 
     def __init__(self, rule: Rule) -> None:
@@ -75,6 +83,65 @@ class Selection(Following):
         self._begun = False
         self.complete_states(owner)
 
+    @torch.no_grad()
+    def evolve(self, owner: Owner, trainable: Mapping[str | Tensor, Tensor]) -> None:
+        """Select other entries; those that stay keep their moments. See `epi_kernels.SparseAdamW.select`."""
+        self.catch_up(owner)
+        groups = owner.param_groups
+        chosen = masks_of(trainable, groups, "trainable", partitioned=owner._process_group is not None)
+        found = {}
+        for param in params_of(groups):
+            mask = chosen.get(param)
+            if mask is None:
+                positions = torch.zeros(0, dtype=torch.int64, device=param.device)
+            else:
+                positions = local(shard_of(mask.to(param.device), param)).reshape(-1).nonzero()[:, 0]
+            digest = digest_of(mask) if mask is not None and is_dtensor(param) else None
+            found[param] = self._evolved(owner, param, narrow(positions, local(param).numel()), digest)
+        for param, (selected, state) in found.items():
+            owner.state[param] = state
+            self.places.put(param, selected)
+        self._begun = False  # of parameters of which nothing was selected the next step looks at what there is
+        self.compare_anew()
+
+    def _evolved(
+        self, owner: Owner, param: Tensor, positions: Tensor, digest: int | None
+    ) -> tuple[_Selected, dict[str, Any]]:
+        """Return what belongs to a parameter of which these entries are trainable from now on; change nothing."""
+        old, selected = owner.state[param], self.places.get(param) or _Selected(positions[:0], param.shape)
+        were, clock = old[key_of(param)].to(positions.dtype), int(old["step"])
+        place = torch.searchsorted(were, positions).clamp_(max=max(0, len(were) - 1))
+        stay = were[place] == positions if len(were) else torch.zeros_like(positions, dtype=torch.bool)
+        state: dict[str, Any] = {"step": old["step"], key_of(param): positions}
+        for key in (*self._slots, *([REST] if REST in old else []), JOINED):
+            if key == JOINED:
+                joined = torch.full_like(positions, clock, dtype=torch.int32)
+                joined[stay] = old[JOINED][place[stay]] if JOINED in old else 0
+                state[JOINED] = joined
+            else:
+                state[key] = torch.zeros(len(positions), dtype=old[key].dtype, device=param.device)
+                state[key][stay] = old[key][place[stay]]
+        gone, before = old.get(DEPARTED, positions[:0]).to(positions.dtype), selected.before
+        new = positions[~stay]
+        new = new[~torch.isin(new, gone)].long()  # of which nobody has taken a checksum
+        if before is not None:
+            before = before + checksum(in_whole(param, new), local(param).take(new))
+        if selected.begun:
+            gone = torch.cat([gone, were[~torch.isin(were, positions)]]).unique()
+        state[DEPARTED] = gone[~torch.isin(gone, positions)]
+        if not is_dtensor(param):  # of a DTensor all ranks have the same keys
+            if not state[JOINED].any():
+                del state[JOINED]
+            if not len(state[DEPARTED]):
+                del state[DEPARTED]
+        return _Selected(positions, param.shape, digest, selected.begun, before, state.get(DEPARTED)), state
+
+    def touched(self, owner: Owner, param: Tensor) -> Tensor:
+        """Return the positions of the entries in this rank's shard that this task may have changed, ascending."""
+        positions = self.positions(owner, param)
+        gone = owner.state[param].get(DEPARTED)
+        return positions if gone is None else torch.cat([positions, gone.to(positions.dtype)]).sort().values
+
     def complete_states(self, owner: Owner) -> None:
         """Give every parameter a state for its trainable entries, with tensors of no entries if it has none.
 
@@ -95,7 +162,8 @@ class Selection(Following):
         elif REST in dtypes and REST not in state:
             state[REST] = torch.zeros(len(positions), dtype=dtypes[REST], device=param.device)
         elif positions is not (selected and selected.positions) and (selected or positions.numel()):
-            self.places.put(param, _Selected(positions, selected.shape if selected else param.shape, begun=True))
+            shape = selected.shape if selected else param.shape
+            self.places.put(param, _Selected(positions, shape, begun=True, departed=state.get(DEPARTED)))
 
     def _start(self, owner: Owner, param: Tensor, group: dict[str, Any], positions: Tensor | None) -> None:
         """Give a parameter a fresh state for the entries at these positions (row-major) of this rank's shard."""
@@ -106,6 +174,9 @@ class Selection(Following):
             slots = {key: torch.zeros(k, dtype=d, device=param.device) for key, d in self._dtypes(param, group).items()}
         clock = new_clock(0.0, None, bool(group["fused"]))
         owner.state[param] = {"step": clock, **slots, key_of(param): positions.to(param.device)}
+        selected: _Selected | None = self.places.get(param)
+        if selected is not None and selected.departed is not None:
+            owner.state[param][DEPARTED] = selected.departed
 
     def _dtypes(self, param: Tensor, group: dict[str, Any]) -> dict[str, torch.dtype]:
         """Return the compact tensors that the state of a parameter has, and their dtypes."""
@@ -215,12 +286,14 @@ class Selection(Following):
         selected: _Selected = place.belongs
         check_shape(param, str(place), "trainable", selected.shape, _WAY_OUT)
         if key_of(param) in owner.state.get(param, ()):  # the code that replaced the parameter has given it a state
-            return _Selected(self.positions(owner, param), param.shape, begun=True), None
+            gone = owner.state[param].get(DEPARTED)
+            return _Selected(self.positions(owner, param), param.shape, begun=True, departed=gone), None
         state = owner.state.get(place.param, {})
         if not state:  # the state was cleared: start with fresh moments
             k, dtypes = len(selected.positions), self._dtypes(param, group_of(param, owner.param_groups))
             slots = {key: torch.zeros(k, dtype=dtype, device=param.device) for key, dtype in dtypes.items()}
             state = {"step": 0.0, **slots, key_of(place.param): selected.positions}
+            state |= {} if selected.departed is None else {DEPARTED: selected.departed}
         if "trainable" in state:
             if not placed_alike(place.param, param):
                 raise ValueError(
@@ -238,38 +311,49 @@ class Selection(Following):
         # the checksum of a shard is not that of another
         alike = placed_alike(place.param, param) if is_dtensor(param) else not is_dtensor(place.param)
         before = selected.before if alike and place.param.dtype == param.dtype else None
-        return _Selected(new[key_of(param)], param.shape, digest, selected.begun, before), new
+        return _Selected(new[key_of(param)], param.shape, digest, selected.begun, before, new.get(DEPARTED)), new
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
     def packed(self, owner: Owner, packed: dict[str, Any]) -> dict[str, Any]:
-        """Return torch's state_dict with the state of a DTensor in the parameter's shape."""
+        """Return torch's state_dict with the state of a DTensor in the parameter's shape, and clocks marked."""
         state = {}
         for number, param in pairs_of(packed["param_groups"], owner.param_groups):
             if number in packed["state"]:
                 entry = packed["state"][number]
-                state[number] = self._spread(entry, param) if is_dtensor(param) else entry
+                clock = {"step": entry["step"] + _MARK} if {JOINED, DEPARTED} & entry.keys() else {}
+                state[number] = {**(self._spread(entry, param) if is_dtensor(param) else entry), **clock}
         return {**packed, "state": state}
 
     def unpacked(self, entry: dict[str, Any], param: Tensor) -> dict[str, Any]:
         """Return a parameter's saved state in the compact form that `state` has."""
+        if {JOINED, DEPARTED} & entry.keys():
+            entry = {**entry, "step": entry["step"] // 1}
         if "trainable" not in entry:
             if not is_dtensor(param):
                 return {**entry, "indices": narrow(entry["indices"], param.numel())}
             entry = {"step": entry["step"], **self._dense(entry, "indices", param.shape)}  # saved without shards
         # the saved tensors are shards of a DTensor, or whole tensors
-        keys = (*self._slots, *([REST] if REST in entry else []), "trainable")
+        keys = (*self._compact(entry), *([DEPARTED] if DEPARTED in entry else []), "trainable")
         parts = {key: local(shard_of(entry[key].to(param.device), param)).reshape(-1) for key in keys}
-        positions = parts["trainable"].nonzero()[:, 0]
-        slots = {key: parts[key][positions] for key in keys[:-1]}
-        return {"step": entry["step"], **slots, key_of(param): narrow(positions, local(param).numel())}
+        positions, count = parts["trainable"].nonzero()[:, 0], local(param).numel()
+        found = {key: parts[key][positions] for key in self._compact(entry)}
+        if DEPARTED in entry:
+            found[DEPARTED] = narrow(parts[DEPARTED].nonzero()[:, 0], count)
+        return {"step": entry["step"], **found, key_of(param): narrow(positions, count)}
+
+    def _compact(self, entry: dict[str, Any]) -> tuple[str, ...]:
+        """Return the keys of an entry that have a value for each trainable entry."""
+        return (*self._slots, *(key for key in (REST, JOINED) if key in entry))
 
     def loaded(self, owner: Owner) -> None:
         """Take the selection from a checkpoint; parameters without an entry there keep theirs, with fresh moments."""
         for param in params_of(owner.param_groups):
             kept: _Selected | None = self.places.get(param)
             if owner.state.get(param):  # the selection is the checkpoint's
-                self.places.put(param, _Selected(self.positions(owner, param), param.shape, begun=True))
+                gone = owner.state[param].get(DEPARTED)
+                selected = _Selected(self.positions(owner, param), param.shape, begun=True, departed=gone)
+                self.places.put(param, selected)
             elif kept is not None and kept.positions.numel():
                 warn(
                     f"the state has no entry for {name_of(param, owner.param_groups)}, which requires no gradient: its "
@@ -281,29 +365,53 @@ class Selection(Following):
         """Return the shape of a compact tensor, or the parameter's shape if the entry is saved in that shape."""
         if "trainable" in entry:
             return tuple(param.shape)
-        indices = entry.get("indices")
+        indices = entry.get("indices" if key != DEPARTED else DEPARTED)
         return tuple(indices.shape) if isinstance(indices, Tensor) else (0,)
 
     def check_entry(self, entry: dict[str, Any], param: Tensor, name: str) -> None:
         """Check the positions of a saved state.
 
         Raises:
-            ValueError: the indices are not 1-D integers, are out of range, or do not increase.
+            ValueError: positions are not 1-D integers, are out of range, or do not increase; or it lacks what belongs
+                to a selection that has evolved.
         """
+        self._check_evolved(entry, name)
         if "trainable" in entry:
             return
-        indices = entry.get("indices")
-        integers = isinstance(indices, Tensor) and indices.dtype in (torch.int32, torch.int64) and not indices.is_meta
-        if not isinstance(indices, Tensor) or not integers or indices.dim() != 1 or indices.layout != torch.strided:
-            raise ValueError(f"the state of {name} has no 1-D integer indices: it is not SparseAdamW's")
-        if len(indices) and not (int(indices[0]) >= 0 and int(indices[-1]) < param.numel()):
+        for key in ("indices", *([DEPARTED] if DEPARTED in entry else [])):
+            found = entry.get(key)
+            integers = isinstance(found, Tensor) and found.dtype in (torch.int32, torch.int64) and not found.is_meta
+            if not isinstance(found, Tensor) or not integers or found.dim() != 1 or found.layout != torch.strided:
+                raise ValueError(f"the state of {name} has no 1-D integer {key}: it is not SparseAdamW's")
+            if len(found) and not (int(found[0]) >= 0 and int(found[-1]) < param.numel()):
+                raise ValueError(
+                    f"{key} of {name} go from {int(found[0])} to {int(found[-1])} in the state, and it has "
+                    f"{param.numel()} entries here"
+                )
+            # a step would write wherever the indices point
+            if not bool((found[1:] > found[:-1]).all()):
+                raise ValueError(
+                    f"{key} of {name} do not increase in the state: it was changed, or is not SparseAdamW's"
+                )
+
+    def _check_evolved(self, entry: dict[str, Any], name: str) -> None:
+        step, joined = entry.get("step"), entry.get(JOINED)
+        number = isinstance(step, (int, float)) or (isinstance(step, Tensor) and step.numel() == 1 and not step.is_meta)
+        clock = float(local(step) if isinstance(step, Tensor) else step) if number else 0.0  # type: ignore[arg-type]
+        if clock % 1 == _MARK and not {JOINED, DEPARTED} & entry.keys():
             raise ValueError(
-                f"indices of {name} go from {int(indices[0])} to {int(indices[-1])} in the state, and it has "
-                f"{param.numel()} entries here"
+                f"the state of {name} was loaded without {JOINED} and {DEPARTED}, which it had: its selection has "
+                "evolved. Load it with load_state_dict, or select(mask, keep_state=True) before a loader that asks "
+                "the optimizer for its keys"
             )
-        # a step would write wherever the indices point
-        if not bool((indices[1:] > indices[:-1]).all()):
-            raise ValueError(f"indices of {name} do not increase in the state: it was changed, or is not SparseAdamW's")
+        if isinstance(joined, Tensor) and not joined.is_meta and joined.numel():
+            part = local(joined)
+            if (
+                part.is_floating_point()
+                or part.is_complex()
+                or (part.numel() and not 0 <= part.min() <= part.max() <= clock)
+            ):
+                raise ValueError(f"{JOINED} of {name} is no number of steps from 0 to {clock:g} in the state")
 
     def _dense(self, entry: dict[str, Any], key: str, shape: torch.Size) -> dict[str, Tensor]:
         """Spread compact slots over a shape, with 0 elsewhere, and add the mask; ``entry[key]`` has the positions."""
@@ -313,8 +421,12 @@ class Selection(Following):
             return put_(torch.zeros(shape, dtype=values.dtype, device=values.device), positions, values)
 
         ones = torch.ones(len(positions), dtype=torch.uint8, device=positions.device)
-        slots = (*self._slots, *([REST] if REST in entry else []))
-        return {**{slot: spread(entry[slot]) for slot in slots}, "trainable": spread(ones)}
+        found = {slot: spread(entry[slot]) for slot in self._compact(entry)}
+        if DEPARTED in entry:
+            gone = entry[DEPARTED].long()
+            empty = torch.zeros(shape, dtype=torch.uint8, device=gone.device)
+            found[DEPARTED] = put_(empty, gone, torch.ones(len(gone), dtype=torch.uint8, device=gone.device))
+        return {**found, "trainable": spread(ones)}
 
     def _spread(self, entry: dict[str, Any], param: Tensor) -> dict[str, Any]:
         """Return the compact state of a shard as DTensors in the shape of the parameter."""

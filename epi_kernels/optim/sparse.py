@@ -46,7 +46,8 @@ class SparseAdamW(FusedOptimizer, AdamW):
         backend: "auto", or the name of a backend, which then runs or raises.
 
     State of a parameter with k trainable entries: ``step``, ``exp_avg`` and ``exp_avg_sq`` [k], and ``indices`` [k],
-    the positions in row-major order, int32 (int64 from 2^31 entries on). A checkpoint includes its selection. A
+    the positions in row-major order, int32 (int64 from 2^31 entries on); ``joined`` and ``departed`` as well once the
+    selection has evolved, see `select`. A checkpoint includes its selection. A
     parameter without an entry in the checkpoint, because it required no gradient, keeps its selection and starts with
     fresh moments, as after ``state.clear()``. If a wrapper puts other objects into `param_groups`, state and selection
     follow by name, else by position; a DTensor gets its shard of them.
@@ -127,16 +128,27 @@ class SparseAdamW(FusedOptimizer, AdamW):
         return cast(Selection, self._method)
 
     @torch.no_grad()
-    def select(self, trainable: Mapping[str | Tensor, Tensor]) -> None:
-        """Start over with another selection and fresh moments, for the next task of a sequence.
+    def select(self, trainable: Mapping[str | Tensor, Tensor], *, keep_state: bool = False) -> None:
+        """Select other entries: for the next task of a sequence, or anew within a task.
 
         Args:
             trainable: as in the constructor.
+            keep_state: False: another task begins, with fresh moments. True: the task goes on; entries that stay
+                trainable keep their moments, others start as under a fresh optimizer, each with a number of steps of
+                its own: 4 bytes more for an entry. `delta` has all entries that the task may have moved, also those
+                that move no more: 4 bytes for each of them.
+
+        A checkpoint of a selection that has evolved has the keys ``joined`` and ``departed``, too. Loaders of
+        torch.distributed.checkpoint ask an optimizer for its keys: call ``select(mask, keep_state=True)`` before, with
+        as many entries as were saved; a state that was loaded without them is refused.
 
         Raises:
             ValueError: as the constructor; the selection has then not changed.
         """
-        self._selection.select(self, trainable)
+        if keep_state:
+            self._selection.evolve(self, trainable)
+        else:
+            self._selection.select(self, trainable)
 
     def trainable_mask(self, param: Tensor) -> Tensor:
         """Return which entries of `param` move: a new bool tensor of its shape, or of the shard of a DTensor.
@@ -166,7 +178,7 @@ class SparseAdamW(FusedOptimizer, AdamW):
         # in the order of the groups, which is the same on all ranks
         for param in params_of(self.param_groups):
             before, unknown = summed(self._selection.before(self, param), param).tolist()
-            entries = entries_at(param, self._selection.positions(self, param))
+            entries = entries_at(param, self._selection.touched(self, param))
             if len(entries[0]):
                 name = name_of(param, self.param_groups)
                 found[name], found.shapes[name] = entries, tuple(param.shape)
