@@ -35,8 +35,8 @@ from epi_kernels.delta.entries import (
 )
 from epi_kernels.engine.groups import without_wrappers
 
-# bytes of a tensor that are looked at together
-_CHUNK = 1 << 22
+# entries of a tensor that are looked at together: they stay in the cache
+_CHUNK = 1 << 16
 
 # files of weights in other forms, which a merge would leave as they were
 _OTHER_WEIGHTS = frozenset({".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".pt", ".pth"})

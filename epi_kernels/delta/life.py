@@ -175,8 +175,8 @@ def _places(model: nn.Module, delta: Delta, convert: bool) -> list[_Place]:
 def digest(model: nn.Module | Mapping[str, Tensor]) -> str:
     """Return a digest of all parameters of a model: names without wrappers, dtypes, shapes and bits; 32 hex digits.
 
-    It reads every entry, at some 0.1 billion a second. The digest of a sharded model is that of the whole one; every
-    rank must call. A parameter with two names counts once, with its first.
+    It reads every entry, and takes some 15 ns for each on a thread of a CPU. The digest of a sharded model is that of
+    the whole one; every rank must call. A parameter with two names counts once, with its first.
 
     Args:
         model: or its tensors by name.
