@@ -97,7 +97,8 @@ class Selection(Following):
             else:
                 positions = local(shard_of(mask.to(param.device), param)).reshape(-1).nonzero()[:, 0]
             digest = digest_of(mask) if mask is not None and is_dtensor(param) else None
-            found[param] = self._evolved(owner, param, narrow(positions, local(param).numel()), digest)
+            with torch.inference_mode(False):  # the state may be written outside of inference mode
+                found[param] = self._evolved(owner, param, narrow(positions.clone(), local(param).numel()), digest)
         for param, (selected, state) in found.items():
             owner.state[param] = state
             self.places.put(param, selected)
