@@ -187,6 +187,9 @@ def apply(
 ) -> Delta:
     """Write a delta's values into the files of a checkpoint, in place, and return what was there.
 
+    A machine that fails in the middle leaves some entries old and some new, which neither this function nor `undo`
+    takes: `merge`, whose result appears complete or not at all, is for where that matters.
+
     Args:
         path: a folder of save_pretrained, or a file of safetensors; written.
         delta: as `epi_kernels.delta.apply` takes it; names are those in the checkpoint.
