@@ -29,7 +29,9 @@ BEGIN, END = "<!-- written by bench/tables.py: begin -->", "<!-- written by benc
 MACHINES = {
     "epyc-2-cores.json": "AMD EPYC (Zen 5, 2.6 GHz, AVX-512)",
     "xeon-2.6ghz-2-cores.json": "Intel Xeon (2.6 GHz, 480 MiB of L3 cache, AVX-512)",
+    "epyc-avx512-2-cores.json": "another AMD EPYC (32 MiB of L3 cache, AVX-512), with noisy neighbours",
 }
+ORDINALS = ("first", "second", "third")
 ENTRIES, THREADS = 1 << 26, 2
 
 # candidate -> what the README calls it
@@ -82,17 +84,21 @@ def steps_table() -> str:
     first, *others = MACHINES
     _, figures = results(first)
     beside = [results(file)[1] for file in others]
-    head = ["step", "bytes of state", "bytes moved", "ns", "GB/s", "time, torch's fused AdamW: 1", "on the second"]
+    head = ["step", "bytes of state", "bytes moved", "ns", "GB/s", "time, torch's fused AdamW: 1"]
+    head += [f"on the {ordinal}" for ordinal in ORDINALS[1 : len(MACHINES)]]
     rows = [head, ["---"] * len(head)]
     for name, title in STEPS.items():
         own = figures.get(name)
         if own is None and not any(name in other for other in beside):
             continue
-        cells = ["", "", "", "", ""]
+        of_any = next(of[name] for of in (figures, *beside) if name in of)
+        cells = [
+            number(of_any["state_bytes_per_entry"], 3 if of_any["state_bytes_per_entry"] > 1 else 2),
+            number(of_any["bytes_per_entry"], 2),
+            *["", "", ""],
+        ]
         if own is not None:
-            cells = [
-                number(own["state_bytes_per_entry"], 3 if own["state_bytes_per_entry"] > 1 else 2),
-                number(own["bytes_per_entry"], 2),
+            cells[2:] = [
                 f"{own['ns_per_entry']:.2f}" if own["ns_per_entry"] > 0.1 else number(own["ns_per_entry"], 2),
                 f"{own['gb_per_s']:.0f}" if own["gb_per_s"] else "",
                 spread(own),
@@ -103,11 +109,12 @@ def steps_table() -> str:
 
 def text() -> str:
     """Return what stands between the marks."""
-    first, second = MACHINES
+    sources = "\n".join(
+        f"- {ordinal.capitalize()}: {source(file)}." for ordinal, file in zip(ORDINALS, MACHINES, strict=True)
+    )
     return (
         "One step over 2^26 float32 entries in 16 tensors on two threads; bytes and times are for each entry. Ratios "
-        f"are\ntaken within interleaved rounds: the median of 9, and the extremes.\n\n{steps_table()}\n\n"
-        f"- First: {source(first)}.\n- Second: {source(second)}."
+        f"are\ntaken within interleaved rounds: the median of 9, and the extremes.\n\n{steps_table()}\n\n{sources}"
     )
 
 
