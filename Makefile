@@ -96,6 +96,7 @@ bench: $(VENV)/.test
 	test -e $(MEASURED)/host.json || $(BENCH)/host.py --json $(MEASURED)/host.json
 	test -e $(MEASURED)/scaling.png || $(BENCH)/scaling.py --out $(MEASURED)
 	@echo "The figures are in $(MEASURED); remove the folder to measure again."
+	@! $(GPU_PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" 2> /dev/null || $(MAKE) gpu-bench
 
 bench-all: bench
 	test -e $(MEASURED)/models.json || $(BENCH)/models.py --json $(MEASURED)/models.json
