@@ -125,13 +125,14 @@ def main() -> None:
                 speed = f"{step['gb_per_s']:6.1f} GB/s" if step["gb_per_s"] else ""
                 spread = f"[{step['ratio_least']:.2f}, {step['ratio_greatest']:.2f}]"
                 print(f"  {step['step']:<24}{step['ms']:9.2f} ms {step['ratio']:6.2f} {spread:<14}{speed}")
-            if arguments.json:
-                arguments.json.write_text(json.dumps(found, indent=1) + "\n")
     dist.destroy_process_group()
     print("\nGiB of a whole model: parameters, gradients and states")
     for row in found["memory"]:
         cells = "".join(f"{gib:8.1f}  {name}" for name, gib in row["gib"].items())
         print(f"  {row['model']:<14}{row['entries']:>16,}{cells}")
+    if arguments.json:  # whole, or not at all: make bench-all takes a file that is there for complete
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
