@@ -29,13 +29,14 @@ OURS: dict[type, dict[str, set[str]]] = {
         | {"importance", "importance_dtype", "process_group", "clip_grad_norm", "backend"},
         "group": SETTINGS | {"importance", "clip_grad_norm", "layer_digest", "layers_auto", "isolation_clock"},
         "state": {"importance"},
-        "methods": {"isolation_mask", "importance", "refresh", "telemetry", "load_telemetry", "bind_deepspeed"},
+        "methods": {"isolation_mask", "importance", "refresh", "telemetry", "load_telemetry", "bind_deepspeed"}
+        | {"delta_since"},
     },
     MaskedAdamW: {
         "arguments": STORAGES | {"frozen", "clip_grad_norm", "process_group", "backend"},
         "group": {"clip_grad_norm"},
         "state": {"frozen"},
-        "methods": {"isolation_mask"},
+        "methods": {"isolation_mask", "delta_since"},
     },
     SparseAdamW: {
         "arguments": STORAGES | {"trainable", "process_group", "backend"},
