@@ -133,8 +133,8 @@ def test_what_was_measured_stands_beside_what_bytes_predict() -> None:
     assert all(len(row) == len(head) for row in rows)
     of_epi = [row for row in rows if row[3] == cases.EPI]
     assert {row[5] for row in of_epi} == {f"{36 / 28:.2f}"}
-    # where bytes decide, they are right to a fifth; and a step that does nothing would not be
-    assert all(0.8 < float(row[6]) < 1.2 for row in of_epi)
+    # where bytes decide, they are right to a quarter, noisy machines included; a step that does nothing would not be
+    assert all(0.75 < float(row[6]) < 1.25 for row in of_epi)
 
 
 def test_collectives_grow_with_the_logarithm_of_the_ranks() -> None:
