@@ -107,6 +107,35 @@ def steps_table() -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+# of the results of bench/peers.py -> what the README calls it
+PEERS = {
+    EPI: "`EPIAdamW`",
+    "EPI, 8-bit m, v and S": '`EPIAdamW(state_dtype="8bit")`',
+    "torch-optimi AdamW": "torch-optimi 0.3.3 `AdamW`",
+    "pytorch_optimizer StableAdamW": "pytorch_optimizer 4.1.0 `StableAdamW`",
+    "torchao AdamW8bit": "torchao 0.18.0 `AdamW8bit`",
+    "bitsandbytes AdamW8bit": "bitsandbytes 0.50.2 `AdamW8bit`",
+    SPARSE: "0.1%: `SparseAdamW`",
+    "0.1%: gradients times a mask, torch AdamW, fused": "0.1%: gradients times a mask, torch's fused AdamW",
+    "0.1%: torch AdamW, fused, on vectors, as SHiRA": "0.1%: torch's fused AdamW on vectors, as PEFT's SHiRA has them",
+}
+
+
+def peers_table() -> str:
+    """Return the table of other packages' steps."""
+    found = json.loads((RESULTS / "peers.json").read_text())
+    steps = {step["step"]: step for step in found["steps"]}
+    rows = [["step", "bytes of state", "time, torch's fused AdamW: 1"], ["---"] * 3]
+    for name, title in PEERS.items():
+        rows.append([title, number(steps[name]["state_bytes_per_entry"], 2), spread(steps[name])])
+    rows += [[name, "", f"not measured: {reason}"] for name, reason in found["missing"].items()]
+    about = (
+        f"Other packages, over 2^{found['entries'].bit_length() - 1} float32 entries in 16 matrices on the third "
+        f"machine, {found['machine']['date']}\n([results](bench/results/peers.json)):"
+    )
+    return about + "\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def text() -> str:
     """Return what stands between the marks."""
     sources = "\n".join(
@@ -114,7 +143,8 @@ def text() -> str:
     )
     return (
         "One step over 2^26 float32 entries in 16 tensors on two threads; bytes and times are for each entry. Ratios "
-        f"are\ntaken within interleaved rounds: the median of 9, and the extremes.\n\n{steps_table()}\n\n{sources}"
+        f"are\ntaken within interleaved rounds: the median of 9, and the extremes.\n\n{steps_table()}\n\n{sources}\n\n"
+        f"{peers_table()}"
     )
 
 
