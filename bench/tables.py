@@ -131,7 +131,8 @@ def peers_table() -> str:
     rows += [[name, "", f"not measured: {reason}"] for name, reason in found["missing"].items()]
     about = (
         f"Other packages, over 2^{found['entries'].bit_length() - 1} float32 entries in 16 matrices on the third "
-        f"machine, {found['machine']['date']}\n([results](bench/results/peers.json)):"
+        f"machine, {found['machine']['date']}\n([results](bench/results/peers.json)). Those of "
+        "torchao and bitsandbytes are made for GPUs."
     )
     return about + "\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
