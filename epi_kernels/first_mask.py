@@ -5,9 +5,11 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from epi_kernels.distributed import is_dtensor, is_slice, shard_of, wrapped
+from epi_kernels.distributed import is_slice, shard_of, wrapped
 from epi_kernels.engine.groups import name_of
 from epi_kernels.isolation.isolating import Isolating
+from epi_kernels.metrics import mask_jaccard
+from epi_kernels.metrics.sums import total
 
 
 class FirstMask:
@@ -60,24 +62,19 @@ class FirstMask:
             ValueError: a parameter has another shape than its first mask.
         """
         now = dict(self._present())
-        if not self.masks and any(map(_count, now.values())):
+        if not self.masks and any(int(total(mask)) for mask in now.values()):
             self.masks = now
         if not self.masks:
             return None
-        both = either = 0
-        for name, present in {**self.masks, **now}.items():  # in one order on all ranks, which count together
-            first = self.masks.get(name)
-            if first is None or name not in now:  # a parameter that has come or gone since
-                either += _count(present)
-                continue
-            if first.shape != present.shape:
+        for name, first in self.masks.items():
+            if name in now and first.shape != now[name].shape:
                 raise ValueError(
-                    f"{name} has shape {tuple(present.shape)} now and {tuple(first.shape)} in the first mask; delete "
+                    f"{name} has shape {tuple(now[name].shape)} now and {tuple(first.shape)} in the first mask; delete "
                     "it from masks if it was replaced"
                 )
-            both += _count(first & present)
-            either += _count(first | present)
-        return both / either if either else 1.0
+        # of a parameter that has come or gone since, nothing is protected in the other mask
+        none = {name: torch.zeros_like(mask) for name, mask in {**self.masks, **now}.items()}
+        return mask_jaccard({**none, **self.masks}, {**none, **now})
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the first mask by names, for torch.save or torch.distributed.checkpoint; {}: there is none yet."""
@@ -114,9 +111,3 @@ class FirstMask:
                         "(FSDP2, fully_shard)"
                     )
                 yield name, wrapped(self._optimizer.isolation_mask(param), param)
-
-
-def _count(mask: Tensor) -> int:
-    """Return how many entries of a mask are set, over all ranks."""
-    count = mask.sum()
-    return int(count.full_tensor() if is_dtensor(count) else count)  # type: ignore[attr-defined]

@@ -20,7 +20,7 @@ from torch.nn import Parameter
 from epi_kernels import EPIAdamW, report
 from epi_kernels.__main__ import main
 
-pytest.importorskip("matplotlib")
+pytest.importorskip("matplotlib", reason="matplotlib is an optional dependency (epi-kernels[plots])")
 
 RESULTS = {"AdamW": [[80.0, 10.0], [40.0, 75.0]], "EPI": [[60.0, 10.0], [57.0, 74.0]]}
 TASKS = ["prose", "code"]
