@@ -20,6 +20,7 @@ import torch
 from conftest import available
 
 import epi_kernels
+from epi_kernels.backends import native
 
 STATES = [*ambient.STATES, "other threads"]
 ROOT = Path(epi_kernels.__file__).parent
@@ -45,7 +46,7 @@ FACTORIES |= {"randn", "randperm", "scalar_tensor", "tensor", "zeros"}
 @pytest.mark.parametrize("state", STATES)
 def test_results_are_those_of_the_ordinary_state(state: str, backend: str) -> None:
     if not available(backend):
-        pytest.skip(f"{backend} cannot run here")
+        pytest.skip(native.obstacle() or f"{backend} cannot run here")
     if state == "flushed subnormals" and not torch.set_flush_denormal(False):
         pytest.skip("this CPU cannot flush subnormals")
     forked.run(ambient.run, 1, state, backend)
@@ -54,7 +55,7 @@ def test_results_are_those_of_the_ordinary_state(state: str, backend: str) -> No
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_a_child_of_fork_steps_natively() -> None:
     if not available("native"):
-        pytest.skip("native cannot run here")
+        pytest.skip(native.obstacle() or "native does not take float32 here")
     forked.run(ambient.run, 1, "forked", "native")
 
 

@@ -8,6 +8,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 VOCABULARY = 64
 
 
+# what every run of a Trainer is given here
+ARGUMENTS: dict[str, Any] = {
+    "learning_rate": 0.01,
+    "per_device_train_batch_size": 4,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
+
+
 def llama(**config: Any) -> LlamaForCausalLM:
     """Return a Llama of 2 blocks; the same weights at each call."""
     torch.manual_seed(0)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import LAYERS, llama, rows
+from small import ARGUMENTS, LAYERS, llama, rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from transformers import (
@@ -33,17 +33,7 @@ ISOLATION = {"isolation_ratio": 0.1, "mask_interval": 3, "importance_beta": 0.5}
 
 
 def arguments(folder: Path | str = "run", **given: Any) -> TrainingArguments:
-    usual: dict[str, Any] = {
-        "max_steps": 14,
-        "learning_rate": 0.01,
-        "weight_decay": 0.1,
-        "per_device_train_batch_size": 4,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-    }
+    usual = {**ARGUMENTS, "max_steps": 14, "weight_decay": 0.1}
     return TrainingArguments(output_dir=str(folder), **{**usual, **given})
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from small import LAYERS, VOCABULARY, llama
+from small import ARGUMENTS, LAYERS, VOCABULARY, llama
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Trainer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -17,18 +17,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from epi_kernels import EPIAdamW
 from epi_kernels.integrations.transformers import IsolationCallback, optimizer_cls_and_kwargs
 
-USUAL: dict[str, Any] = {
-    "output_dir": "run",
-    "max_steps": 6,
-    "learning_rate": 0.01,
-    "per_device_train_batch_size": 4,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "use_cpu": True,
-    "bf16": False,
-}
+USUAL: dict[str, Any] = {**ARGUMENTS, "output_dir": "run", "max_steps": 6, "bf16": False}
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
