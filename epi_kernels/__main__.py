@@ -77,52 +77,64 @@ def print_memory(parser: argparse.ArgumentParser, options: dict[str, Any]) -> No
 def print_report(parser: argparse.ArgumentParser, options: dict[str, Any]) -> None:
     """Write a report of the refreshes that a file or a checkpoint has, and print its path."""
     from epi_kernels import report
-    from epi_kernels.isolation.telemetry import numbers_of_all
 
     given: Path = options["run"]
     try:
         records = records_in(given)
-        numbers_of_all(records)  # which says what is wrong with a record that is none
+        facts = {"of": given, "refreshes": len(records)}
+        print(report.write(options["out"], options["title"], facts=facts, telemetry={"": records}))
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    facts = {"of": given, "last refresh at step": f"{records[-1]['step']:,}"} if records else {"of": given}
-    print(report.write(options["out"], options["title"], facts=facts, telemetry={"": records}))
+
+
+# where a folder has the records: by itself, in a checkpoint of a transformers Trainer, in examples/finetune.py's
+_FILES = ("telemetry.json", "trainer_state.json", "progress.json")
 
 
 def records_in(path: Path) -> list[Any]:
-    """Return the records of refreshes in a file, or in a folder that has a telemetry.json.
+    """Return the records of refreshes in a file, or in a folder that has one of _FILES.
 
     Args:
-        path: JSON, a list as ``optimizer.telemetry()`` returns it; or what torch.save wrote of
-            ``optimizer.state_dict(telemetry=True)``, or of a dict in which that is a value.
+        path: JSON, or what torch.save wrote: a list as ``optimizer.telemetry()`` returns it, or a dict that has it
+            under "telemetry", such as ``optimizer.state_dict(telemetry=True)``, or in which such a dict is a value.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file has no records; the message says how to have them.
     """
-    path = path / "telemetry.json" if path.is_dir() else path
+    if path.is_dir():
+        path = next((path / name for name in _FILES if (path / name).exists()), path / _FILES[0])
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; give a telemetry.json, a folder with one, or a checkpoint")
+        raise FileNotFoundError(f"{path} does not exist; give a {_FILES[0]}, a folder with one, or a checkpoint")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:  # it is no JSON, nor text
-        found = _in_checkpoint(path)
+        found = _of_torch(path)
+    if not isinstance(found, list):
+        found = _telemetry_of(found)
     if not isinstance(found, list):
         raise ValueError(
             f"{path} has no records of refreshes: save optimizer.state_dict(telemetry=True), or write "
-            "json.dumps(optimizer.telemetry())"
+            "json.dumps(optimizer.telemetry()), or give a Trainer the IsolationCallback"
         )
     return found
 
 
-def _in_checkpoint(path: Path) -> object:
-    """Return the records that a checkpoint of torch.save has; None if it has none."""
+def _telemetry_of(found: object) -> object:
+    """Return what a dict, or one within it, has under "telemetry"; None if there is no such key."""
+    if isinstance(found, dict):
+        if "telemetry" in found:
+            return found["telemetry"]
+        return next((of for of in map(_telemetry_of, found.values()) if of is not None), None)
+    return None
+
+
+def _of_torch(path: Path) -> object:
+    """Return what torch.save wrote, without reading its tensors."""
     try:
-        found = torch.load(path, map_location="meta", weights_only=True)
+        return torch.load(path, map_location="meta", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path} is neither JSON nor a checkpoint that torch.load reads: {error}") from error
-    within = [found, *found.values()] if isinstance(found, dict) else []
-    return next((of["telemetry"] for of in within if isinstance(of, dict) and "telemetry" in of), None)
 
 
 def _count(text: str) -> int:
@@ -187,7 +199,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     reported.add_argument(
         "run",
         type=Path,
-        help="a telemetry.json, a folder with one, or a checkpoint of optimizer.state_dict(telemetry=True)",
+        help="telemetry as JSON, a Trainer's checkpoint, or one of optimizer.state_dict(telemetry=True)",
     )
     reported.add_argument("--out", type=Path, default=Path("report.html"), help="the page (%(default)s)")
     reported.add_argument("--title", default="What the run has protected", help="of the page (%(default)s)")

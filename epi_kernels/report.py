@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from epi_kernels import plots
 from epi_kernels._version import __version__
+from epi_kernels.isolation.telemetry import numbers_of_all
 from epi_kernels.metrics import average_performance, backward_transfer, forgetting_ratio, overall_performance
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def write(
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: a matrix of results is not a square of the tasks; nothing is written.
+        ValueError: a matrix of results is not a square of the tasks, or a record is none; nothing is written.
 
     Example:
         >>> import tempfile
@@ -148,7 +149,9 @@ def _of_results(results: Mapping[str, Results], tasks: Sequence[str], measure: s
 def _of_telemetry(telemetry: Mapping[str, Records]) -> list[Picture | Table | str]:
     """Return what is shown of records of refreshes."""
     found: list[Picture | Table | str] = []
-    for method, records in telemetry.items():
+    for method, given in telemetry.items():
+        # one of an earlier version, kept as JSON, lacks what is computed from its other numbers
+        records = [numbers.as_dict() for numbers in numbers_of_all(given)]
         found.append(f"What was protected: {method}" if method else "What was protected")
         if not records:
             caption = "No refresh has taken place, so nothing was protected: the run was shorter than mask_interval."

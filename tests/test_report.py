@@ -170,15 +170,27 @@ def test_results_that_are_no_square_are_refused_and_nothing_is_written(tmp_path:
 # the command line ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["json", "folder", "checkpoint", "checkpoint of more"])
+FORMS = ["json", "folder", "trainer", "finetune", "earlier", "checkpoint", "checkpoint of more"]
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_the_command_writes_a_page_of_a_file(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     optimizer = trained()
     path = tmp_path / "run"
     if form == "json":
         path.write_text(json.dumps(optimizer.telemetry()))
-    elif form == "folder":
+    elif form == "earlier":  # without what is computed from the other numbers
+        told = [{k: v for k, v in of.items() if k not in ("jaccard", "kept")} for of in optimizer.telemetry()]
+        path.write_text(json.dumps(told))
+    elif form in ("folder", "trainer", "finetune"):
         path.mkdir()
-        (path / "telemetry.json").write_text(json.dumps(optimizer.telemetry()))
+        records = optimizer.telemetry()
+        name, told = {
+            "folder": ("telemetry.json", records),
+            "trainer": ("trainer_state.json", {"stateful_callbacks": {"IsolationCallback": {"telemetry": records}}}),
+            "finetune": ("progress.json", {"task": 1, "telemetry": records}),
+        }[form]
+        (path / name).write_text(json.dumps(told))
     else:
         state = optimizer.state_dict(telemetry=True)
         torch.save(state if form == "checkpoint" else {"model": {}, "optimizer": state}, path)
