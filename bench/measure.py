@@ -5,12 +5,16 @@ that rotates, and a ratio is taken within a round. Reports quote the median over
 it.
 """
 
+import ctypes
+import gc
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tqdm import trange
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -62,6 +66,16 @@ class GPUTiming(Timing):
         self.wall.append(start.elapsed_time(end) / 1e3)
 
 
+@dataclass
+class RankTiming(Timing):
+    """The times on one rank of a process group, all of whose ranks run the same candidates in the same order."""
+
+    def record(self, run: Callable[[], object]) -> None:
+        """Wait for the other ranks, so that all begin together, then run once."""
+        dist.barrier()
+        super().record(run)
+
+
 # The number of dummy kernels before the kernels that are counted. Profilers before CUDA 13.1 may lose the first kernels
 # of a session, and more of them later in a process (github.com/pytorch/pytorch/issues/192021).
 SENTINELS = 512
@@ -93,13 +107,16 @@ def interleave(
     warm_up: int = 2,
     timing: type[Timing] = Timing,
 ) -> dict[str, Timing]:
-    """Return the timings of every candidate, `rounds` values each, after `warm_up` runs that are not counted."""
+    """Return the timings of every candidate, `rounds` values each, after `warm_up` runs that are not counted.
+
+    `title` stands beside a progress bar; "" shows none.
+    """
     timings = {name: timing() for name in candidates}
     names = list(candidates)
     for _ in range(warm_up):
         for name in names:
             candidates[name]()
-    for number in trange(rounds, desc=title, leave=False):
+    for number in trange(rounds, desc=title, leave=False, disable=not title):
         for i in range(len(names)):
             name = names[(i + number) % len(names)]
             timings[name].record(candidates[name])
@@ -116,3 +133,26 @@ def quartiles(of: list[float], to: list[float]) -> tuple[float, float, float]:
     """Return (median, lower quartile, upper quartile) of the ratios within rounds, of which there are two or more."""
     lower, median, upper = statistics.quantiles([a / b for a, b in zip(of, to, strict=True)], method="inclusive")
     return median, lower, upper
+
+
+def peak_bytes(run: Callable[[], object]) -> int | None:
+    """Run once, and return how many bytes of memory the process had at most beyond what it had before.
+
+    Linux counts whole pages, to within 1 MiB. Memory that is free but still the process's is given back first: a run
+    that took it again would look as if it needed none. None where the system does not count (/proc/self/clear_refs).
+    """
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what the process has
+    except (AttributeError, OSError):
+        return None
+    before = _peak()
+    run()
+    return _peak() - before
+
+
+def _peak() -> int:
+    """Return the most bytes of memory that this process has had since the peak was last set back."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
