@@ -223,6 +223,12 @@ def compact_candidates(shapes: Shapes, device: str = "cpu") -> dict[str, Candida
     return made
 
 
+def available_memory() -> int:
+    """Return the bytes of memory that programs could still take on this machine."""
+    (line,) = (line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:"))
+    return int(line.split()[1]) * 1024
+
+
 def said_by(*command: str) -> str:
     """Return what a command prints, run in this folder; "unknown" if the command is missing or fails."""
     try:

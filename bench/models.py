@@ -13,7 +13,6 @@ import functools
 import gc
 import json
 import math
-import os
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from cases import BASELINE, EPI, IN_EXP_AVG_SQ, LR, PROTECTED, SELECTED, SPARSE, Candidate, bytes_of, machine
+from cases import (
+    BASELINE,
+    EPI,
+    IN_EXP_AVG_SQ,
+    LR,
+    PROTECTED,
+    SELECTED,
+    SPARSE,
+    Candidate,
+    available_memory,
+    bytes_of,
+    machine,
+)
 from measure import interleave, ratio
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -70,7 +81,7 @@ def measured(model: str, kind: str, placed: Callable[[Tensor], Tensor], rounds: 
     entries = sum(math.prod(shape) for shape in shapes)
     found: dict[str, Any] = {"model": model, "ranks": RANKS[model], "tensors": kind, "count": len(shapes)}
     found["entries"] = entries
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = available_memory()
     if entries * NEEDED > 0.8 * free:
         reason = f"it takes {entries * NEEDED >> 30} GiB and {free >> 30} are free"
         return {**found, "left_out": reason}
