@@ -186,7 +186,8 @@ def main() -> None:
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         results = {"steps": found, "growth": growth}
-        arguments.json.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
+        about = {"machine": machine(), "tensors": TENSORS, "entries": ENTRIES}
+        arguments.json.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
