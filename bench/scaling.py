@@ -82,7 +82,7 @@ def turns(entries: int, free: float) -> tuple[list[list[str]], dict[str, str]]:
     needed = {name: entries * (SHARED + kept) for name, kept in KEPT.items()}
     fit = [[name] for name in KEPT if needed[name] <= ROOM * free]
     return fit, {
-        name: f"it takes {needed[name] / 2**30:.1f} GiB and {free / 2**30:.1f} are free"
+        name: f"it takes {needed[name] / 2**30:.1f} GiB, and steps may take {ROOM * free / 2**30:.1f}"
         for name in KEPT
         if [name] not in fit
     }
