@@ -9,7 +9,8 @@ Where the states of all steps do not fit into memory together, each step is time
 left out, and the results say why.
 
 The ranks are processes of one thread on this machine, each with as many entries: of a model that FSDP2 has sharded over
-gloo. In every round they begin together, and what counts is the rank that ends last.
+gloo. In every round they begin together, and what counts is the rank that ends last. CPU times of a rank stand beside
+them: they lack what a rank waits for a core, and have what gloo does while it waits.
 """
 
 import argparse
@@ -40,6 +41,10 @@ Named = Sequence[tuple[str, Parameter]]
 # bytes of memory that a step keeps for each entry, beside the parameter and its gradient
 SHARED, KEPT = 8, {BASELINE: 8, EPI: 12, REFRESH: 12, SPARSE: 2}
 ROOM = 0.85  # the share of the free memory that steps may take
+
+# Steps over fewer entries are so short that a disturbance is a large part of them, and lines begin there: they get ten
+# times the rounds.
+SHORT = 1 << 18
 
 RANKS = (1, 2, 4)
 SHARD = 1 << 22  # entries of each rank
@@ -108,8 +113,9 @@ def over_parameters(label: str, sizes: Sequence[tuple[int, int, int]], rounds: i
         timings: dict[str, Timing] = {}
         groups, left_out = turns(entries, available_memory())
         named = parameters(entries, tensors) if groups else ()
+        times = rounds if entries >= SHORT else 10 * rounds
         for group in groups:
-            timings |= interleave({name: step_of(name, named) for name in group}, rounds, f"{value} {label}")
+            timings |= interleave({name: step_of(name, named) for name in group}, times, f"{value} {label}")
             gc.collect()
         add(found, value, value, timings)
         for name, reason in left_out.items():
@@ -203,24 +209,28 @@ def rank_times(rank: int, ranks: int, folder: str, rounds: int) -> None:
     steps[COLLECTIVES] = lambda: [dist.all_reduce(tensor) for tensor in exchanged]
     timings = interleave(steps, rounds, f"{ranks} ranks" if rank == 0 else "", timing=RankTiming)
     everyone: list[Any] = [None] * ranks
-    dist.all_gather_object(everyone, {name: timing.wall for name, timing in timings.items()})
+    dist.all_gather_object(everyone, timings)
     if rank == 0:
-        last = {name: [max(of) for of in zip(*(one[name] for one in everyone), strict=True)] for name in timings}
-        size = sum(tensor.numel() * tensor.element_size() for tensor in exchanged)
-        found = {"wall": last, "collectives": len(noted.written), "bytes": size}
+        found: dict[str, Any] = {"collectives": len(noted.written)}
+        found["bytes"] = sum(tensor.numel() * tensor.element_size() for tensor in exchanged)
+        for clock in ("wall", "cpu"):
+            of_rounds = {name: zip(*(one[name].clock(clock) for one in everyone), strict=True) for name in timings}
+            found[clock] = {name: list(map(max, times)) for name, times in of_rounds.items()}
         Path(folder, "found").write_text(json.dumps(found))
     dist.barrier()  # no rank takes its connections down while another has use for them
     dist.destroy_process_group()
 
 
 def ranks_grow(rounds: int) -> dict[str, Any]:
-    """Return a series of more and more ranks, each with SHARD entries; "collectives" and "bytes" are of a refresh.
+    """Return a series of more and more ranks, each with SHARD entries, with the greatest CPU time of a rank ("cpu_ms").
+
+    "collectives" and "bytes" are those of a refresh on one rank.
 
     Linear growth is none up to as many ranks as there are cores. From there on a core has the work of several ranks.
     """
     cores = os.cpu_count() or 1
     found = series(f"ranks of 2^{int(math.log2(SHARD))} entries each, one thread a rank, on {cores} cores")
-    found |= {"collectives": [], "bytes": []}
+    found |= {"cpu_ms": {}, "collectives": [], "bytes": []}
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     for ranks in RANKS:
         with tempfile.TemporaryDirectory() as folder:
@@ -228,6 +238,8 @@ def ranks_grow(rounds: int) -> dict[str, Any]:
             torch.multiprocessing.spawn(rank_times, (ranks, folder, 5 * rounds), nprocs=ranks)
             of_ranks = json.loads(Path(folder, "found").read_text())
         add(found, ranks, max(1.0, ranks / cores), {name: Timing(wall=of) for name, of in of_ranks["wall"].items()})
+        for step, seconds in of_ranks["cpu"].items():
+            found["cpu_ms"].setdefault(step, []).append(statistics.median(seconds) * 1e3)
         found["collectives"].append(of_ranks["collectives"])
         found["bytes"].append(of_ranks["bytes"])
     return found
@@ -261,6 +273,8 @@ def text(found: dict[str, Any]) -> str:
             f"  {step:<38}"
             + "".join(f"{'left out':>18}" if of is None else f"{of:>11.3f} [{grown:.2f}]" for of, grown in cells)
         )
+    for step, ms in found.get("cpu_ms", {}).items():
+        lines.append(f"  {f'CPU: {step}':<38}" + "".join(f"{of:>11.3f}" + " " * 7 for of in ms))
     for name in ("collectives", "bytes"):
         if name in found:
             lines.append(f"  {f'{name} of a refresh':<38}" + "".join(f"{count:>18,}" for count in found[name]))
