@@ -233,8 +233,8 @@ def growth_table() -> str:
         cells = []
         for name in names:
             growth = [of for of in one["growth"].get(name, ()) if of is not None]
-            between = f" ({number(max(growth), 2)} between)" if growth and max(growth) > max(1, growth[-1]) else ""
-            cells.append(f"{number(growth[-1], 2)}{between}" if growth else "")
+            last, greatest = (number(of, 2) for of in (growth[-1], max(growth[1:]))) if growth else ("", "")
+            cells.append(f"{last} ({greatest} between)" if last and float(greatest) > max(1, float(last)) else last)
         if any(cells):
             rows.append([one["label"], *(f"{one['values'][i]:,}" for i in (0, -1)), *cells])
     date, commit = (found["machine"][key] for key in ("date", "commit"))
