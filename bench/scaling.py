@@ -1,6 +1,6 @@
 """How a step, a refresh and PIECE's step grow: with entries, tensors, refreshes, threads and ranks; pictures of each.
 
-    python bench/scaling.py                                  # about 4 minutes; writes results/scaling.json and .png
+    python bench/scaling.py                                  # about 3 minutes; writes results/scaling.json and .png
     python bench/scaling.py --only tensors ranks --rounds 3
 
 Each time is divided by what linear growth from the first value would give: a line that stays at or below 1 is linear or
