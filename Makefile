@@ -8,6 +8,7 @@
 #   make gpu     on a machine with a CUDA GPU: the tests that need one, then the benchmarks, whatever the tests say
 #   make gpu-test | gpu-bench | gpu-sanitize    one of them, or compute-sanitizer; RESULTS=folder gets logs and JSON
 #   make bench   the CPU's times and pictures that the README's tables hold; 7 minutes. make bench-all: peers and models too
+#   make claims  what the papers claim, run again, hours; goes on where it stopped (CLAIMS='--plan': what is left)
 #   make deepspeed  install DeepSpeed into .venv, and the tests that need it
 #   make integrations  the tests in transformers, TRL, accelerate and Lightning, in .venv-integrations; 8 minutes
 #   make lint    ruff, clang-format, mypy
@@ -23,8 +24,8 @@ SOURCES := $(wildcard csrc/*.h csrc/*/* tests/*.cpp)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-real test ptx fuzz gpu gpu-there gpu-test gpu-bench gpu-sanitize bench bench-all deepspeed \
-    integrations lint schema format clean
+.PHONY: help demo demo-real test ptx fuzz gpu gpu-there gpu-test gpu-bench gpu-sanitize bench bench-all claims \
+    deepspeed integrations lint schema format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -101,6 +102,9 @@ bench: $(VENV)/.test
 bench-all: bench
 	test -e $(MEASURED)/models.json || $(BENCH)/models.py --json $(MEASURED)/models.json
 	test -e $(MEASURED)/peers.json || $(BENCH)/peers.py --json $(MEASURED)/peers.json
+
+claims: $(VENV)/.test
+	cd bench && ../$(BIN)/python -m claims $(CLAIMS)
 
 # with the torch that is there: its own build environment would fetch another
 deepspeed: $(VENV)/.test

@@ -40,6 +40,8 @@ from typing import Any
 
 import torch
 from cases import machine
+from intervals import QUANTILES, Interval
+from intervals import interval as interval_of
 from torch import Tensor, nn
 from torch.nn import Parameter, functional
 from tqdm import tqdm
@@ -66,9 +68,6 @@ LARGEST_EXCESS = 0.01  # protected entries beyond k, as a share of k
 LEAST_SHARE = 0.8  # of the model's entries are to be in the storage that is tested
 EXCESS = "(protected - k) / k"
 MASK_RATE = demo.LEARNING_RATE
-
-# the 97.5% quantiles of Student's t for 1, 2, ... degrees of freedom
-QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -389,10 +388,10 @@ def missing(results: Mapping[str, Any], seeds: int) -> list[tuple[str, int, floa
     return [run for run in wanted if run not in there]
 
 
-def difference(runs: Sequence[Mapping[str, Any]], name: str, rate: float, field: str) -> tuple[float, float, int]:
-    """Return (mean, half of the 95% interval, seeds) of a storage's paired differences to its baseline.
+def difference(runs: Sequence[Mapping[str, Any]], name: str, rate: float, field: str) -> Interval:
+    """Return the mean and the interval of a storage's paired differences to its baseline.
 
-    Only seeds that both have count. With one seed half of the interval is infinite, and with none the mean is NaN.
+    Only seeds that both have count.
     """
     values = {(run["storage"], run["seed"]): run[field] for run in runs if run["lr"] == rate}
     baseline = STORAGES[name].baseline
@@ -401,10 +400,7 @@ def difference(runs: Sequence[Mapping[str, Any]], name: str, rate: float, field:
         for (own, seed), value in values.items()
         if own == name and (baseline, seed) in values
     ]
-    if len(pairs) < 2:
-        return pairs[0] if pairs else math.nan, math.inf, len(pairs)
-    spread = statistics.stdev(pairs) / math.sqrt(len(pairs))
-    return statistics.fmean(pairs), QUANTILES[len(pairs) - 2] * spread, len(pairs)
+    return interval_of(pairs)
 
 
 def rows(results: Mapping[str, Any], rate: float, field: str = "loss") -> Iterator[dict[str, Any]]:

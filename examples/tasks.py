@@ -72,8 +72,8 @@ class Task:
 def make_tasks() -> list[Task]:
     """Return the tasks in the order in which they are learned."""
     return [
-        _task("English prose", _prose(), "\n\n"),
-        _task("Python source", _source(), "\n\n"),
+        _task("English prose", language_reference(), "\n\n"),
+        _task("Python source", library_source(), "\n\n"),
         _task("Unicode as JSON", _records(), "\n"),
         _task("doubling", _doublings(), "\n", unit=12),
     ]
@@ -110,13 +110,15 @@ def _task(name: str, pieces: Iterable[str], end: str, unit: int = 1) -> Task:
     return Task(name, _bytes("\n" + end.join(train) + end), _bytes("\n" + end.join(unique[::8]) + end), unit)
 
 
-def _prose() -> Iterable[str]:
+def language_reference() -> Iterable[str]:
+    """Return the paragraphs of the language reference."""
     from pydoc_data.topics import topics  # 0.5 MB, the language reference behind help("if")
 
     return (paragraph for name in sorted(topics) for paragraph in topics[name].split("\n\n"))
 
 
-def _source() -> Iterable[str]:
+def library_source() -> Iterable[str]:
+    """Return the paragraphs of the standard library's packages, which hold Python source."""
     files = (file for file in sorted(_library().glob("*/*.py")) if file.parent.name not in _NOT_SOURCE)
     return (paragraph for file in files for paragraph in file.read_text("utf-8").split("\n\n"))
 

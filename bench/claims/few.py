@@ -1,0 +1,181 @@
+"""Systems that train few entries: PIECE and its controls, MIGU, LayerNorm, LoRA and O-LoRA."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from claims.learning import World, loss_of
+from claims.system import Scores, System, random_scores
+from claims.tasks import Batch, Task
+from epi_kernels import SparseAdamW
+from epi_kernels.importance import fisher, output_magnitude, second_order
+from epi_kernels.metrics import mask_jaccard
+from epi_kernels.select import top_k
+
+
+class Sparse(System):
+    """Train the entries that score highest for a task, chosen anew and with fresh moments for each task (PIECE).
+
+    Args:
+        world: as in `System`.
+        rate: as in `System`.
+        ratio: the share to train.
+        score: (model, batches, number of the task) -> scores.
+        scope: of the ratio: "global" or "layer".
+    """
+
+    def __init__(
+        self,
+        world: World,
+        rate: float,
+        ratio: float,
+        score: Callable[[nn.Module, list[Batch], int], Scores],
+        scope: str = "global",
+    ) -> None:
+        self.ratio, self.score, self.scope = ratio, score, scope
+        self.masks: dict[str, dict[str, Tensor]] = {}
+        super().__init__(world, rate)
+
+    def make(self) -> SparseAdamW:
+        """Return SparseAdamW with nothing selected."""
+        return SparseAdamW(self.model.named_parameters(), lr=self.rate, trainable={})
+
+    def begin(self, stage: Sequence[Task]) -> None:
+        """Choose the entries of the next task."""
+        (task,) = stage
+        scores = self.score(self.model, self.world.scoring(task), len(self.masks))
+        self.masks[task.name] = top_k(scores, self.ratio, scope=self.scope)
+        self.optimizer.select(self.masks[task.name])
+
+    def fixed(self) -> dict[str, Tensor]:
+        """Return all but the entries of the last task."""
+        return {name: ~mask for name, mask in list(self.masks.values())[-1].items()}
+
+    def details(self) -> dict[str, Any]:
+        """Return the overlap of each two tasks, and how much of each parameter the first task trains."""
+        pairs = itertools.combinations(self.masks, 2)
+        first = next(iter(self.masks.values()))
+        sizes = {name: int(mask.sum()) for name, mask in first.items()}
+        return {
+            "overlaps": {f"{a} {b}": round(mask_jaccard(self.masks[a], self.masks[b]), 4) for a, b in pairs},
+            "selected": {name: size for name, size in sizes.items() if size},
+        }
+
+
+def fisher_scores(model: nn.Module, batches: list[Batch], number: int) -> Scores:
+    """Score as PIECE-F."""
+    return fisher(model, batches, loss_of, progress=False)
+
+
+def second_order_scores(xi: float | None) -> Callable[[nn.Module, list[Batch], int], Scores]:
+    """Return the scores of PIECE-S; None for xi is that of the released code."""
+    return lambda model, batches, number: second_order(model, batches, loss_of, xi=xi, progress=False)
+
+
+def weight_magnitude(model: nn.Module, batches: list[Batch], number: int) -> Scores:
+    """Score by the size of the weights."""
+    return {name: param.detach().abs() for name, param in model.named_parameters()}
+
+
+def chance(model: nn.Module, batches: list[Batch], number: int) -> Scores:
+    """Score at random, other entries for each task."""
+    return random_scores(model, int(batches[0][0].sum()))
+
+
+class MIGU(Sparse):
+    """Train the rows of linear layers with the larger outputs, half of them as in its authors' code, and all else."""
+
+    def __init__(self, world: World, rate: float) -> None:
+        super().__init__(world, rate, 0.5, lambda model, batches, number: {})
+
+    def begin(self, stage: Sequence[Task]) -> None:
+        """Choose the rows; on the first task all are trained."""
+        (task,) = stage
+        scores = output_magnitude(self.model, self.world.scoring(task), forward=lambda model, batch: model(batch[0]))
+        rows = top_k(scores, self.ratio, scope="layer") if self.masks else {}
+        everything = {name: torch.ones_like(param, dtype=torch.bool) for name, param in self.model.named_parameters()}
+        self.masks[task.name] = everything | rows
+        self.optimizer.select(self.masks[task.name])
+
+
+class LayerNorms(System):
+    """Train the parameters of the norms alone."""
+
+    def make(self) -> torch.optim.Optimizer:
+        """Return AdamW of the norms."""
+        norms = [p for module in self.model.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()]
+        return torch.optim.AdamW(norms, lr=self.rate)
+
+
+class LowRank(nn.Module):
+    """W -> W + scale B A, with A [rank, columns] and B [rows, rank] (LoRA)."""
+
+    RANK, SCALE = 8, 32 / 8
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        rows, columns = weight.shape
+        self.a = nn.Parameter(torch.randn(self.RANK, columns, device=weight.device) / columns**0.5)
+        self.b = nn.Parameter(torch.zeros(rows, self.RANK, device=weight.device))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the weight with the update."""
+        return weight + self.SCALE * (self.b @ self.a)
+
+
+class LoRA(System):
+    """One low-rank update of the query and value projections, trained through all tasks (SeqLoRA; no dropout)."""
+
+    def make(self) -> torch.optim.Optimizer:
+        """Add the updates, and return AdamW of them."""
+        self.model.requires_grad_(False)
+        torch.manual_seed(self.world.seed)
+        self.updates = self.add()
+        return torch.optim.AdamW([param for update in self.updates for param in update.parameters()], lr=self.rate)
+
+    def add(self) -> list[LowRank]:
+        """Add an update to each projection."""
+        updates = []
+        for name, module in self.model.named_modules():
+            if name.endswith((".query", ".value")):
+                updates.append(LowRank(module.weight))
+                parametrize.register_parametrization(module, "weight", updates[-1])
+        return updates
+
+
+class OrthogonalLoRA(LoRA):
+    """New low-rank updates for each task, pushed to be orthogonal to those of earlier tasks (O-LoRA)."""
+
+    GAMMA = 0.5
+
+    def make(self) -> torch.optim.Optimizer:
+        """Return AdamW of the first task's updates."""
+        self.earlier: list[list[LowRank]] = []
+        self.begun = False
+        return super().make()
+
+    def begin(self, stage: Sequence[Task]) -> None:
+        """Freeze the updates so far, and add others."""
+        if self.begun:
+            for update in self.updates:
+                update.requires_grad_(False)
+            self.earlier.append(self.updates)
+            self.updates = self.add()
+            params = [param for update in self.updates for param in update.parameters()]
+            self.optimizer = torch.optim.AdamW(params, lr=self.rate)
+        self.begun = True
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Return the loss and the penalty."""
+        penalty = sum(
+            (old.a @ new.a.T).square().sum()
+            for updates in self.earlier
+            for old, new in zip(updates, self.updates, strict=True)
+        )
+        return super().loss(batch) + self.GAMMA * penalty

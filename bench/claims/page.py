@@ -1,0 +1,429 @@
+"""Writes README.md and its pictures from the records: tables of all that was run, then a verdict on each claim."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from intervals import Interval, interval
+
+from claims.found import (
+    Found,
+    Measure,
+    conflict,
+    exact,
+    forgetting,
+    newest,
+    performance,
+    plasticity,
+    retention,
+    transfer,
+)
+from claims.learning import SIZES, Budget
+from claims.plan import ABLATIONS, EPI_MAIN, PIECE_MAIN, TABLES, choices, read, source_of_rate
+from claims.studies import RATIOS
+from claims.systems import SYSTEMS
+from claims.verdicts import (
+    CLAIMS,
+    EPI,
+    FEW_EPI,
+    correlation,
+    flips,
+    judged,
+    overlap_and_forgetting,
+    overlaps,
+)
+
+ABOUT = """# The papers' claims, run again
+
+Neither paper's code has been published in a form that runs. Here every system that EPI
+([arXiv 2604.14010](https://arxiv.org/abs/2604.14010)) and PIECE
+([arXiv 2511.15375](https://arxiv.org/abs/2511.15375)) compare learns the same five tasks in a row, on models that two
+cores can train, with intervals. The papers' models are ten thousand times as large: what shows here need not show
+there, and what does not show here may. `make claims` repeats everything; this page and its pictures are written from
+[results.jsonl](results.jsonl), a line for each run.
+
+## How it was done
+
+- **Model**: a byte-level transformer of {parameters}, pre-trained once on English prose.
+- **Tasks**: German number words, English words to phonemes, sums in steps, German names of countries, Python source
+  ([tasks.py](tasks.py)). {steps} steps of {rows} rows of 80 bytes each. The seed draws their order and the rows, and
+  all systems of a seed get the same ones.
+- **Score**: the share of an answer's bytes that are right, each after the right bytes before it, on held-out lines (of
+  countries, whose names follow no rule, on the lines that were learned).
+- **Learning rates**: each system's own, of three, by one rule: the highest mean score at the end of a run over three
+  tasks, on a seed and on held-out lines that are in no table. Ablations and sweeps have the rate of the system that
+  they vary. The rate is constant; gradients are clipped to a norm of 1.
+- **EPI** chooses its mask every {interval} steps, by an average with beta = {beta}: the paper's 500 steps and 0.99 are
+  for runs that are longer by as much. **PIECE** scores entries by {scored} rows of a task. **Static isolation** freezes
+  the entries that short probes of all tasks move most, before the first task.
+- **Statistics**: differences are paired by seed, with 95% intervals of Student's t. There are {claims} claims below: of
+  so many intervals about one in twenty misses its number by chance.
+
+**AP** is the mean score right after learning a task (plasticity), **OP** the mean score at the end, **FR** the share of
+what was learned that is lost at the end, of the tasks before the last stage (EPI Eq. 14), **BWT** the mean change after
+learning, **prose** the share of the score on the pre-training's text that is left, **TGC** the mean conflict of the
+tasks' gradients in the entries that may move (EPI Eq. 15), **exact** the share of whole answers that are right at the
+end. A method that learns less has less to forget: read FR beside AP.
+"""
+
+PICTURES = ("trade_off.png", "ratio.png", "masks.png")
+
+
+def write(results: Path, file: Path) -> None:
+    """Write the page, and its pictures beside it."""
+    found = Found(read(results))
+    draw(found, file.parent)
+    file.write_text(page(found))
+
+
+def page(found: Found) -> str:
+    """Return the page."""
+    budget = Budget()
+    parameters = " and of ".join(f"{count(size) / 1e6:.2f} million parameters (size {size})" for size in found.sizes())
+    about = ABOUT.format(
+        parameters=parameters,
+        steps=budget.steps,
+        rows=budget.rows,
+        interval=budget.interval,
+        beta=budget.beta,
+        scored=budget.scored,
+        claims=len(CLAIMS),
+    )
+    parts = [about, *verdicts(found), *comparisons(found), *masks(found), *entries(found), *origin(found)]
+    return "\n".join(part.rstrip("\n") + "\n" for part in parts)
+
+
+def count(size: str) -> int:
+    """Return the number of parameters of a size."""
+    return sum(param.numel() for param in SIZES[size].model().parameters())
+
+
+# Verdicts -------------------------------------------------------------------------------------------------------------
+
+
+def verdicts(found: Found) -> Iterable[str]:
+    """Yield a table of all claims."""
+    sizes = found.sizes()
+    yield "## What shows\n"
+    yield (
+        "The number is above 0 where the claim holds. Where an interval contains 0, the table says how many seeds\n"
+        "would tell, if the mean stayed. A seed of one system takes the seconds that its line in results.jsonl has.\n"
+    )
+    titles = ["source", "claim", "unit", *(cell for size in sizes for cell in (f"size {size}", "verdict"))]
+    rows = []
+    for claim in CLAIMS:
+        cells = [claim.source, claim.says, claim.unit]
+        for size in sizes:
+            result, words = judged(claim, found, size)
+            cells += [told(result, 3 if claim.unit in ("overlap", "flip rate", "TGC", "Pearson's r") else 2), words]
+        rows.append(cells)
+    yield table(titles, rows)
+
+
+# Comparisons of systems -----------------------------------------------------------------------------------------------
+
+
+def comparisons(found: Found) -> Iterable[str]:
+    """Yield the tables of systems."""
+    for size in found.sizes():
+        for title, names, other in (
+            ("EPI Tables 1, 6 and 7: isolation", EPI_MAIN, "sequential"),
+            ("PIECE Table 1: few entries, and methods against forgetting", ("sequential", *PIECE_MAIN), "sequential"),
+            ("EPI Tables 2 to 4: ablations at p = 10%, and EPI beyond the paper", (EPI, *ABLATIONS), EPI),
+        ):
+            if any(found.runs(name, size) for name in names if name != other):
+                yield f"## {title}, size {size}\n"
+                yield compared(found, size, names, other)
+        if found.runs("EPI, H = 5, p = 10%", size):
+            yield f"## EPI Table 5: the interval of the masks, p = 10%, size {size}\n"
+            yield compared(found, size, [EPI, *(f"EPI, H = {steps}, p = 10%" for steps in (5, 40, 120))], EPI)
+        if found.runs("EPI, p = 5%", size):
+            yield f"## EPI Figure 6, Tables 10 and 14: the ratio, size {size}\n"
+            yield by_ratio(found, size)
+        if found.runs("PIECE-F, 5%", size):
+            yield f"## PIECE Figure 7: the share that is trained, size {size}\n"
+            kinds = ("PIECE-F", "PIECE-S", "random entries")
+            names = [f"{kind}, {share}%" for kind in kinds for share in ("0.1", "1", "5")]
+            yield compared(found, size, ["sequential", *names], "sequential")
+    yield "![What was learned and what was lost of it, every system](trade_off.png)\n"
+
+
+def compared(found: Found, size: str, names: Sequence[str], other: str) -> str:
+    """Return a table of systems with their differences to one of them."""
+    chosen = choices(found.records)
+    titles = [
+        "system",
+        "rate",
+        "AP",
+        "OP",
+        f"OP - {other}",
+        "FR, %",
+        f"FR - {other}",
+        "BWT",
+        "prose, %",
+        "TGC",
+        "exact, %",
+    ]
+    rows = []
+    for name in names:
+        runs = found.runs(name, size)
+        if not runs:
+            rows.append([name, "not run"])
+            continue
+        trial = dict(chosen.get((source_of_rate(name), size), ()))
+        rate = f"{trial['rate']:g}" if trial else ""
+        if trial and trial["rate"] in ends(name):
+            rate += "*"
+        if "strength" in trial:
+            rate += f", strength {trial['strength']:g}"
+        rows.append(
+            [
+                name,
+                rate,
+                *(mean(found, size, name, measure) for measure in (plasticity, performance)),
+                versus(found, size, name, other, performance),
+                mean(found, size, name, forgetting),
+                versus(found, size, name, other, forgetting),
+                *(mean(found, size, name, measure) for measure in (transfer, retention)),
+                mean(found, size, name, conflict, 3),
+                mean(found, size, name, exact),
+            ]
+        )
+    seeds = len(found.runs(other, size))
+    return table(titles, rows) + f"\n{seeds} seeds. A rate with a star is the highest or lowest of the three tried.\n"
+
+
+def ends(name: str) -> set[float]:
+    """Return the highest and the lowest rate that was tried for a system; none if there was one."""
+    rates = {trial["rate"] for trial in SYSTEMS[source_of_rate(name)].trials}
+    return {min(rates), max(rates)} if len(rates) > 1 else set()
+
+
+def mean(found: Found, size: str, name: str, measure: Measure, digits: int = 1) -> str:
+    """Return the mean of a measure over the seeds."""
+    values = found.values(name, size, measure)
+    average = statistics.fmean(values)
+    return "" if math.isnan(average) else f"{average:.{digits}f}"
+
+
+def versus(found: Found, size: str, name: str, other: str, measure: Measure) -> str:
+    """Return the paired difference of a measure, with its interval."""
+    return "" if name == other else told(interval(found.differences(name, other, size, measure)))
+
+
+def by_ratio(found: Found, size: str) -> str:
+    """Return the table of EPI and static isolation by the share that they protect."""
+    rows = []
+    for percent in ("0.5", "1", "2", "5", "10", "20", "40"):
+        row = [f"{percent}%"]
+        for name in (f"EPI, p = {percent}%", f"static by update, p = {percent}%"):
+            there = bool(found.runs(name, size))
+            row += [
+                mean(found, size, name, measure) if there else "not run"
+                for measure in (performance, plasticity, newest, forgetting)
+            ]
+        rows.append(row)
+    measures = ("OP", "AP", "last task", "FR")
+    return (
+        table(["p", *(f"EPI: {m}" for m in measures), *(f"static: {m}" for m in measures)], rows)
+        + "\n![Performance and forgetting by the ratio](ratio.png)\n"
+    )
+
+
+# Masks ----------------------------------------------------------------------------------------------------------------
+
+
+def masks(found: Found) -> Iterable[str]:
+    """Yield how EPI's masks move."""
+    for size in found.sizes():
+        series = first_overlaps(found, size)
+        if series:
+            yield f"## EPI Tables 11 and 12: how masks move, p = 1%, size {size}\n"
+            floor = interval([r["found"]["overlaps"]["0.01"] for r in found.runs("noise floor", size).values()])
+            quarters = [
+                told(interval([values[len(values) * q // 4 - 1] for values in series]), 3) for q in (1, 2, 3, 4)
+            ]
+            yield table(
+                ["", "25% of the steps", "50%", "75%", "100%", "two masks at the same weights"],
+                [
+                    ["overlap with the first mask", *quarters, told(floor, 3)],
+                    ["paper", "0.783", "0.621", "0.514", "0.447", ""],
+                ],
+            )
+            rates = {layer: interval(values) for layer, values in flips(found, size).items()}
+            yield table(
+                ["layer", "share that a refresh changes"], [[layer, told(rate, 3)] for layer, rate in rates.items()]
+            )
+            yield "![Overlap with the first mask](masks.png)\n"
+
+
+def first_overlaps(found: Found, size: str) -> list[list[float]]:
+    """Return the overlaps with the first mask, refresh by refresh, for every seed."""
+    return [
+        [refresh["first"] for refresh in record["details"]["refreshes"]]
+        for record in found.runs(FEW_EPI, size).values()
+    ]
+
+
+# Entries --------------------------------------------------------------------------------------------------------------
+
+
+def entries(found: Found) -> Iterable[str]:
+    """Yield what the studies at fixed weights found."""
+    for size in found.sizes():
+        if found.runs("overlap of tasks", size):
+            yield f"## EPI Table 13, PIECE Figure 5: entries that two tasks share, size {size}\n"
+            rows = [
+                [f"{ratio:.1%}", *(told(interval(overlaps(found, size, f"{kind} {ratio}")), 3) for kind in "FS")]
+                for ratio in RATIOS
+            ]
+            yield table(["top share", "Fisher information (PIECE-F)", "second-order score (PIECE-S)"], rows)
+            yield (
+                "Jaccard overlap of two tasks' entries, the mean over all pairs, at the pre-trained weights. EPI's\n"
+                "paper has 0.28 to 0.42 for the top 1%.\n"
+            )
+            yield f"## PIECE Figure 3: where the entries are, size {size}\n"
+            yield places(found, size)
+        pairs = overlap_and_forgetting(found, size)
+        if pairs:
+            yield f"## PIECE Figure 6: does overlap predict forgetting, size {size}\n"
+            yield (
+                "Correlation, over pairs of tasks, of the overlap of PIECE-F's entries at 1% with what the later task\n"
+                f"takes from the earlier one: {told(interval(pairs))}. The paper says that overlap does not predict\n"
+                "forgetting.\n"
+            )
+        if found.runs("importance and perturbation", size):
+            yield f"## EPI Table 15: importance and perturbation, size {size}\n"
+            stages = ("early, task", "early, prose", "late, task", "late, prose")
+            yield table(
+                ["stage, loss of", "Pearson", "Spearman"],
+                [
+                    [
+                        stage,
+                        *(told(interval(correlation(found, size, stage, kind))) for kind in ("pearson", "spearman")),
+                    ]
+                    for stage in stages
+                ],
+            )
+            yield (
+                "Early: at the pre-trained weights. Late: after learning a task. The paper has 0.72 to 0.75 and 0.68\n"
+                "to 0.71 for old tasks: here the old task is the prose of the pre-training.\n"
+            )
+
+
+def places(found: Found, size: str) -> str:
+    """Return the share of the top 1% in each layer and each kind of module, the mean over tasks and seeds."""
+    totals: dict[str, dict[str, list[float]]] = {"F": {}, "S": {}}
+    for record in found.runs("overlap of tasks", size).values():
+        for key, where in record["found"]["places"].items():
+            kind, ratio, _ = key.split()
+            if ratio == "0.01":
+                for place, share in where.items():
+                    totals[kind].setdefault(place, []).append(share)
+    rows = [
+        [place.removeprefix("kind "), *(f"{statistics.fmean(totals[kind][place]):.1%}" for kind in "FS")]
+        for place in totals["F"]
+    ]
+    return table(["layer, or kind of module", "PIECE-F", "PIECE-S"], rows)
+
+
+def origin(found: Found) -> Iterable[str]:
+    """Yield what was run, where, and for how long."""
+    yield "## What was run\n"
+    rows = []
+    for planned in TABLES:
+        names = (*planned.systems, *planned.studies)
+        seeds = [len(found.runs(name, planned.size)) for name in names]
+        done = f"{min(seeds)} of {planned.seeds} seeds"
+        hours = sum(r["seconds"] for name in names for r in found.runs(name, planned.size).values()) / 3600
+        rows.append([planned.title, planned.size, str(len(names)), done, f"{hours:.1f}"])
+    yield table(["table", "size", "systems or studies", "done", "hours of one core"], rows)
+    versions = sorted({f"torch {record['torch']}" for record in found.records})
+    yield f"With {', '.join(versions)}. Each line of results.jsonl has the commit that it was made with.\n"
+
+
+# Form -----------------------------------------------------------------------------------------------------------------
+
+
+def told(result: Interval, digits: int = 2) -> str:
+    """Return a mean with half of its interval; "" if there is none."""
+    if not result.count or math.isnan(result.mean):
+        return ""
+    if result.count == 1:
+        return f"{result.mean:.{digits}f}"
+    return f"{result.mean:.{digits}f} ± {result.half:.{digits}f}"
+
+
+def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown; rows may be short."""
+    lines = ["| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
+    for row in rows:
+        cells = [*row, *[""] * (len(titles) - len(row))]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(found: Found, folder: Path) -> None:
+    """Write the pictures of the smallest size that was run."""
+    import matplotlib.pyplot as plt
+
+    for size in found.sizes()[:1]:
+        for name, picture in zip(PICTURES, (trade_off, ratio, overlap), strict=True):
+            figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+            picture(found, size, axes)
+            axes.spines[["top", "right"]].set_visible(False)
+            figure.savefig(folder / name, dpi=110)
+            plt.close(figure)
+
+
+def trade_off(found: Found, size: str, axes: Any) -> None:
+    """Draw what every system of the main tables has learned, and what it has lost of that."""
+    for names, marker, label in ((EPI_MAIN, "o", "isolation"), (PIECE_MAIN, "s", "few entries and others")):
+        points = [
+            (
+                name,
+                statistics.fmean(found.values(name, size, plasticity)),
+                statistics.fmean(found.values(name, size, forgetting)),
+            )
+            for name in names
+            if found.runs(name, size)
+        ]
+        axes.plot([x for _, x, _ in points], [y for _, _, y in points], marker, label=label)
+        for name, x, y in points:
+            if not math.isnan(y):
+                axes.annotate(name, (x, y), xytext=(5, 3), textcoords="offset points", fontsize=7)
+    axes.set(xlabel="AP: score right after learning (%)", ylabel="FR: share of it that is lost (%)")
+    axes.set_title(f"Right and down is better. Size {size}")
+    axes.legend(frameon=False)
+
+
+def ratio(found: Found, size: str, axes: Any) -> None:
+    """Draw OP and FR of EPI and static isolation by the share that they protect."""
+    for kind, color in (("EPI", "C0"), ("static by update", "C1")):
+        for measure, style, label in ((performance, "-", "OP"), (forgetting, "--", "FR")):
+            points = [
+                (float(percent), interval(found.values(f"{kind}, p = {percent}%", size, measure)))
+                for percent in ("0.5", "1", "2", "5", "10", "20", "40")
+                if found.runs(f"{kind}, p = {percent}%", size)
+            ]
+            x, y = [p for p, _ in points], [v.mean for _, v in points]
+            axes.plot(x, y, style, marker="o", color=color, label=f"{kind}: {label}")
+    axes.set(xscale="log", xlabel="share that is protected (%)", ylabel="percent", title=f"By the ratio. Size {size}")
+    axes.legend(frameon=False)
+
+
+def overlap(found: Found, size: str, axes: Any) -> None:
+    """Draw the overlap with the first mask over the steps, a line for each seed, and the overlap by noise alone."""
+    steps = [refresh["step"] for r in found.runs(FEW_EPI, size).values() for refresh in r["details"]["refreshes"]]
+    for seed, values in enumerate(first_overlaps(found, size)):
+        axes.plot(sorted(set(steps)), values, label=f"seed {seed}")
+    for record in list(found.runs("noise floor", size).values())[:1]:
+        axes.axhline(record["found"]["overlaps"]["0.01"], color="0.5", ls="--", label="two masks at the same weights")
+    axes.set(
+        xlabel="step", ylabel="overlap with the first mask (Jaccard)", ylim=(0, 1.02), title=f"p = 1%. Size {size}"
+    )
+    axes.legend(frameon=False, fontsize=8)

@@ -1,0 +1,120 @@
+"""The list of all systems: how each is made, and by what its learning rate is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from claims.few import (
+    MIGU,
+    LayerNorms,
+    LoRA,
+    OrthogonalLoRA,
+    Sparse,
+    chance,
+    fisher_scores,
+    second_order_scores,
+    weight_magnitude,
+)
+from claims.isolation import EPI, AdaptiveRatio, AtBoundaries, Fixed, at_random, by_probes
+from claims.learning import World
+from claims.remembering import EWC, GEM, LwF, ReplayAfter, ReplayDuring
+from claims.system import HeuristicGroups, RandomGroups, System, Together
+
+ALL = tuple({"rate": rate} for rate in (1e-4, 3e-4, 1e-3))  # of systems that train all entries, or nearly all
+FEW = tuple({"rate": rate} for rate in (1e-3, 4e-3, 1.6e-2))  # of systems that train few
+LEAST = tuple({"rate": rate} for rate in (4e-3, 1.6e-2, 6.4e-2))  # of systems that train a thousandth
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A system by name: how it is made, and from what its learning rate is chosen."""
+
+    make: Callable[..., System]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    trials: tuple[Mapping[str, float], ...] = ALL
+    chosen_by: str | None = None  # the system whose chosen rate this one takes, as ablations and sweeps do
+
+
+def epi(**settings: Any) -> Entry:
+    """Return a form of EPI, at the rate that is chosen for EPI with p = 10%."""
+    return Entry(EPI, {"isolation_ratio": 0.1, **settings}, chosen_by="EPI, p = 10%")
+
+
+def static(ratio: float, kind: str, normalize: str | None = None) -> Entry:
+    """Return a form of static isolation, at the rate that is chosen for the one by update magnitude at p = 10%."""
+    return Entry(Fixed, {"choose": by_probes(ratio, kind, normalize)}, chosen_by="static by update, p = 10%")
+
+
+SYSTEMS: dict[str, Entry] = {
+    "multi-task": Entry(Together),
+    "sequential": Entry(System),
+    "random groups": Entry(RandomGroups, chosen_by="sequential"),
+    "heuristic groups": Entry(HeuristicGroups, chosen_by="sequential"),
+    "EPI, p = 1%": Entry(EPI, {"isolation_ratio": 0.01}),
+    "EPI, p = 10%": Entry(EPI, {"isolation_ratio": 0.1}),
+    "static by update, p = 1%": Entry(Fixed, {"choose": by_probes(0.01, "update")}),
+    "static by update, p = 10%": Entry(Fixed, {"choose": by_probes(0.1, "update")}),
+    "random mask, p = 10%": Entry(Fixed, {"choose": at_random(0.1)}),
+    # ablations
+    "static by update, normalised, p = 10%": static(0.1, "update", "layer"),
+    "static by importance, p = 10%": static(0.1, "importance"),
+    "static by importance, normalised, p = 10%": static(0.1, "importance", "layer"),
+    "EPI without normalisation, p = 10%": epi(normalize="none"),
+    "EPI, budget per layer, p = 10%": epi(scope="layer"),
+    "EPI, beta = 0, p = 10%": epi(importance_beta=0.0),
+    "EPI, beta = 0.9, p = 10%": epi(importance_beta=0.9),
+    "EPI, beta = 0.99, p = 10%": epi(importance_beta=0.99),
+    "EPI at task boundaries, p = 10%": Entry(
+        AtBoundaries, {"isolation_ratio": 0.1, "mask_interval": None}, chosen_by="EPI, p = 10%"
+    ),
+    # beyond the papers
+    "EPI, p follows the loss": Entry(AdaptiveRatio, chosen_by="EPI, p = 10%"),
+    "EPI, importance in exp_avg_sq, p = 10%": epi(importance="exp_avg_sq"),
+    "EPI, importance in bfloat16, p = 10%": epi(importance_dtype=torch.bfloat16),
+    "EPI, importance in 8 bits, p = 10%": epi(importance_dtype="8bit"),
+    # sweeps
+    "EPI, p = 0.5%": epi(isolation_ratio=0.005),
+    "EPI, p = 2%": epi(isolation_ratio=0.02),
+    "EPI, p = 5%": epi(isolation_ratio=0.05),
+    "EPI, p = 20%": epi(isolation_ratio=0.2),
+    "EPI, p = 40%": epi(isolation_ratio=0.4),
+    "static by update, p = 0.5%": static(0.005, "update"),
+    "static by update, p = 2%": static(0.02, "update"),
+    "static by update, p = 5%": static(0.05, "update"),
+    "static by update, p = 20%": static(0.2, "update"),
+    "static by update, p = 40%": static(0.4, "update"),
+    "EPI, H = 5, p = 10%": epi(mask_interval=5),
+    "EPI, H = 40, p = 10%": epi(mask_interval=40),
+    "EPI, H = 120, p = 10%": epi(mask_interval=120),
+    # PIECE
+    "PIECE-F, 0.1%": Entry(Sparse, {"ratio": 0.001, "score": fisher_scores}, LEAST),
+    "PIECE-F, 1%": Entry(Sparse, {"ratio": 0.01, "score": fisher_scores}, FEW),
+    "PIECE-F, 5%": Entry(Sparse, {"ratio": 0.05, "score": fisher_scores}, FEW),
+    "PIECE-S, 0.1%": Entry(Sparse, {"ratio": 0.001, "score": second_order_scores(None)}, LEAST),
+    "PIECE-S, 1%": Entry(Sparse, {"ratio": 0.01, "score": second_order_scores(None)}, FEW),
+    "PIECE-S, 5%": Entry(Sparse, {"ratio": 0.05, "score": second_order_scores(None)}, FEW),
+    "PIECE-S with xi = 1e-8, 1%": Entry(Sparse, {"ratio": 0.01, "score": second_order_scores(1e-8)}, FEW),
+    "largest weights, 1%": Entry(Sparse, {"ratio": 0.01, "score": weight_magnitude}, FEW),
+    "random entries, 0.1%": Entry(Sparse, {"ratio": 0.001, "score": chance}, LEAST),
+    "random entries, 1%": Entry(Sparse, {"ratio": 0.01, "score": chance}, FEW),
+    "random entries, 5%": Entry(Sparse, {"ratio": 0.05, "score": chance}, FEW),
+    "LoRA": Entry(LoRA, trials=FEW),
+    "O-LoRA": Entry(OrthogonalLoRA, trials=FEW),
+    "LayerNorm": Entry(LayerNorms, trials=FEW),
+    "MIGU": Entry(MIGU),
+    "EWC": Entry(EWC, trials=tuple({"rate": 3e-4, "strength": strength} for strength in (0.5, 100.0, 10_000.0))),
+    "GEM": Entry(GEM),
+    "LwF": Entry(LwF),
+    "replay after": Entry(ReplayAfter),
+    "replay during": Entry(ReplayDuring),
+}
+
+
+def make(name: str, world: World, trial: Mapping[str, float]) -> System:
+    """Return the system of a name at a trial's rate and, where it has one, strength."""
+    entry = SYSTEMS[name]
+    return entry.make(world, **entry.settings, **trial)
