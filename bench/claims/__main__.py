@@ -14,9 +14,10 @@ import tempfile
 from pathlib import Path
 
 from claims import page
-from claims.learning import ROOT, SMOKE, Budget
-from claims.plan import SMOKE_TABLES, TABLES
+from claims.language import ROOT
+from claims.plan import BUDGETS, SMOKE_TABLES, TABLES
 from claims.running import go
+from claims.world import SMOKE
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results.jsonl"
@@ -28,11 +29,11 @@ def main(arguments: list[str] | None = None) -> None:
     if options.smoke:
         with tempfile.TemporaryDirectory() as folder:
             results = Path(folder, "results.jsonl")
-            go(SMOKE_TABLES, SMOKE, results, Path(folder), options)
+            go(SMOKE_TABLES, {"XS": SMOKE}, results, Path(folder), options)
             page.write(results, Path(folder, "README.md"))
         return
-    sizes = options.size or sorted({table.size for table in TABLES})
-    go([table for table in TABLES if table.size in sizes], Budget(), RESULTS, ROOT / "out" / "claims", options)
+    sizes = options.size or ["S", "M", "E"]
+    go([table for table in TABLES if table.size in sizes], BUDGETS, RESULTS, ROOT / "out" / "claims", options)
     page.write(RESULTS, FOLDER / "README.md")
 
 
@@ -42,7 +43,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--smoke", action="store_true", help="every system two steps, nothing kept")
     add("--plan", action="store_true", help="only print what is left")
-    add("--size", action="append", choices=("S", "M", "L"), help="only tables of this size; may be repeated")
+    add(
+        "--size",
+        action="append",
+        choices=("S", "M", "E", "L"),
+        help="only tables of this size; may be repeated; L: for a GPU",
+    )
     add("--minutes", type=float, default=float("inf"), help="start no run after so many minutes")
     add("--workers", type=int, default=os.cpu_count(), help="processes, of one thread each [%(default)s]")
     add("--device", default="cpu", help="where the models are [%(default)s]")

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from claims.learning import World, loss_of
 from claims.system import Scores, System, random_scores
-from claims.tasks import Batch, Task
+from claims.world import Batch, Task, World
 from epi_kernels import SparseAdamW
 from epi_kernels.importance import fisher, output_magnitude, second_order
 from epi_kernels.metrics import mask_jaccard
@@ -26,7 +25,7 @@ class Sparse(System):
         world: as in `System`.
         rate: as in `System`.
         ratio: the share to train.
-        score: (model, batches, number of the task) -> scores.
+        score: (world, model, batches of the task) -> scores.
         scope: of the ratio: "global" or "layer".
     """
 
@@ -35,7 +34,7 @@ class Sparse(System):
         world: World,
         rate: float,
         ratio: float,
-        score: Callable[[nn.Module, list[Batch], int], Scores],
+        score: Callable[[World, nn.Module, list[Batch]], Scores],
         scope: str = "global",
     ) -> None:
         self.ratio, self.score, self.scope = ratio, score, scope
@@ -49,7 +48,7 @@ class Sparse(System):
     def begin(self, stage: Sequence[Task]) -> None:
         """Choose the entries of the next task."""
         (task,) = stage
-        scores = self.score(self.model, self.world.scoring(task), len(self.masks))
+        scores = self.score(self.world, self.model, self.world.scoring(task))
         self.masks[task.name] = top_k(scores, self.ratio, scope=self.scope)
         self.optimizer.select(self.masks[task.name])
 
@@ -68,22 +67,22 @@ class Sparse(System):
         }
 
 
-def fisher_scores(model: nn.Module, batches: list[Batch], number: int) -> Scores:
+def fisher_scores(world: World, model: nn.Module, batches: list[Batch]) -> Scores:
     """Score as PIECE-F."""
-    return fisher(model, batches, loss_of, progress=False)
+    return fisher(model, batches, world.loss, progress=False)
 
 
-def second_order_scores(xi: float | None) -> Callable[[nn.Module, list[Batch], int], Scores]:
+def second_order_scores(xi: float | None) -> Callable[[World, nn.Module, list[Batch]], Scores]:
     """Return the scores of PIECE-S; None for xi is that of the released code."""
-    return lambda model, batches, number: second_order(model, batches, loss_of, xi=xi, progress=False)
+    return lambda world, model, batches: second_order(model, batches, world.loss, xi=xi, progress=False)
 
 
-def weight_magnitude(model: nn.Module, batches: list[Batch], number: int) -> Scores:
+def weight_magnitude(world: World, model: nn.Module, batches: list[Batch]) -> Scores:
     """Score by the size of the weights."""
     return {name: param.detach().abs() for name, param in model.named_parameters()}
 
 
-def chance(model: nn.Module, batches: list[Batch], number: int) -> Scores:
+def chance(world: World, model: nn.Module, batches: list[Batch]) -> Scores:
     """Score at random, other entries for each task."""
     return random_scores(model, int(batches[0][0].sum()))
 
@@ -92,7 +91,7 @@ class MIGU(Sparse):
     """Train the rows of linear layers with the larger outputs, half of them as in its authors' code, and all else."""
 
     def __init__(self, world: World, rate: float) -> None:
-        super().__init__(world, rate, 0.5, lambda model, batches, number: {})
+        super().__init__(world, rate, 0.5, lambda world, model, batches: {})
 
     def begin(self, stage: Sequence[Task]) -> None:
         """Choose the rows; on the first task all are trained."""

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from claims.learning import World, cut, loss_of
 from claims.system import Scores, System, random_scores
-from claims.tasks import Task
+from claims.world import Task, World, cut
 from epi_kernels import EPIAdamW, MaskedAdamW
 from epi_kernels.first_mask import FirstMask
 from epi_kernels.importance import update_magnitude
@@ -146,7 +145,7 @@ def probes(world: World, kind: str) -> Scores:
         )
         batches = cut(world.batch(task, world.budget.probe * world.budget.rows, "probe"), world.budget.rows)
         for batch in batches:
-            loss_of(model, batch).backward()
+            world.loss(model, batch).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()

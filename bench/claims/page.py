@@ -22,7 +22,7 @@ from claims.found import (
     retention,
     transfer,
 )
-from claims.learning import SIZES, Budget
+from claims.language import SIZES
 from claims.plan import ABLATIONS, EPI_MAIN, PIECE_MAIN, TABLES, choices, read, source_of_rate
 from claims.studies import RATIOS
 from claims.systems import SYSTEMS
@@ -36,6 +36,7 @@ from claims.verdicts import (
     overlap_and_forgetting,
     overlaps,
 )
+from claims.world import Budget
 
 ABOUT = """# The papers' claims, run again
 

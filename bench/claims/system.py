@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from claims.learning import World, loss_of
-from claims.tasks import Batch, Task
+from claims.world import Batch, Task, World
 
 Scores = dict[str, Tensor]
 
@@ -35,7 +34,7 @@ class System:
 
     def loss(self, batch: Batch) -> Tensor:
         """Return what is minimised."""
-        return loss_of(self.model, batch)
+        return self.world.loss(self.model, batch)
 
     def adjust(self, loss: Tensor) -> None:
         """Change the gradients before they are clipped; `loss` is that of this step."""

@@ -20,13 +20,20 @@ from claims.few import (
     weight_magnitude,
 )
 from claims.isolation import EPI, AdaptiveRatio, AtBoundaries, Fixed, at_random, by_probes
-from claims.learning import World
 from claims.remembering import EWC, GEM, LwF, ReplayAfter, ReplayDuring
 from claims.system import HeuristicGroups, RandomGroups, System, Together
+from claims.world import World
 
-ALL = tuple({"rate": rate} for rate in (1e-4, 3e-4, 1e-3))  # of systems that train all entries, or nearly all
-FEW = tuple({"rate": rate} for rate in (1e-3, 4e-3, 1.6e-2))  # of systems that train few
-LEAST = tuple({"rate": rate} for rate in (4e-3, 1.6e-2, 6.4e-2))  # of systems that train a thousandth
+
+def rates(*values: float) -> tuple[dict[str, float], ...]:
+    """Return a trial for each rate."""
+    return tuple({"rate": rate} for rate in values)
+
+
+ALL = rates(3e-5, 1e-4, 3e-4)  # of systems that train all entries, or nearly all, task after task
+TOGETHER = rates(3e-4, 1e-3, 3e-3)  # of the one that has no task to forget
+FEW = rates(3e-4, 1e-3, 4e-3)  # of systems that train few
+LEAST = rates(1e-3, 4e-3, 1.6e-2)  # of systems that train a thousandth
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ def static(ratio: float, kind: str, normalize: str | None = None) -> Entry:
 
 
 SYSTEMS: dict[str, Entry] = {
-    "multi-task": Entry(Together),
+    "multi-task": Entry(Together, trials=TOGETHER),
     "sequential": Entry(System),
     "random groups": Entry(RandomGroups, chosen_by="sequential"),
     "heuristic groups": Entry(HeuristicGroups, chosen_by="sequential"),
@@ -106,7 +113,7 @@ SYSTEMS: dict[str, Entry] = {
     "O-LoRA": Entry(OrthogonalLoRA, trials=FEW),
     "LayerNorm": Entry(LayerNorms, trials=FEW),
     "MIGU": Entry(MIGU),
-    "EWC": Entry(EWC, trials=tuple({"rate": 3e-4, "strength": strength} for strength in (0.5, 100.0, 10_000.0))),
+    "EWC": Entry(EWC, trials=tuple({"rate": 1e-4, "strength": strength} for strength in (0.5, 100.0, 10_000.0))),
     "GEM": Entry(GEM),
     "LwF": Entry(LwF),
     "replay after": Entry(ReplayAfter),

@@ -27,7 +27,7 @@ from torch import Tensor
 CONTEXT = 80
 IGNORED = -100  # torch's mark for a target that neither trains nor scores
 END, EQUALS = ord("\n"), ord("=")
-Batch = tuple[Tensor, Tensor]  # inputs and targets, int64 [rows, CONTEXT]
+Rows = tuple[Tensor, Tensor]  # inputs and targets, int64 [rows, CONTEXT]
 
 
 class Score(NamedTuple):
@@ -46,11 +46,11 @@ class Task:
     held_out: Sequence[str]
     running: bool = False
 
-    def rows(self, count: int, seed: int) -> Batch:
+    def rows(self, count: int, seed: int) -> Rows:
         """Return training rows, from lines in an order that the seed draws; the last line of a row may be cut."""
         return self._rows(self.train, count, random.Random(f"{self.name} {seed}"))
 
-    def examination(self, count: int, *, choosing: bool = False) -> Batch:
+    def examination(self, count: int, *, choosing: bool = False) -> Rows:
         """Return held-out rows, the same ones at every call, in which no line is cut.
 
         Args:
@@ -76,7 +76,7 @@ class Task:
         wrongs = torch.cat((torch.zeros(1, dtype=torch.int64), wrong.flatten().cumsum(0)[ends]))
         return Score(right, (wrongs.diff() == 0).double().mean().item())
 
-    def _rows(self, lines: Sequence[str], count: int, draw: random.Random, whole: bool = False) -> Batch:
+    def _rows(self, lines: Sequence[str], count: int, draw: random.Random, whole: bool = False) -> Rows:
         if self.running:
             # a row may begin anywhere, as a window of a text does
             text = "\n\n".join(lines).encode()
@@ -98,7 +98,7 @@ class Task:
         return _batch(rows, answers=True)
 
 
-def _batch(rows: list[bytes], *, answers: bool) -> Batch:
+def _batch(rows: list[bytes], *, answers: bool) -> Rows:
     """Return the inputs and the targets of rows of CONTEXT + 1 bytes or less; the rest is filled and ignored."""
     filled = torch.frombuffer(bytearray(b"".join(row.ljust(CONTEXT + 1, b"\0") for row in rows)), dtype=torch.uint8)
     window = filled.view(len(rows), CONTEXT + 1).long()
