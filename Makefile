@@ -103,8 +103,9 @@ bench-all: bench
 	test -e $(MEASURED)/models.json || $(BENCH)/models.py --json $(MEASURED)/models.json
 	test -e $(MEASURED)/peers.json || $(BENCH)/peers.py --json $(MEASURED)/peers.json
 
-claims: $(VENV)/.test
-	cd bench && ../$(BIN)/python -m claims $(CLAIMS)
+# where the real encoder is
+claims: $(REAL)/.real
+	cd bench && ../$(REAL)/bin/python -m claims $(CLAIMS)
 
 # with the torch that is there: its own build environment would fetch another
 deepspeed: $(VENV)/.test
@@ -149,7 +150,7 @@ $(REAL)/.real: Makefile constraints.txt pyproject.toml setup.py $(SOURCES)
 	test -x $(REAL)/bin/python || $(PYTHON) -m venv $(REAL)
 	@echo "Installing torch, transformers, a model and data into $(REAL) (once; 0.9 GB besides torch) ..."
 	$(REAL)/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt torch \
-	    --editable '.[real]'
+	    --editable '.[claims,real]'
 	@touch $@
 
 # one stamp for each set of optional dependencies of pyproject.toml

@@ -18,26 +18,10 @@ from epi_kernels.metrics import mask_jaccard
 from epi_kernels.select import top_k
 
 
-class Sparse(System):
-    """Train the entries that score highest for a task, chosen anew and with fresh moments for each task (PIECE).
+class Selecting(System):
+    """Train the entries that are chosen for a task, others for each task and with fresh moments."""
 
-    Args:
-        world: as in `System`.
-        rate: as in `System`.
-        ratio: the share to train.
-        score: (world, model, batches of the task) -> scores.
-        scope: of the ratio: "global" or "layer".
-    """
-
-    def __init__(
-        self,
-        world: World,
-        rate: float,
-        ratio: float,
-        score: Callable[[World, nn.Module, list[Batch]], Scores],
-        scope: str = "global",
-    ) -> None:
-        self.ratio, self.score, self.scope = ratio, score, scope
+    def __init__(self, world: World, rate: float) -> None:
         self.masks: dict[str, dict[str, Tensor]] = {}
         super().__init__(world, rate)
 
@@ -48,9 +32,12 @@ class Sparse(System):
     def begin(self, stage: Sequence[Task]) -> None:
         """Choose the entries of the next task."""
         (task,) = stage
-        scores = self.score(self.world, self.model, self.world.scoring(task))
-        self.masks[task.name] = top_k(scores, self.ratio, scope=self.scope)
+        self.masks[task.name] = self.choose(task)
         self.optimizer.select(self.masks[task.name])
+
+    def choose(self, task: Task) -> dict[str, Tensor]:
+        """Return the entries to train, {name: bool tensor}."""
+        raise NotImplementedError
 
     def fixed(self) -> dict[str, Tensor]:
         """Return all but the entries of the last task."""
@@ -65,6 +52,27 @@ class Sparse(System):
             "overlaps": {f"{a} {b}": round(mask_jaccard(self.masks[a], self.masks[b]), 4) for a, b in pairs},
             "selected": {name: size for name, size in sizes.items() if size},
         }
+
+
+class Sparse(Selecting):
+    """Train the entries that score highest for a task (PIECE).
+
+    Args:
+        world: as in `System`.
+        rate: as in `System`.
+        ratio: the share to train.
+        score: (world, model, batches of the task) -> scores.
+    """
+
+    def __init__(
+        self, world: World, rate: float, ratio: float, score: Callable[[World, nn.Module, list[Batch]], Scores]
+    ) -> None:
+        self.ratio, self.score = ratio, score
+        super().__init__(world, rate)
+
+    def choose(self, task: Task) -> dict[str, Tensor]:
+        """Return the entries with the highest scores."""
+        return top_k(self.score(self.world, self.model, self.world.scoring(task)), self.ratio)
 
 
 def fisher_scores(world: World, model: nn.Module, batches: list[Batch]) -> Scores:
@@ -87,20 +95,14 @@ def chance(world: World, model: nn.Module, batches: list[Batch]) -> Scores:
     return random_scores(model, int(batches[0][0].sum()))
 
 
-class MIGU(Sparse):
+class MIGU(Selecting):
     """Train the rows of linear layers with the larger outputs, half of them as in its authors' code, and all else."""
 
-    def __init__(self, world: World, rate: float) -> None:
-        super().__init__(world, rate, 0.5, lambda world, model, batches: {})
-
-    def begin(self, stage: Sequence[Task]) -> None:
-        """Choose the rows; on the first task all are trained."""
-        (task,) = stage
+    def choose(self, task: Task) -> dict[str, Tensor]:
+        """Return the rows, and all other parameters; for the first task all entries."""
         scores = output_magnitude(self.model, self.world.scoring(task), forward=lambda model, batch: model(batch[0]))
-        rows = top_k(scores, self.ratio, scope="layer") if self.masks else {}
-        everything = {name: torch.ones_like(param, dtype=torch.bool) for name, param in self.model.named_parameters()}
-        self.masks[task.name] = everything | rows
-        self.optimizer.select(self.masks[task.name])
+        rows = top_k(scores, 0.5, scope="layer") if self.masks else {}
+        return {name: torch.ones_like(param, dtype=torch.bool) for name, param in self.model.named_parameters()} | rows
 
 
 class LayerNorms(System):
