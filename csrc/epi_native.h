@@ -60,6 +60,12 @@ EPI_EXPORT void epi_lock(epi_score_tensor* tensors, int64_t count, const float* 
 /* One step of a rule over the trainable entries. */
 EPI_EXPORT void epi_gather(const epi_gather_tensor* tensors, int64_t count, int32_t rule, int32_t threads);
 
+/* values[i] = memory[positions[i]], bit for bit. */
+EPI_EXPORT void epi_take(epi_positions_tensor* tensors, int64_t count, int32_t threads);
+
+/* memory[positions[i]] = values[i], bit for bit. */
+EPI_EXPORT void epi_put(epi_positions_tensor* tensors, int64_t count, int32_t threads);
+
 #ifdef __cplusplus
 }
 #endif

@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#define EPI_VERSION 978712627
+#define EPI_VERSION 1407869066
 
 #define EPI_SLOTS 3
 #define EPI_SCALARS 12
@@ -229,6 +229,23 @@ typedef struct {
     /* enum epi_dtype */
     int32_t importance_dtype;
 } epi_score_tensor;
+
+typedef struct {
+    /* positions */
+    int64_t size;
+    /* of a whole tensor; epi_put writes it at the positions alone */
+    void* memory;
+    /* of the whole tensor */
+    int64_t entries;
+    /* in the whole tensor, in entries; strictly increasing */
+    const int64_t* positions;
+    /* [size], one for each position; epi_take writes them */
+    void* values;
+    /* result: 1: a position is outside of the tensor, and nothing was moved */
+    int32_t outside;
+    /* of an entry of `memory` and `values`: 1, 2, 4 or 8 */
+    int32_t entry_bytes;
+} epi_positions_tensor;
 
 /* A row of a device's table of scores. */
 

@@ -29,7 +29,7 @@ def width_of(rule: Rule) -> int:
 
 
 # raised when a function of csrc/epi_native.h or csrc/epi_cuda.h changes
-_INTERFACE = 7
+_INTERFACE = 8
 
 # where the lock bit of a tensor is; the position in this tuple is the number in compiled code
 LOCK_IN = ("none", "importance", "slot", "static")
@@ -219,7 +219,18 @@ SCORE = Row(
     _ALIGNED,
 )
 
-ROWS = (SWEEP, GATHER, IMPORTANCE, SUMS, SCORE)
+POSITIONS = Row(
+    "positions",
+    _SIZE._replace(meaning="positions"),
+    Field("memory", "void*", _HOST, "of a whole tensor; epi_put writes it at the positions alone"),
+    Field("entries", "int64_t", _HOST, "of the whole tensor"),
+    Field("positions", "const int64_t*", _HOST, "in the whole tensor, in entries; strictly increasing"),
+    Field("values", "void*", _HOST, "[size], one for each position; epi_take writes them"),
+    Field("outside", "int32_t", _HOST, "result: 1: a position is outside of the tensor, and nothing was moved"),
+    Field("entry_bytes", "int32_t", _HOST, "of an entry of `memory` and `values`: 1, 2, 4 or 8"),
+)
+
+ROWS = (SWEEP, GATHER, IMPORTANCE, SUMS, SCORE, POSITIONS)
 
 
 def _enum(name: str, members: list[str]) -> str:

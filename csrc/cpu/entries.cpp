@@ -9,6 +9,7 @@
 
 #include "kernels.h"
 #include "parallel.h"
+#include "positions.h"
 
 namespace epi {
 namespace {
@@ -188,4 +189,12 @@ void epi_gather(const epi_gather_tensor* tensors, int64_t count, int32_t rule, i
     run(all, threads, [&](Chunks& chunks) {
         for (Chunk chunk; chunks.take(&chunk);) kernels.gather(rule, tensors[chunk.tensor], chunk.begin, chunk.end);
     });
+}
+
+void epi_take(epi_positions_tensor* tensors, int64_t count, int32_t threads) {
+    at_positions(tensors, count, threads, [](auto& entry, auto& value) { value = entry; });
+}
+
+void epi_put(epi_positions_tensor* tensors, int64_t count, int32_t threads) {
+    at_positions(tensors, count, threads, [](auto& entry, auto& value) { entry = value; });
 }

@@ -25,6 +25,8 @@ inline Blocks blocks_of(const epi_sums_tensor&) { return Blocks(0); }
 
 inline Blocks blocks_of(const epi_gather_tensor&) { return Blocks(0); }
 
+inline Blocks blocks_of(const epi_positions_tensor&) { return Blocks(0); }
+
 // entries of a run at most; the buffers of a sweep stay in the first-level cache
 constexpr int64_t RUN = 1024;
 

@@ -31,6 +31,8 @@ _FUNCTIONS = {
     "epi_score_histogram": (_POINTER, _INT32, _INT32, _POINTER),
     "epi_lock": (_POINTER,),
     "epi_gather": (_INT32,),
+    "epi_take": (),
+    "epi_put": (),
 }
 
 

@@ -12,6 +12,7 @@ from epi_kernels.distributed import local
 from epi_kernels.engine.method import Owner
 from epi_kernels.isolation.isolation import signed_importance
 from epi_kernels.ops.flat import put_
+from epi_kernels.ops.positions import put_all_, take_all
 
 
 class Kept(NamedTuple):
@@ -58,15 +59,17 @@ class Protected:
     @torch.no_grad()
     def keep(self, owner: Owner) -> list[Kept]:
         """Return the protected entries of all parameters; this waits for no device if no mask has changed."""
-        kept = []
+        params, positions = [], []
         for group in owner.param_groups:
             for param in group["params"]:
                 signed = signed_importance(owner, param, group)
                 if signed is not None and signed.shape == param.shape:
-                    positions = self._positions_of(param, signed)
-                    if positions.numel():
-                        kept.append(Kept(param, positions, torch.take(local(param), positions)))
-        return kept
+                    found = self._positions_of(param, signed)
+                    if found.numel():
+                        params.append(param)
+                        positions.append(found)
+        values = take_all([local(param) for param in params], positions)
+        return [Kept(*one) for one in zip(params, positions, values, strict=True)]
 
     def _positions_of(self, param: Tensor, signed: Tensor) -> Tensor:
         """Return the positions of the protected entries of a parameter."""
@@ -94,8 +97,7 @@ def _seen(signed: Tensor) -> tuple[int, int] | None:
 @torch.no_grad()
 def put_back(kept: Sequence[Kept]) -> None:
     """Write the values back, into the memory that their parameters have now."""
-    for param, positions, values in kept:
-        put_(local(param), positions, values)
+    put_all_([local(one.param) for one in kept], [one.positions for one in kept], [one.values for one in kept])
 
 
 def lock_again(owner: Owner, before: Sequence[Kept]) -> None:

@@ -375,7 +375,8 @@ class IsolatedOptimizer(Isolating, Optimizer):
                 self.base.step()
         except BaseException:
             self._entries.forget()
-            put_back((*kept, *before))
+            put_back(kept)
+            put_back(before)  # a refresh may have released some of these
             for group, number in clocks:
                 group[CLOCK] = number
             isolation.iteration = iteration
