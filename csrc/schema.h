@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#define EPI_VERSION 1407869066
+#define EPI_VERSION 619532316
 
 #define EPI_SLOTS 3
 #define EPI_SCALARS 12

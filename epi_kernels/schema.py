@@ -29,7 +29,7 @@ def width_of(rule: Rule) -> int:
 
 
 # raised when a function of csrc/epi_native.h or csrc/epi_cuda.h changes
-_INTERFACE = 8
+_INTERFACE = 9
 
 # where the lock bit of a tensor is; the position in this tuple is the number in compiled code
 LOCK_IN = ("none", "importance", "slot", "static")

@@ -47,6 +47,22 @@ def test_by_hand_over_two_layers_with_and_without_gradient(backend: str) -> None
     assert nonfinite.tolist() == [0, 0, 0, 0]
 
 
+def test_without_ranges_the_rest_is_the_same(backend: str) -> None:
+    before = [torch.randn(3, 700), torch.randn(6, 700).t(), torch.empty(0), torch.randn(())]
+    grads = [torch.randn(one.shape) for one in before]
+    grads[0][1, 5] = math.inf
+    betas, results = torch.tensor([[0.75, 0.25]] * 4, dtype=torch.float64), []
+    for ranges in (torch.tensor([[math.inf, -math.inf]] * 3), None):
+        own = [one.clone() for one in before]
+        nonfinite = torch.zeros(4, dtype=torch.int64)
+        prepared = ops.prepared_importance(own, grads, betas, [0, 1, 0, 2], 3, True, own[0].device, backend)
+        prepared.advance_(own, grads, ranges, nonfinite, None, None, (), None)
+        results.append((*own, nonfinite))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    assert not torch.equal(results[1][0], before[0])
+    assert results[1][-1].tolist() == [1, 0, 0, 0]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_float64_to_the_roundings_of_float32(backend: str, dtype: torch.dtype) -> None:
     skip_unless_it_takes(backend, dtype)

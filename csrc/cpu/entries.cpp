@@ -102,13 +102,14 @@ void epi_importance(epi_importance_tensor* tensors, int64_t count, float* ranges
         for (Chunk chunk; chunks.take(&chunk);) {
             epi_importance_tensor& tensor = tensors[chunk.tensor];
             Range range = {INFINITE_BITS, -1};
-            add(tensor.nonfinite,
-                kernels.importance(tensor, chunk.begin, chunk.end, grad_factor, keep_finite != 0, &range));
+            add(tensor.nonfinite, kernels.importance(tensor, chunk.begin, chunk.end, grad_factor, keep_finite != 0,
+                                                     ranges ? &range : nullptr));
+            if (!ranges) continue;
             replace_if(lows[tensor.layer], range.low, std::less<int32_t>());
             replace_if(highs[tensor.layer], range.high, std::greater<int32_t>());
         }
     });
-    for (int64_t i = 0; i < layer_count; ++i) {
+    for (int64_t i = 0; ranges && i < layer_count; ++i) {
         ranges[2 * i] = float_from(lows[i]);
         ranges[2 * i + 1] = highs[i] < 0 ? -INFINITY : float_from(highs[i]);
     }

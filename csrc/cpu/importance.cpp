@@ -49,7 +49,6 @@ int64_t importance(const epi_importance_tensor& tensor, int64_t begin, int64_t e
     const Rounding rounding = {noisy ? mixed : nullptr, keep_finite ? NOISE_IMPORTANCE : NOISE_OF_SLOT[1],
                                !keep_finite};
     int64_t nonfinite = 0;
-    Range found = *range;
     Runs runs(blocks, begin, end, RUN);
     for (Run run; runs.take(&run);) {
         float* const values = opened(stored, blocks, run, buffer);
@@ -61,12 +60,11 @@ int64_t importance(const epi_importance_tensor& tensor, int64_t begin, int64_t e
             if (narrow) {
                 if (noisy) place.fill(mixed, run.begin, run.size);
                 closed(values, stored, blocks, run, rounding);
-                opened(stored, blocks, run, buffer);  // the range is that of what is kept
+                if (range) opened(stored, blocks, run, buffer);  // the range is that of what is kept
             }
         }
-        found = range_of(values, run.size, found);
+        if (range) *range = range_of(values, run.size, *range);
     }
-    *range = found;
     return nonfinite;
 }
 

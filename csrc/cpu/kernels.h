@@ -32,7 +32,7 @@ struct Kernels {
 #ifdef EPI_LEVEL
 namespace EPI_LEVEL {
 
-// these two return the number of entries whose squared gradient is not finite
+// these two return the number of entries whose squared gradient is not finite; the range may be NULL
 int64_t sweep(int32_t rule, const epi_sweep_tensor&, int64_t begin, int64_t end, bool advanced);
 int64_t importance(const epi_importance_tensor&, int64_t begin, int64_t end, float grad_factor, bool keep_finite,
                    Range*);

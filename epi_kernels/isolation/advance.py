@@ -65,6 +65,6 @@ class Advance:
             places = () if rounding is None else rounding.places()
             made = ops.prepared_importance(signed, grads, pairs, layers, 1, True, device, backend, scales, places)
             self._prepared[device] = seen, made
-        ranges = torch.zeros(1, 2, dtype=torch.float32, device=device)  # a range is needed only at a refresh
-        self._prepared[device][1].advance_(signed, grads, ranges, nonfinite, None, None, scales, steps)
+        # a range is needed only at a refresh
+        self._prepared[device][1].advance_(signed, grads, None, nonfinite, None, None, scales, steps)
         increment_version([*signed, *(one for one in scales if one is not None)])

@@ -43,14 +43,14 @@ class Importance:
         self,
         importances: Sequence[Tensor],
         grads: Sequence[Tensor | None],
-        ranges: Tensor,
+        ranges: Tensor | None,
         nonfinite: Tensor,
         grad_factor: Tensor | None,
         due: Tensor | None,
         scales: Sequence[Tensor | None],
         steps: Tensor | None,
     ) -> None:
-        """Advance where there is a gradient, extend the ranges."""
+        """Advance where there is a gradient, extend the ranges if they are wanted."""
         if due is not None and not due:
             return
         table, flat = self._table, None
@@ -62,11 +62,13 @@ class Importance:
             table["run"] = 0 if steps is None else self._runs  # without clocks there is no noise
             table["step"] = 0.0 if steps is None else steps.numpy()
         table["nonfinite"] = 0
-        found = torch.empty(len(ranges), 2, dtype=torch.float32, device="cpu")
+        found = None if ranges is None else torch.empty(len(ranges), 2, dtype=torch.float32, device="cpu")
+        address, layers = (None, 0) if found is None else (found.data_ptr(), len(found))
         factor, threads = 1.0 if grad_factor is None else grad_factor.item(), torch.get_num_threads()
-        self._run(table.ctypes.data, len(table), found.data_ptr(), len(ranges), factor, self._keep_finite, threads)
-        ranges[:, 0].clamp_(max=found[:, 0])
-        ranges[:, 1].clamp_(min=found[:, 1])
+        self._run(table.ctypes.data, len(table), address, layers, factor, self._keep_finite, threads)
+        if ranges is not None and found is not None:
+            ranges[:, 0].clamp_(max=found[:, 0])
+            ranges[:, 1].clamp_(min=found[:, 1])
         if table["nonfinite"].any():
             nonfinite += torch.from_numpy(table["nonfinite"].copy())
         if flat is not None:

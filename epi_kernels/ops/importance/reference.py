@@ -32,14 +32,14 @@ class Importance:
         self,
         importances: Sequence[Tensor],
         grads: Sequence[Tensor | None],
-        ranges: Tensor,
+        ranges: Tensor | None,
         nonfinite: Tensor,
         grad_factor: Tensor | None,
         due: Tensor | None,
         scales: Sequence[Tensor | None],
         steps: Tensor | None,
     ) -> None:
-        """Advance where there is a gradient, extend the ranges."""
+        """Advance where there is a gradient, extend the ranges if they are wanted."""
         if due is not None and not due:
             return
         slot = IMPORTANCE if self._keep_finite else OF_SLOT[1]
@@ -56,7 +56,7 @@ class Importance:
                 write_(importance, own, signed, noise, slot, positive=not self._keep_finite)
                 signed = read(importance, own, signed.dtype)
                 nonfinite[i] += bad
-            if importance.numel():
+            if ranges is not None and importance.numel():
                 value, valid = usable(signed)
                 low = torch.where(valid, value, math.inf).amin()
                 high = torch.where(valid, value, -math.inf).amax()

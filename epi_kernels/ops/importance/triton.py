@@ -260,6 +260,7 @@ class Importance:
         self._row_major = bool(places)
         flat = Flat(written=[importances], read=[grads], row_major=self._row_major)
         self._strided, self._keep_finite, self._betas = flat.strided, keep_finite, betas.float()
+        self._device, self._layers = device, max(layers, default=0) + 1
         kinds = tiles.dtype_codes(importances)
         self._table = Table(IMPORTANCE.words, table_sizes(importances, tiles.BLOCK), tiles.CHUNK, device, kinds)
         self._table.point("importance", flat.written[0])
@@ -275,14 +276,16 @@ class Importance:
         self,
         importances: Sequence[Tensor],
         grads: Sequence[Tensor | None],
-        ranges: Tensor,
+        ranges: Tensor | None,
         nonfinite: Tensor,
         grad_factor: Tensor | None,
         due: Tensor | None,
         scales: Sequence[Tensor | None],
         steps: Tensor | None,
     ) -> None:
-        """Advance where there is a gradient, extend the ranges."""
+        """Advance where there is a gradient, extend the ranges if they are wanted."""
+        if ranges is None:  # the kernel always extends some
+            ranges = torch.zeros(self._layers, 2, dtype=torch.float32, device=self._device)
         table, flat = self._table, None
         if self._strided:  # the copies have new addresses in each refresh
             flat = Flat(written=[importances], read=[grads], strided=self._strided, row_major=self._row_major)
