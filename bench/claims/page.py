@@ -213,7 +213,8 @@ def mean(found: Found, size: str, name: str, measure: Measure, digits: int = 1) 
 
 def versus(found: Found, size: str, name: str, other: str, measure: Measure) -> str:
     """Return the paired difference of a measure, with its interval."""
-    return "" if name == other else told(interval(found.differences(name, other, size, measure)))
+    differences = found.differences(name, other, size, measure)
+    return "" if name == other or any(map(math.isnan, differences)) else told(interval(differences))
 
 
 def by_ratio(found: Found, size: str) -> str:
