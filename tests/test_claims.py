@@ -49,7 +49,7 @@ def world(folder: Path) -> Language:
 
 
 def options(**more: object) -> argparse.Namespace:
-    defaults = {"plan": False, "workers": 2, "device": "cpu", "minutes": math.inf}
+    defaults = {"plan": False, "workers": 1, "device": "cpu", "minutes": math.inf}
     return argparse.Namespace(**{**defaults, **more})
 
 
@@ -61,7 +61,7 @@ def test_smoke_runs_every_system_and_every_study_and_writes_a_page_of_them(
 ) -> None:
     written = {}
     monkeypatch.setattr(page, "write", lambda results, file: written.update(found=Found(read(results))))
-    command.main(["--smoke"])
+    command.main(["--smoke", "--workers", "1"])
     (smoke,) = SMOKE_TABLES
     for name in (*smoke.systems, *smoke.studies):
         assert written["found"].runs(name, "XS").keys() == {0}, name

@@ -394,7 +394,8 @@ def trade_off(found: Found, size: str, axes: Any) -> None:
             for name in names
             if found.runs(name, size)
         ]
-        axes.plot([x for _, x, _ in points], [y for _, _, y in points], marker, label=label)
+        if points:
+            axes.plot([x for _, x, _ in points], [y for _, _, y in points], marker, label=label)
         for name, x, y in points:
             if not math.isnan(y):
                 axes.annotate(name, (x, y), xytext=(5, 3), textcoords="offset points", fontsize=7)

@@ -29,6 +29,9 @@ EPI_MAIN = (
     "static by update, p = 10%",
     "EPI, p = 10%",
     "random mask, p = 10%",
+    "sequential, at EPI's rate",
+    "static by update, p = 10%, at EPI's rate",
+    "random mask, p = 10%, at EPI's rate",
 )
 PIECE_MAIN = (
     "PIECE-F, 1%",

@@ -43,7 +43,7 @@ def go(
     """
     tables = [table for table in tables if is_there(table)]
     announce(tables, results)
-    if options.plan:
+    if options.plan or options.minutes <= 0:
         return
     until = time.monotonic() + 60 * options.minutes
     # each worker is a fresh process: torch's threads do not survive a fork

@@ -66,6 +66,12 @@ SYSTEMS: dict[str, Entry] = {
     "static by update, p = 1%": Entry(Fixed, {"choose": by_probes(0.01, "update")}),
     "static by update, p = 10%": Entry(Fixed, {"choose": by_probes(0.1, "update")}),
     "random mask, p = 10%": Entry(Fixed, {"choose": at_random(0.1)}),
+    # forgetting can be compared at one rate alone: at a higher one every system learns and forgets more
+    "sequential, at EPI's rate": Entry(System, chosen_by="EPI, p = 10%"),
+    "static by update, p = 10%, at EPI's rate": Entry(
+        Fixed, {"choose": by_probes(0.1, "update")}, chosen_by="EPI, p = 10%"
+    ),
+    "random mask, p = 10%, at EPI's rate": Entry(Fixed, {"choose": at_random(0.1)}, chosen_by="EPI, p = 10%"),
     # ablations
     "static by update, normalised, p = 10%": static(0.1, "update", "layer"),
     "static by importance, p = 10%": static(0.1, "importance"),
