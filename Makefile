@@ -7,7 +7,7 @@
 #   make fuzz    10 minutes of random programs over the optimizers; make fuzz FUZZ='--seed 17' repeats one
 #   make gpu     on a machine with a CUDA GPU: the tests that need one, then the benchmarks, whatever the tests say
 #   make gpu-test | gpu-bench | gpu-sanitize    one of them, or compute-sanitizer; RESULTS=folder gets logs and JSON
-#   make bench   the CPU's times and pictures that the README's tables hold; 7 minutes. make bench-all: peers and models too
+#   make bench   the CPU's times and pictures that the README's tables hold; 6 minutes. make bench-all: peers and models too
 #   make claims  what the papers claim, run again, hours; goes on where it stopped (CLAIMS='--plan': what is left)
 #   make deepspeed  install DeepSpeed into .venv, and the tests that need it
 #   make integrations  the tests in transformers, TRL, accelerate and Lightning, in .venv-integrations; 8 minutes
