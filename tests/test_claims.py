@@ -84,7 +84,7 @@ def test_a_run_that_is_there_is_not_repeated(tmp_path: Path, capsys: pytest.Capt
     assert [{k: v for k, v in json.loads(line).items() if k not in timeless} for line in (again[-1], lines[-1])] == [
         {k: v for k, v in json.loads(lines[-1]).items() if k not in timeless}
     ] * 2
-    assert "few, size XS: 1 of 10 runs left" in capsys.readouterr().out
+    assert "few, size XS: 1 runs left" in capsys.readouterr().out
 
 
 def test_a_plan_that_has_no_time_left_starts_nothing(tmp_path: Path) -> None:
@@ -110,6 +110,19 @@ def test_the_rate_with_the_best_performance_at_the_end_of_the_trials_is_chosen()
         (name, seed, (("rate", 1e-3),)) for seed in (0, 1) for name in table.systems
     ]
     assert {key_of(trial) for trial in trials}.isdisjoint(job.key() for job in planned)
+
+
+def test_runs_at_a_rate_that_is_chosen_no_more_are_run_again_and_not_shown() -> None:
+    def record(kind: str, rate: float, score: float) -> dict:
+        job = Job(kind, "sequential", "S", CHOOSING if kind == "trial" else 0, (("rate", rate),))
+        return record_of(job, {"scores": [[(score, 0.0), (0.0, 0.0)]]}, {})
+
+    table, records = Table("one", "S", 1, ("sequential",)), [record("trial", 1e-4, 10.0), record("run", 1e-4, 11.0)]
+    assert Found(records).runs("sequential", "S").keys() == {0}
+    assert [job.key() for job in runs(table, records)] == [key_of(records[1])]
+    records.append(record("trial", 1e-3, 20.0))
+    assert not Found(records).runs("sequential", "S")
+    assert [job.trial for job in runs(table, records)] == [(("rate", 1e-3),)]
 
 
 def test_every_table_names_systems_that_there_are() -> None:

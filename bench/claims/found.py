@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from claims.plan import choices, rate_of
 from epi_kernels.metrics import forgetting_ratio
 
 Record = Mapping[str, Any]
@@ -19,8 +20,12 @@ class Found:
     def __init__(self, records: Iterable[Record]) -> None:
         self.records = list(records)
         self._runs: dict[tuple[str, str], dict[int, Record]] = {}
+        chosen = choices(self.records)
         for record in self.records:
-            if record["kind"] in ("run", "study"):
+            # another rate may have been chosen since, by more trials
+            at = tuple(record["trial"].items())
+            stale = record["kind"] == "run" and at != rate_of(record["name"], record["size"], chosen)
+            if record["kind"] in ("run", "study") and not stale:
                 self._runs.setdefault((record["name"], record["size"]), {})[record["seed"]] = record
 
     def runs(self, name: str, size: str) -> dict[int, Record]:

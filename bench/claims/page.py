@@ -23,9 +23,21 @@ from claims.found import (
     transfer,
 )
 from claims.language import SIZES
-from claims.plan import ABLATIONS, EPI_MAIN, PIECE_MAIN, TABLES, choices, read, source_of_rate
+from claims.plan import (
+    ABLATIONS,
+    CURVES,
+    EPI_MAIN,
+    PIECE_MAIN,
+    SMOKE_TABLES,
+    TABLES,
+    choices,
+    rate_of,
+    read,
+    scaled,
+    source_of_rate,
+)
 from claims.studies import RATIOS
-from claims.systems import SYSTEMS
+from claims.systems import RATES, SYSTEMS
 from claims.verdicts import (
     CLAIMS,
     EPI,
@@ -55,9 +67,10 @@ there, and what does not show here may. `make claims` repeats everything; this p
   all systems of a seed get the same ones.
 - **Score**: the share of an answer's bytes that are right, each after the right bytes before it, on held-out lines (of
   countries, whose names follow no rule, on the lines that were learned).
-- **Learning rates**: each system's own, of three, by one rule: the highest mean score at the end of a run over three
-  tasks, on a seed and on held-out lines that are in no table. Ablations and sweeps have the rate of the system that
-  they vary. The rate is constant; gradients are clipped to a norm of 1.
+- **Learning rates**: each system's own, of three or more, by one rule: the highest mean score at the end of a run over
+  three tasks, on a seed and on held-out lines that are in no table. Ablations and sweeps have the rate of the system
+  that they vary. The rate is constant; gradients are clipped to a norm of 1. At a higher rate every system learns more
+  and forgets more: forgetting can be compared at one rate, or along the curves over rates.
 - **EPI** chooses its mask every {interval} steps, by an average with beta = {beta}: the paper's 500 steps and 0.99 are
   for runs that are longer by as much. **PIECE** scores entries by {scored} rows of a task. **Static isolation** freezes
   the entries that short probes of all tasks move most, before the first task.
@@ -145,6 +158,9 @@ def comparisons(found: Found) -> Iterable[str]:
         if found.runs("EPI, p = 5%", size):
             yield f"## EPI Figure 6, Tables 10 and 14: the ratio, size {size}\n"
             yield by_ratio(found, size)
+        if found.runs(CURVES[0], size):
+            yield f"## Learning and forgetting by the rate, size {size}\n"
+            yield compared(found, size, CURVES, CURVES[0])
         if found.runs("PIECE-F, 5%", size):
             yield f"## PIECE Figure 7: the share that is trained, size {size}\n"
             kinds = ("PIECE-F", "PIECE-S", "random entries")
@@ -156,6 +172,7 @@ def comparisons(found: Found) -> Iterable[str]:
 def compared(found: Found, size: str, names: Sequence[str], other: str) -> str:
     """Return a table of systems with their differences to one of them."""
     chosen = choices(found.records)
+    names = [name for name in names if name in planned(size)]
     titles = [
         "system",
         "rate",
@@ -175,9 +192,9 @@ def compared(found: Found, size: str, names: Sequence[str], other: str) -> str:
         if not runs:
             rows.append([name, "not run"])
             continue
-        trial = dict(chosen.get((source_of_rate(name), size), ()))
-        rate = f"{trial['rate']:g}" if trial else ""
-        if trial and trial["rate"] in ends(name):
+        trial = dict(rate_of(name, size, chosen))
+        rate = f"{trial['rate']:g}"
+        if trial["rate"] in ends(name, size):
             rate += "*"
         if "strength" in trial:
             rate += f", strength {trial['strength']:g}"
@@ -195,19 +212,23 @@ def compared(found: Found, size: str, names: Sequence[str], other: str) -> str:
             ]
         )
     seeds = len(found.runs(other, size))
-    return table(titles, rows) + f"\n{seeds} seeds. A rate with a star is the highest or lowest of the three tried.\n"
+    return table(titles, rows) + f"\n{seeds} seeds. A rate with a star is the highest or the lowest that was tried.\n"
 
 
-def ends(name: str) -> set[float]:
-    """Return the highest and the lowest rate that was tried for a system; none if there was one."""
-    rates = {trial["rate"] for trial in SYSTEMS[source_of_rate(name)].trials}
+def planned(size: str) -> set[str]:
+    """Return the systems that are to be run at a size."""
+    return {name for table in (*TABLES, *SMOKE_TABLES) if table.size == size for name in table.systems}
+
+
+def ends(name: str, size: str) -> set[float]:
+    """Return the highest and the lowest rate that is tried for a system; none if there is one."""
+    rates = {dict(scaled(trial, size))["rate"] for trial in SYSTEMS[source_of_rate(name)].trials}
     return {min(rates), max(rates)} if len(rates) > 1 else set()
 
 
 def mean(found: Found, size: str, name: str, measure: Measure, digits: int = 1) -> str:
     """Return the mean of a measure over the seeds."""
-    values = found.values(name, size, measure)
-    average = statistics.fmean(values)
+    average = mean_of(found, size, name, measure)
     return "" if math.isnan(average) else f"{average:.{digits}f}"
 
 
@@ -337,12 +358,12 @@ def origin(found: Found) -> Iterable[str]:
     """Yield what was run, where, and for how long."""
     yield "## What was run\n"
     rows = []
-    for planned in TABLES:
-        names = (*planned.systems, *planned.studies)
-        seeds = [len(found.runs(name, planned.size)) for name in names]
-        done = f"{min(seeds)} of {planned.seeds} seeds"
-        hours = sum(r["seconds"] for name in names for r in found.runs(name, planned.size).values()) / 3600
-        rows.append([planned.title, planned.size, str(len(names)), done, f"{hours:.1f}"])
+    for job in TABLES:
+        names = (*job.systems, *job.studies)
+        seeds = [len(found.runs(name, job.size)) for name in names]
+        done = f"{min(seeds)} of {job.seeds} seeds"
+        hours = sum(r["seconds"] for name in names for r in found.runs(name, job.size).values()) / 3600
+        rows.append([job.title, job.size, str(len(names)), done, f"{hours:.1f}"])
     yield table(["table", "size", "systems or studies", "done", "hours of one core"], rows)
     versions = sorted({f"torch {record['torch']}" for record in found.records})
     yield f"With {', '.join(versions)}. Each line of results.jsonl has the commit that it was made with.\n"
@@ -383,25 +404,28 @@ def draw(found: Found, folder: Path) -> None:
 
 
 def trade_off(found: Found, size: str, axes: Any) -> None:
-    """Draw what every system of the main tables has learned, and what it has lost of that."""
-    for names, marker, label in ((EPI_MAIN, "o", "isolation"), (PIECE_MAIN, "s", "few entries and others")):
-        points = [
-            (
-                name,
-                statistics.fmean(found.values(name, size, plasticity)),
-                statistics.fmean(found.values(name, size, forgetting)),
-            )
-            for name in names
-            if found.runs(name, size)
-        ]
-        if points:
-            axes.plot([x for _, x, _ in points], [y for _, _, y in points], marker, label=label)
-        for name, x, y in points:
-            if not math.isnan(y):
-                axes.annotate(name, (x, y), xytext=(5, 3), textcoords="offset points", fontsize=7)
+    """Draw what every system of the main tables has learned, and what it has lost of that; curves are over rates."""
+    for kind in ("sequential", "random mask, p = 10%", "EPI, p = 1%", "EPI, p = 10%"):
+        names = [f"{kind}, rate {rate:g}" for rate in RATES]
+        points = sorted(
+            (mean_of(found, size, name, plasticity), mean_of(found, size, name, forgetting)) for name in names
+        )
+        axes.plot(*zip(*points, strict=True), marker=".", label=f"{kind}, by the rate")
+    names = [name for name in (*EPI_MAIN, *PIECE_MAIN) if not name.startswith(("sequential", "EPI", "random mask"))]
+    for name in names:
+        x, y = mean_of(found, size, name, plasticity), mean_of(found, size, name, forgetting)
+        if not math.isnan(y):
+            axes.plot(x, y, "o", color="0.6", markersize=4)
+            axes.annotate(name, (x, y), xytext=(5, 3), textcoords="offset points", fontsize=7)
     axes.set(xlabel="AP: score right after learning (%)", ylabel="FR: share of it that is lost (%)")
     axes.set_title(f"Right and down is better. Size {size}")
     axes.legend(frameon=False)
+
+
+def mean_of(found: Found, size: str, name: str, measure: Measure) -> float:
+    """Return the mean of a measure over the seeds; NaN if there is no run."""
+    values = found.values(name, size, measure)
+    return statistics.fmean(values) if values else math.nan
 
 
 def ratio(found: Found, size: str, axes: Any) -> None:

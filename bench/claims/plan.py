@@ -76,7 +76,8 @@ ENCODER = (
     "PIECE-S, 1%",
     "random entries, 1%",
 )
-SWEEPS = tuple(name for name in SYSTEMS if name not in {*EPI_MAIN, *PIECE_MAIN, *ABLATIONS})
+CURVES = tuple(name for name in SYSTEMS if ", rate " in name)
+SWEEPS = tuple(name for name in SYSTEMS if name not in {*EPI_MAIN, *PIECE_MAIN, *ABLATIONS, *CURVES})
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,8 @@ class Job:
     trial: tuple[tuple[str, float], ...] = ()
 
     def key(self) -> tuple[Any, ...]:
-        """Return what tells the job from others; a run has one trial, which is chosen."""
-        return (self.kind, self.name, self.size, self.seed, *(self.trial if self.kind == "trial" else ()))
+        """Return what tells the job from others."""
+        return (self.kind, self.name, self.size, self.seed, self.trial)
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Table:
     seeds: int
     systems: tuple[str, ...] = ()
     studies: tuple[str, ...] = ()
-    trials: int = 3  # at most, of each system
+    trials: int = 4  # at most, of each system
 
 
 TABLES = (
@@ -112,6 +113,7 @@ TABLES = (
     Table("studies at fixed weights", "S", 5, studies=tuple(STUDIES)),
     Table("EPI's main tables", "M", 3, EPI_MAIN),
     Table("isolation and PIECE", "E", 3, ENCODER),
+    Table("learning and forgetting by the rate", "S", 5, CURVES),
     Table("ablations", "S", 5, ABLATIONS),
     Table("PIECE's main table", "M", 3, PIECE_MAIN[:6]),
     Table("sweeps", "S", 5, SWEEPS),
@@ -127,11 +129,16 @@ def source_of_rate(name: str) -> str:
 
 
 def trials(table: Table) -> Iterator[Job]:
-    """Return the runs that choose the learning rates of a table's systems."""
+    """Return the runs that choose the learning rates of a table's systems; none of a system with one rate."""
     for name in dict.fromkeys(map(source_of_rate, table.systems)):
-        for trial in SYSTEMS[name].trials[: table.trials]:
-            scaled = trial | {"rate": trial["rate"] * SCALES.get(table.size, 1.0)}
-            yield Job("trial", name, table.size, CHOOSING, tuple(scaled.items()))
+        if len(SYSTEMS[name].trials) > 1:
+            for trial in SYSTEMS[name].trials[: table.trials]:
+                yield Job("trial", name, table.size, CHOOSING, scaled(trial, table.size))
+
+
+def scaled(trial: Mapping[str, float], size: str) -> tuple[tuple[str, float], ...]:
+    """Return a trial with the rate that a size has in its place."""
+    return tuple((trial | {"rate": trial["rate"] * SCALES.get(size, 1.0)}).items())
 
 
 def runs(table: Table, records: Iterable[Mapping[str, Any]]) -> Iterator[Job]:
@@ -139,9 +146,15 @@ def runs(table: Table, records: Iterable[Mapping[str, Any]]) -> Iterator[Job]:
     chosen = choices(records)
     for seed in range(table.seeds):
         for name in table.systems:
-            yield Job("run", name, table.size, seed, chosen[source_of_rate(name), table.size])
+            yield Job("run", name, table.size, seed, rate_of(name, table.size, chosen))
         for name in table.studies:
             yield Job("study", name, table.size, seed)
+
+
+def rate_of(name: str, size: str, chosen: Mapping[tuple[str, str], Any]) -> tuple[tuple[str, float], ...]:
+    """Return the trial that a system is run at: the only one, or the one that is chosen."""
+    entry = SYSTEMS[source_of_rate(name)]
+    return scaled(entry.trials[0], size) if len(entry.trials) == 1 else chosen[source_of_rate(name), size]
 
 
 def choices(records: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], tuple[tuple[str, float], ...]]:

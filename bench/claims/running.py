@@ -115,15 +115,13 @@ def run(job: Job, budget: Budget, folder: Path, device: str) -> dict[str, Any]:
 
 
 def announce(tables: Iterable[Table], results: Path) -> None:
-    """Print what is left of each table, in runs and in seconds of one core."""
+    """Print how many runs are left of each table, and how long one takes on one core."""
     records = read(results)
     done = {key_of(record) for record in records}
-    told: set[Any] = set()
     for table in tables:
-        jobs = [job.key() for job in trials(table)]
-        jobs += [("run", name, table.size, seed) for seed in range(table.seeds) for name in table.systems]
-        jobs += [("study", name, table.size, seed) for seed in range(table.seeds) for name in table.studies]
-        left = [key for key in jobs if key not in done and key not in told]
-        told |= set(left)
-        seconds = SECONDS[table.size]
-        print(f"{table.title}, size {table.size}: {len(left)} of {len(jobs)} runs left, of {seconds} s each")
+        tried = [job for job in trials(table) if job.key() not in done]
+        if tried:  # which runs follow is not known yet
+            left = len(tried) + table.seeds * len(table.systems + table.studies)
+        else:
+            left = sum(job.key() not in done for job in runs(table, records))
+        print(f"{table.title}, size {table.size}: {left} runs left, of {SECONDS[table.size]} s each")

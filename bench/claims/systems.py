@@ -30,8 +30,9 @@ def rates(*values: float) -> tuple[dict[str, float], ...]:
     return tuple({"rate": rate} for rate in values)
 
 
+RATES = (5e-5, 1e-4, 2e-4, 4e-4)  # of the curves
 ALL = rates(3e-5, 1e-4, 3e-4)  # of systems that train all entries, or nearly all, task after task
-TOGETHER = rates(3e-4, 1e-3, 3e-3)  # of the one that has no task to forget
+TOGETHER = rates(3e-4, 1e-3, 3e-3, 1e-2)  # of the one that has no task to forget
 FEW = rates(3e-4, 1e-3, 4e-3)  # of systems that train few
 LEAST = rates(1e-3, 4e-3, 1.6e-2)  # of systems that train a thousandth
 
@@ -62,7 +63,7 @@ SYSTEMS: dict[str, Entry] = {
     "random groups": Entry(RandomGroups, chosen_by="sequential"),
     "heuristic groups": Entry(HeuristicGroups, chosen_by="sequential"),
     "EPI, p = 1%": Entry(EPI, {"isolation_ratio": 0.01}),
-    "EPI, p = 10%": Entry(EPI, {"isolation_ratio": 0.1}),
+    "EPI, p = 10%": Entry(EPI, {"isolation_ratio": 0.1}, rates(3e-5, 1e-4, 3e-4, 1e-3)),
     "static by update, p = 1%": Entry(Fixed, {"choose": by_probes(0.01, "update")}),
     "static by update, p = 10%": Entry(Fixed, {"choose": by_probes(0.1, "update")}),
     "random mask, p = 10%": Entry(Fixed, {"choose": at_random(0.1)}),
@@ -103,6 +104,17 @@ SYSTEMS: dict[str, Entry] = {
     "EPI, H = 5, p = 10%": epi(mask_interval=5),
     "EPI, H = 40, p = 10%": epi(mask_interval=40),
     "EPI, H = 120, p = 10%": epi(mask_interval=120),
+    # what is learned and what is forgotten at other rates
+    **{
+        f"{name}, rate {rate:g}": Entry(kind, settings, rates(rate))
+        for name, kind, settings in (
+            ("sequential", System, {}),
+            ("EPI, p = 1%", EPI, {"isolation_ratio": 0.01}),
+            ("EPI, p = 10%", EPI, {"isolation_ratio": 0.1}),
+            ("random mask, p = 10%", Fixed, {"choose": at_random(0.1)}),
+        )
+        for rate in RATES
+    },
     # PIECE
     "PIECE-F, 0.1%": Entry(Sparse, {"ratio": 0.001, "score": fisher_scores}, LEAST),
     "PIECE-F, 1%": Entry(Sparse, {"ratio": 0.01, "score": fisher_scores}, FEW),
