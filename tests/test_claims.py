@@ -136,6 +136,12 @@ def test_the_committed_page_is_what_the_committed_records_give() -> None:
     assert Path(command.__file__).with_name("README.md").read_text() == page.page(Found(records))
 
 
+def test_the_summary_in_the_readme_is_what_the_committed_records_give() -> None:
+    found = Found(read(Path(command.__file__).with_name("results.jsonl")))
+    text = Path(command.__file__).parents[2].joinpath("README.md").read_text()
+    assert f"{page.BEGIN}\n\n{page.summary(found)}\n\n{page.END}" in text
+
+
 # Tasks ----------------------------------------------------------------------------------------------------------------
 
 

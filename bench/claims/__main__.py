@@ -35,6 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     sizes = options.size or ["S", "M", "E"]
     go([table for table in TABLES if table.size in sizes], BUDGETS, RESULTS, ROOT / "out" / "claims", options)
     page.write(RESULTS, FOLDER / "README.md")
+    page.write_summary(RESULTS, ROOT / "README.md")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
