@@ -249,7 +249,8 @@ def compared(found: Found, size: str, names: Sequence[str], other: str) -> str:
                 mean(found, size, name, exact),
             ]
         )
-    seeds = len(found.runs(other, size))
+    counts = {len(runs) for name in names if (runs := found.runs(name, size))}
+    seeds = " to ".join(map(str, sorted({min(counts), max(counts)})))
     return table(titles, rows) + f"\n{seeds} seeds. A rate with a star is the highest or the lowest that was tried.\n"
 
 
