@@ -32,7 +32,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -42,6 +42,7 @@ import torch
 from cases import machine
 from intervals import QUANTILES, Interval
 from intervals import interval as interval_of
+from pages import table, write_between
 from torch import Tensor, nn
 from torch.nn import Parameter, functional
 from tqdm import tqdm
@@ -59,7 +60,7 @@ from tasks import CONTEXT, Task, make_tasks  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results" / "storages.json"
 README = ROOT / "bench" / "README.md"
-BEGIN, END = (f"<!-- tables of storages.py {edge} here -->" for edge in ("begin", "end"))
+MARKS = ("<!-- tables of storages.py begin here -->", "<!-- tables of storages.py end here -->")
 TASK = "Python source"
 RATES = (1e-5, demo.LEARNING_RATE)  # one of fine-tuning a large model, and the demo's
 LAST = 100  # steps whose losses make the final loss
@@ -449,22 +450,6 @@ def report(results: Mapping[str, Any]) -> str:
     return "\n\n".join(tables)
 
 
-def put_into_readme(text: str) -> None:
-    """Replace the tables in bench/README.md."""
-    before, rest = README.read_text().split(BEGIN)
-    after = rest.split(END)[1]
-    README.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
-
-
-def table(titles: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """Return a table in Markdown, its columns as wide as their widest cells."""
-    lines = [titles, *body]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
-    padded.insert(1, ["-" * width for width in widths])
-    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
-
-
 def loss_cells(results: Mapping[str, Any], rate: float) -> Iterator[list[str]]:
     """Yield the cells of a row for each storage."""
     for row, held_out in zip(rows(results, rate), rows(results, rate, "held_out"), strict=True):
@@ -569,7 +554,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(report(results))
     draw(results, file.with_suffix(".png"))
     if file == RESULTS:
-        put_into_readme(report(results))
+        write_between(README, MARKS, report(results))
 
 
 def run(results: dict[str, Any], seeds: int, settings: Settings, options: argparse.Namespace, file: Path) -> None:

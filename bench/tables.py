@@ -9,7 +9,7 @@ measured lack it: its cell is empty.
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,11 @@ from cases import (
     SCORING,
     SPARSE,
 )
+from pages import table, write_between
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
-BEGIN, END = "<!-- written by bench/tables.py: begin -->", "<!-- written by bench/tables.py: end -->"
+MARKS = ("<!-- written by bench/tables.py: begin -->", "<!-- written by bench/tables.py: end -->")
 
 # the results that the README shows: file -> what the README calls the machine
 MACHINES = {
@@ -106,12 +107,6 @@ def peak(figures: dict[str, Any]) -> str:
     return "" if size is None else number(round(size, 1), 2)
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows as a table in Markdown; the first is the head."""
-    head, *others = rows
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *others))
-
-
 def source(about: str, machine: dict[str, Any], place: str) -> str:
     """Return a sentence on where figures come from; `place` is the way to the file of results."""
     return (
@@ -124,19 +119,19 @@ def steps_table() -> str:
     """Return the table of steps: bytes, and the ratios on every machine."""
     figures = [results(file)[2] for file in MACHINES]
     on = [f"on the {ordinal}" for ordinal in ORDINALS[1 : len(MACHINES)]]
-    rows = [["step", "bytes of state", "more during a step", "time, torch's fused AdamW: 1", *on]]
+    titles, rows = ["step", "bytes of state", "more during a step", "time, torch's fused AdamW: 1", *on], []
     for name, title in STEPS.items():
         own = [of[name] for of in figures if name in of]
         if own:
             taken = next(filter(None, map(peak, own)), "")
             rows.append([title, state(own[0]), taken, *(spread(of[name]) if name in of else "" for of in figures)])
-    return table(rows)
+    return table(titles, rows)
 
 
 def complete_table(figures: dict[str, dict[str, Any]]) -> str:
     """Return the table of all figures of one machine."""
     head = ["step", "bytes of state", "more during a step", "bytes moved", "ns", "GB/s", "share of a copy's GB/s"]
-    rows = [[*head, "time, torch's fused AdamW: 1", "CPU time / time"]]
+    titles, rows = [*head, "time, torch's fused AdamW: 1", "CPU time / time"], []
     for name, title in (STEPS | OTHERS | {name: name for name in COMPACT}).items():
         if name not in figures:
             continue
@@ -145,7 +140,7 @@ def complete_table(figures: dict[str, dict[str, Any]]) -> str:
         cells = [state(own), peak(own), number(own["bytes_per_entry"], 2)]
         cells += [f"{ns:.2f}" if ns > 0.1 else number(ns, 2), f"{speed:.0f}" if speed else "", share_of_copy(own)]
         rows.append([title, *cells, spread(own), f"{own['cpu_per_wall']:.2f}"])
-    return table(rows)
+    return table(titles, rows)
 
 
 # of the results of bench/peers.py -> what the README calls it
@@ -166,7 +161,7 @@ def peers_table() -> str:
     """Return the table of other packages' steps."""
     found = json.loads((RESULTS / "peers.json").read_text())
     steps = {step["step"]: step for step in found["steps"]}
-    rows = [["step", "bytes of state", "time, torch's fused AdamW: 1"]]
+    titles, rows = ["step", "bytes of state", "time, torch's fused AdamW: 1"], []
     for name, title in PEERS.items():
         rows.append([title, number(steps[name]["state_bytes_per_entry"], 2), spread(steps[name])])
     rows += [[name, "", f"not measured: {reason}"] for name, reason in found["missing"].items()]
@@ -175,7 +170,7 @@ def peers_table() -> str:
         f"machine, {found['machine']['date']}\n([results](bench/results/peers.json)). Those of "
         "torchao and bitsandbytes are made for GPUs."
     )
-    return f"{about}\n\n{table(rows)}"
+    return f"{about}\n\n{table(titles, rows)}"
 
 
 def host_sentence() -> str:
@@ -228,7 +223,7 @@ def growth_table() -> str:
     """Return how times grow: over linear growth from the first value, at the last and, if more, in between."""
     found = json.loads((RESULTS / "scaling.json").read_text())
     names = (BASELINE, EPI, REFRESH, SPARSE)
-    rows = [["what grows", "from", "to", *(STEPS[name] for name in names)]]
+    titles, rows = ["what grows", "from", "to", *(STEPS[name] for name in names)], []
     for one in found["results"].values():
         cells = []
         for name in names:
@@ -239,7 +234,7 @@ def growth_table() -> str:
             rows.append([one["label"], *(f"{one['values'][i]:,}" for i in (0, -1)), *cells])
     date, commit = (found["machine"][key] for key in ("date", "commit"))
     about = f"The time at the last value, where linear growth from the first gives 1; {date}, commit {commit}"
-    return f"{about}\n([results](results/scaling.json)):\n\n{table(rows)}"
+    return f"{about}\n([results](results/scaling.json)):\n\n{table(titles, rows)}"
 
 
 # page -> what stands there between the marks
@@ -255,10 +250,7 @@ def main() -> None:
         if printed:
             print(f"{name}\n\n{text()}\n")
             continue
-        page = ROOT / name
-        before, rest = page.read_text().split(BEGIN)
-        _, after = rest.split(END)
-        page.write_text(f"{before}{BEGIN}\n\n{text()}\n\n{END}{after}")
+        write_between(ROOT / name, MARKS, text())
 
 
 if __name__ == "__main__":

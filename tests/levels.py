@@ -44,5 +44,5 @@ def chosen(challenger: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> str:
         loaded = library_at(level)
         monkeypatch.setattr(native, "_load", lambda: loaded)
         if native.simd_level() != level:
-            pytest.skip("this machine or platform does not have that SIMD level")
+            pytest.skip(f"this machine or platform has no SIMD level {level}; it runs {native.simd_level()}")
     return name

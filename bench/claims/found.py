@@ -34,7 +34,7 @@ class Found:
 
     def sizes(self) -> list[str]:
         """Return the sizes of which there are runs, from small to large."""
-        return [size for size in ("XS", "S", "M", "L") if any(size == key for _, key in self._runs)]
+        return [size for size in ("XS", "S", "M", "L", "E") if any(size == key for _, key in self._runs)]
 
     def values(self, name: str, size: str, measure: Measure) -> list[float]:
         """Return a measure of every seed's run."""

@@ -58,12 +58,20 @@ def go(
                 done = {key_of(record) for record in read(results)}
                 left = [job for job in jobs(table) if job.key() not in done]
                 title = f"{table.title}, size {table.size}" + (", choosing rates" if jobs is trials else "")
-                with results.open("a") as file, tqdm(total=len(left), desc=title, unit="run") as progress:
+                with tqdm(total=len(left), desc=title, unit="run") as progress:
                     for record in in_turn(pool, work, left, until, options.workers):
-                        print(json.dumps(record), file=file, flush=True)
+                        keep(record, results)
                         progress.update()
                 if time.monotonic() > until:
                     return
+
+
+def keep(record: Mapping[str, Any], results: Path) -> None:
+    """Add a line to the results; the file is written whole or not at all: a program that is killed breaks no line."""
+    lines = results.read_text() if results.exists() else ""
+    part = results.with_suffix(".part")
+    part.write_text(f"{lines}{json.dumps(record)}\n")
+    part.replace(results)
 
 
 def is_there(table: Table) -> bool:
@@ -110,7 +118,10 @@ def run(job: Job, budget: Budget, folder: Path, device: str) -> dict[str, Any]:
         found = {"found": STUDIES[job.name](world), "seconds": round(time.perf_counter() - started, 1)}
     else:
         found = asdict(learn(make(job.name, world, dict(job.trial)), world, choosing=job.kind == "trial"))
-    about = {"commit": said_by("git", "describe", "--always", "--dirty"), "torch": torch.__version__}
+    # the results themselves have changed, by every run
+    changed = said_by("git", "status", "--porcelain", "-uno", "--", ":/", ":(exclude,top)bench/claims/results.jsonl")
+    commit = said_by("git", "describe", "--always") + ("-dirty" if changed else "")
+    about = {"commit": commit, "torch": torch.__version__}
     return record_of(job, found, about)
 
 

@@ -49,6 +49,14 @@ class Entry:
     chosen_by: str | None = None  # the system whose chosen rate this one takes, as ablations and sweeps do
 
 
+PERCENTS = (0.5, 1, 2, 5, 10, 20, 40)
+
+
+def swept(kind: str, percent: float) -> str:
+    """Return the name of EPI or static isolation in the sweep over p; p = 10% is the system of the main table."""
+    return f"{kind}, p = 10%" if percent == 10 else f"{kind}, p = {percent:g}%, at the rate of 10%"
+
+
 def epi(**settings: Any) -> Entry:
     """Return a form of EPI, at the rate that is chosen for EPI with p = 10%."""
     return Entry(EPI, {"isolation_ratio": 0.1, **settings}, chosen_by="EPI, p = 10%")
@@ -92,17 +100,9 @@ SYSTEMS: dict[str, Entry] = {
     "EPI, importance in exp_avg_sq, p = 10%": epi(importance="exp_avg_sq"),
     "EPI, importance in bfloat16, p = 10%": epi(importance_dtype=torch.bfloat16),
     "EPI, importance in 8 bits, p = 10%": epi(importance_dtype="8bit"),
-    # sweeps
-    "EPI, p = 0.5%": epi(isolation_ratio=0.005),
-    "EPI, p = 2%": epi(isolation_ratio=0.02),
-    "EPI, p = 5%": epi(isolation_ratio=0.05),
-    "EPI, p = 20%": epi(isolation_ratio=0.2),
-    "EPI, p = 40%": epi(isolation_ratio=0.4),
-    "static by update, p = 0.5%": static(0.005, "update"),
-    "static by update, p = 2%": static(0.02, "update"),
-    "static by update, p = 5%": static(0.05, "update"),
-    "static by update, p = 20%": static(0.2, "update"),
-    "static by update, p = 40%": static(0.4, "update"),
+    # sweeps, all at the rate of p = 10%
+    **{swept("EPI", percent): epi(isolation_ratio=percent / 100) for percent in PERCENTS if percent != 10},
+    **{swept("static by update", percent): static(percent / 100, "update") for percent in PERCENTS if percent != 10},
     "EPI, H = 5, p = 10%": epi(mask_interval=5),
     "EPI, H = 40, p = 10%": epi(mask_interval=40),
     "EPI, H = 120, p = 10%": epi(mask_interval=120),

@@ -19,6 +19,7 @@ from claims.found import (
     plasticity,
     stage_of,
 )
+from claims.systems import swept
 
 Values = Callable[[Found, str], list[float]]
 EPI, STATIC = "EPI, p = 10%", "static by update, p = 10%"
@@ -48,8 +49,8 @@ def lower(name: str, other: str, measure: Measure) -> Values:
 def more_steady(found: Found, size: str) -> list[float]:
     """Return how much more of the last task static isolation fails to learn than EPI, from p = 1% to 20%."""
     ours = zip(
-        found.differences(FEW_EPI, "EPI, p = 20%", size, newest),
-        found.differences(FEW_STATIC, "static by update, p = 20%", size, newest),
+        found.differences(swept("EPI", 1), swept("EPI", 20), size, newest),
+        found.differences(swept("static by update", 1), swept("static by update", 20), size, newest),
         strict=False,
     )
     return [static - evolving for evolving, static in ours]
@@ -238,13 +239,15 @@ CLAIMS = (
         POINTS,
         higher(EPI, "EPI, H = 120, p = 10%", performance),
     ),
-    Claim("EPI Figure 6", "p = 1% is better than 0.5%", POINTS, higher(FEW_EPI, "EPI, p = 0.5%", performance)),
-    Claim("EPI Figure 6", "p = 1% is better than 5%", POINTS, higher(FEW_EPI, "EPI, p = 5%", performance)),
+    Claim(
+        "EPI Figure 6", "p = 1% is better than 0.5%", POINTS, higher(swept("EPI", 1), swept("EPI", 0.5), performance)
+    ),
+    Claim("EPI Figure 6", "p = 1% is better than 5%", POINTS, higher(swept("EPI", 1), swept("EPI", 5), performance)),
     Claim(
         "EPI Table 10",
         "static isolation is better at p = 1% than at 5%",
         POINTS,
-        higher(FEW_STATIC, "static by update, p = 5%", performance),
+        higher(swept("static by update", 1), swept("static by update", 5), performance),
     ),
     Claim(
         "EPI Table 14",
@@ -329,7 +332,7 @@ CLAIMS = (
 def verdict(found: Interval, values: Sequence[float]) -> str:
     """Return whether a claim shows, and where that cannot be told, how many seeds would tell."""
     if found.count < 3:
-        return "not run"
+        return "too few seeds so far" if found.count else "not run"
     if found.mean - found.half > 0:
         return "**shows**"
     if found.mean + found.half < 0:
