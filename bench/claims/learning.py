@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from claims.world import Batch, Task, World
@@ -30,9 +31,10 @@ def conflicts(system: System, world: World, seen: Sequence[Task]) -> float | Non
         gradients[task.name] = {
             name: tensor.masked_fill(fixed[name], 0.0) if name in fixed else tensor for name, tensor in gradient.items()
         }
-    matrix = conflict_matrix(gradients)
+    # a gradient that is 0 where entries may move has no direction, and conflicts with none
+    matrix = conflict_matrix({name: of for name, of in gradients.items() if any(map(torch.any, of.values()))})
     names = [task.name for task in seen]
-    pairs = [matrix[a][b] for i, a in enumerate(names) for b in names[:i]]
+    pairs = [matrix.get(a, {}).get(b, 0.0) for i, a in enumerate(names) for b in names[:i]]
     return sum(pairs) / len(pairs)
 
 
