@@ -152,7 +152,7 @@ def test_tensors_are_aligned_wherever_the_lock_is(
     monkeypatch.setattr(tiles, "launch", lambda kernel, programs, device, rows, *_, **__: launched.append(rows))
     lists: dict[str, Any] = step_lists([torch.ones(64)], [gradient((64,))], lock_in, amsgrad)
     if shifted and not lists[shifted]:
-        pytest.skip(f"there are no {shifted}")
+        pytest.skip(f"a step with the lock in {lock_in} has no list of {shifted} to shift")
     if shifted:
         (tensor,) = lists[shifted]
         lists[shifted] = [torch.cat([tensor[:1], tensor])[1:]]  # one entry off

@@ -82,7 +82,7 @@ class Run:
     def __init__(self, kind: str, storage: str, backend: str, mesh: Any, masked: int = 2) -> None:
         self.shape, self.strides, self.dtype = STORAGES[storage]
         if (kind == "SparseAdamW" or "exp_avg_sq" in kind) and self.dtype.is_complex:
-            pytest.skip("it takes no complex parameters")
+            pytest.skip(f"{kind} takes no complex parameters")
         skip_unless_it_takes(backend, self.dtype.to_real() if self.dtype.is_complex else self.dtype)
         if backend == "native" and storage == "float64":
             pytest.skip("the native backend takes no float64")

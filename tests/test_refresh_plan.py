@@ -194,9 +194,9 @@ def disturbed(run: Run, disturb: Callable[[Run], None], plan_anew: bool) -> list
 @pytest.mark.parametrize("kind", ["EPIAdamW", "IsolatedOptimizer"])
 def test_a_run_equals_one_that_plans_every_refresh(name: str, kind: str, backend: str) -> None:
     if (name, kind) == ("names lost", "IsolatedOptimizer"):
-        pytest.skip("it refuses to step parameters that are not those that were named")
+        pytest.skip("IsolatedOptimizer refuses to step parameters that are not those that were named")
     if (kind, backend) == ("IsolatedOptimizer", "triton"):
-        pytest.skip("to save time: its plans are those of EPIAdamW, which are tried with Triton")
+        pytest.skip("to save time: the plans of IsolatedOptimizer are those of EPIAdamW, which are tried with Triton")
     disturb = DISTURBANCES[name]
     found, expected = (disturbed(Run(backend, kind), disturb, plan_anew) for plan_anew in (False, True))
     assert same_state(found, expected)
