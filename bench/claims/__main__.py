@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
             page.write(results, Path(folder, "README.md"))
         return
     sizes = options.size or ["S", "M", "E"]
-    go([table for table in TABLES if table.size in sizes], BUDGETS, RESULTS, ROOT / "out" / "claims", options)
+    go([table for table in TABLES if table.size in sizes], BUDGETS, RESULTS, FOLDER / "weights", options)
     page.write(RESULTS, FOLDER / "README.md")
     page.write_summary(RESULTS, ROOT / "README.md")
 

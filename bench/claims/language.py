@@ -56,7 +56,7 @@ class Language(World):
         size: of SIZES.
         seed: as in `World`.
         budget: as in `World`.
-        folder: where pre-trained weights are kept.
+        folder: of pre-trained weights.
         device: of the model and the rows.
         tasks: how many of the five are learned, the first ones of the order.
     """
@@ -93,14 +93,23 @@ class Language(World):
 
 
 def pretrained(size: str, folder: Path, device: str = "cpu") -> Mapping[str, Tensor]:
-    """Return weights that know English prose; made once for a size, and kept under a name that tells their recipe."""
+    """Return weights that know English prose, float32: those in the folder, or new ones, which it gets.
+
+    The folder has them as float16. Other CPUs round otherwise, and 2,500 steps make other weights of that: runs on two
+    machines can be compared where both start from the same file.
+    """
     made = SIZES[size]
     text = prose()
     model_source = (ROOT / "examples" / "model.py").read_bytes()
-    recipe = repr((made, torch.__version__, text.train, model_source))
+    recipe = repr((made, text.train, model_source))
     file = folder / f"pretrained-{size}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}.pt"
-    if file.exists():
-        return torch.load(file, weights_only=True)
+    if not file.exists():
+        write_pretrained(made, text, file, device)
+    return {name: tensor.float() for name, tensor in torch.load(file, weights_only=True).items()}
+
+
+def write_pretrained(made: Size, text: Task, file: Path, device: str) -> None:
+    """Pre-train a model of a size on a text, and write its weights as float16."""
     torch.manual_seed(0)
     model = made.model().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=made.rate, betas=(0.9, 0.95), fused=True)
@@ -112,9 +121,8 @@ def pretrained(size: str, folder: Path, device: str = "cpu") -> Mapping[str, Ten
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    folder.mkdir(parents=True, exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     # written whole or not at all, also when two processes make it
     part = file.with_suffix(f".part-{os.getpid()}")
-    torch.save(model.cpu().state_dict(), part)
+    torch.save({name: tensor.half() for name, tensor in model.cpu().state_dict().items()}, part)
     part.replace(file)
-    return torch.load(file, weights_only=True)

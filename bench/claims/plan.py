@@ -110,9 +110,9 @@ class Table:
 TABLES = (
     Table("EPI's main tables", "S", 5, EPI_MAIN),
     Table("PIECE's main table", "S", 5, PIECE_MAIN),
-    Table("studies at fixed weights", "S", 5, studies=tuple(STUDIES)),
     Table("EPI's main tables", "M", 3, EPI_MAIN),
     Table("PIECE's main table", "M", 3, PIECE_MAIN[:6]),
+    Table("studies at fixed weights", "S", 5, studies=tuple(STUDIES)),
     Table("isolation and PIECE", "E", 3, ENCODER),
     Table("learning and forgetting by the rate", "S", 5, CURVES),
     Table("ablations", "S", 5, ABLATIONS),

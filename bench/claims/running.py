@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import platform
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -16,6 +18,7 @@ from typing import Any
 
 import torch
 from cases import said_by
+from torch import nn
 from tqdm import tqdm
 
 from claims.language import Language
@@ -38,7 +41,7 @@ def go(
         tables: in order of worth.
         budgets: size -> budget; `Budget()` where there is none.
         results: a file of JSON lines, to which a line is added when a run ends.
-        folder: where pre-trained weights are kept.
+        folder: of pre-trained weights.
         options: of the command line.
     """
     tables = [table for table in tables if is_there(table)]
@@ -121,8 +124,17 @@ def run(job: Job, budget: Budget, folder: Path, device: str) -> dict[str, Any]:
     # the results themselves have changed, by every run
     changed = said_by("git", "status", "--porcelain", "-uno", "--", ":/", ":(exclude,top)bench/claims/results.jsonl")
     commit = said_by("git", "describe", "--always") + ("-dirty" if changed else "")
-    about = {"commit": commit, "torch": torch.__version__}
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    about = {"weights": digest(world.fresh()), "commit": commit, **versions}
     return record_of(job, found, about)
+
+
+def digest(model: nn.Module) -> str:
+    """Return what tells the weights of a model from others; two runs can be compared where these are equal."""
+    found = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        found.update(tensor.cpu().numpy().tobytes())
+    return found.hexdigest()[:12]
 
 
 def announce(tables: Iterable[Table], results: Path) -> None:
