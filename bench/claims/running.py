@@ -49,14 +49,14 @@ def go(
     if options.plan or options.minutes <= 0:
         return
     until = time.monotonic() + 60 * options.minutes
+    about = {"commit": commit(), "torch": torch.__version__, "python": platform.python_version()}
     # each worker is a fresh process: torch's threads do not survive a fork
     with ProcessPoolExecutor(options.workers, get_context("spawn"), one_thread) as pool:
         for table in tables:
-            work = partial(run, budget=budgets.get(table.size, Budget()), folder=folder, device=options.device)
+            budget = budgets.get(table.size, Budget())
+            work = partial(run, budget=budget, folder=folder, device=options.device, about=about)
             # the first run pre-trains, once for all
-            pool.submit(
-                world_of, Job("study", "", table.size, 0), work.keywords["budget"], folder, options.device
-            ).result()
+            pool.submit(world_of, Job("study", "", table.size, 0), budget, folder, options.device).result()
             for jobs in (trials, lambda table: runs(table, read(results))):
                 done = {key_of(record) for record in read(results)}
                 left = [job for job in jobs(table) if job.key() not in done]
@@ -113,20 +113,21 @@ def world_of(job: Job, budget: Budget, folder: Path, device: str) -> World:
     return Language(job.size, job.seed, budget, folder, device, **tasks)
 
 
-def run(job: Job, budget: Budget, folder: Path, device: str) -> dict[str, Any]:
-    """Do a job, and return its record."""
+def run(job: Job, budget: Budget, folder: Path, device: str, about: Mapping[str, str]) -> dict[str, Any]:
+    """Do a job, and return its record, with what is known about the program."""
     world = world_of(job, budget, folder, device)
     started = time.perf_counter()
     if job.kind == "study":
         found = {"found": STUDIES[job.name](world), "seconds": round(time.perf_counter() - started, 1)}
     else:
         found = asdict(learn(make(job.name, world, dict(job.trial)), world, choosing=job.kind == "trial"))
-    # the results themselves have changed, by every run
+    return record_of(job, found, {"weights": digest(world.fresh()), **about})
+
+
+def commit() -> str:
+    """Return the commit of the program, with "-dirty" if files have changed since, other than the results."""
     changed = said_by("git", "status", "--porcelain", "-uno", "--", ":/", ":(exclude,top)bench/claims/results.jsonl")
-    commit = said_by("git", "describe", "--always") + ("-dirty" if changed else "")
-    versions = {"torch": torch.__version__, "python": platform.python_version()}
-    about = {"weights": digest(world.fresh()), "commit": commit, **versions}
-    return record_of(job, found, about)
+    return said_by("git", "describe", "--always") + ("-dirty" if changed else "")
 
 
 def digest(model: nn.Module) -> str:
