@@ -492,15 +492,18 @@ def test_lora_trains_its_updates_alone(world: Language, kind: type[LoRA]) -> Non
     [
         ([1.0, 1.1, 0.9, 1.0, 1.05], "**shows**"),
         ([-1.0, -1.1, -0.9, -1.0, -1.05], "**the opposite shows**"),
-        ([1.0, -1.0, 1.0, -0.9, 0.5], "cannot be told here; about 306 seeds would tell it, if the mean stays"),
-        ([-1.0, 1.0, -1.0, 0.9, -0.5], "cannot be told here; about 306 seeds would tell the opposite of it"),
+        ([1.0, -1.0, 1.0, -0.9, 0.5], "cannot be told here; if the mean stays, about 306 seeds would show it"),
+        (
+            [-1.0, 1.0, -1.0, 0.9, -0.5],
+            "cannot be told here; if the mean stays, about 306 seeds would show the opposite",
+        ),
         ([0.0, 0.0, 0.0], "cannot be told here: no difference was seen"),
         ([1.0, 1.0], "too few seeds so far"),
         ([], "not run"),
     ],
 )
 def test_a_verdict_follows_from_the_interval(values: list[float], words: str) -> None:
-    claim = Claim("a paper", "something", "points", lambda found, size: values)
+    claim = Claim("a paper", "something", "", "points", lambda found, size: values)
     assert judged(claim, Found([]), "S")[1].startswith(words)
 
 
