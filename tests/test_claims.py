@@ -27,7 +27,7 @@ from claims import encoder, page
 from claims.few import LoRA, LowRank, OrthogonalLoRA
 from claims.found import Found, forgetting, performance, plasticity, transfer
 from claims.isolation import EPI
-from claims.language import Language, byte_loss
+from claims.language import SIZES, Language, byte_loss
 from claims.learning import learn, step
 from claims.plan import (
     CHOOSING,
@@ -45,7 +45,7 @@ from claims.plan import (
     source_of_rate,
 )
 from claims.remembering import EWC, GEM, LwF, ReplayDuring, nonnegative
-from claims.running import go, keep
+from claims.running import digest, go, keep, refuse_other_weights
 from claims.system import RandomGroups, System, Together
 from claims.systems import PERCENTS, SYSTEMS, make, swept
 from claims.tasks import CONTEXT, END, EQUALS, IGNORED, make_tasks, prose
@@ -163,6 +163,27 @@ def test_the_summary_in_the_readme_is_what_the_committed_records_give() -> None:
     found = Found(read(Path(command.__file__).with_name("results.jsonl")))
     text = Path(command.__file__).parents[2].joinpath("README.md").read_text()
     assert between(page.MARKS, page.summary(found)) in text
+
+
+def test_the_committed_runs_of_a_size_start_from_the_committed_weights() -> None:
+    files = Path(command.__file__).with_name("weights")
+    records = [record for record in read(files.with_name("results.jsonl")) if record["kind"] != "trial"]
+    for size in {record["size"] for record in records} & set(SIZES):
+        model = SIZES[size].model()
+        (file,) = files.glob(f"pretrained-{size}-*.pt")
+        model.load_state_dict(torch.load(file, weights_only=True))
+        assert {record["weights"] for record in records if record["size"] == size} == {digest(model)}
+
+
+def test_runs_from_other_weights_are_refused() -> None:
+    def run(size: str, weights: str, kind: str = "run") -> dict[str, str]:
+        return {"kind": kind, "size": size, "weights": weights}
+
+    records = [run("S", "aaaa"), run("M", "bbbb"), run("S", "cccc", kind="trial")]
+    refuse_other_weights("S", "aaaa", records)
+    refuse_other_weights("E", "dddd", records)
+    with pytest.raises(SystemExit, match="size S: runs so far start from weights aaaa, this program from bbbb"):
+        refuse_other_weights("S", "bbbb", records)
 
 
 def test_a_program_that_is_killed_while_it_writes_breaks_no_line(

@@ -55,8 +55,9 @@ def go(
         for table in tables:
             budget = budgets.get(table.size, Budget())
             work = partial(run, budget=budget, folder=folder, device=options.device, about=about)
-            # the first run pre-trains, once for all
-            pool.submit(world_of, Job("study", "", table.size, 0), budget, folder, options.device).result()
+            # pre-trains if there are no weights, once for all
+            weights = pool.submit(weights_of, table.size, budget, folder, options.device).result()
+            refuse_other_weights(table.size, weights, read(results))
             for jobs in (trials, lambda table: runs(table, read(results))):
                 done = {key_of(record) for record in read(results)}
                 left = [job for job in jobs(table) if job.key() not in done]
@@ -128,6 +129,22 @@ def commit() -> str:
     """Return the commit of the program, with "-dirty" if files have changed since, other than the results."""
     changed = said_by("git", "status", "--porcelain", "-uno", "--", ":/", ":(exclude,top)bench/claims/results.jsonl")
     return said_by("git", "describe", "--always") + ("-dirty" if changed else "")
+
+
+def weights_of(size: str, budget: Budget, folder: Path, device: str) -> str:
+    """Return the digest of the weights that runs of a size start from here."""
+    return digest(world_of(Job("study", "", size, 0), budget, folder, device).fresh())
+
+
+def refuse_other_weights(size: str, weights: str, records: Iterable[Mapping[str, Any]]) -> None:
+    """Raise SystemExit if runs among the records have started from other weights: they cannot be compared."""
+    others = {record["weights"] for record in records if record["size"] == size and record["kind"] != "trial"}
+    if others - {weights}:
+        raise SystemExit(
+            f"size {size}: runs so far start from weights {', '.join(sorted(others))}, this program from {weights} "
+            "(another text to pre-train on, as another Python has, or another model); to begin again, remove the runs "
+            "of this size from claims/results.jsonl"
+        )
 
 
 def digest(model: nn.Module) -> str:
