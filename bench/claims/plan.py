@@ -104,7 +104,7 @@ class Table:
     seeds: int
     systems: tuple[str, ...] = ()
     studies: tuple[str, ...] = ()
-    trials: int = 6  # at most, of each system
+    trials: int = 8  # at most, of each system
 
 
 TABLES = (
