@@ -104,7 +104,7 @@ class Table:
     seeds: int
     systems: tuple[str, ...] = ()
     studies: tuple[str, ...] = ()
-    trials: int = 8  # at most, of each system
+    trials: int = 12  # at most, of each system
 
 
 TABLES = (

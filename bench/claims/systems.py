@@ -40,7 +40,12 @@ FEW = rates(1e-4, 3e-4, 1e-3, 4e-3)  # of systems that train few
 ADAPTERS = (*FEW, *rates(3e-5))
 PENALTIES = tuple(  # 0.5 is the paper's
     {"rate": rate, "strength": strength}
-    for rate, strengths in ((1e-4, (0.5, 1e2, 1e4, 1e6)), (3e-4, (1e4, 1e5, 1e6)), (1e-3, (1e4,)))
+    for rate, strengths in (
+        (1e-4, (0.5, 1e2, 1e4, 1e6)),
+        (3e-4, (1e4, 1e5, 1e6)),
+        (1e-3, (1e4, 1e3, 1e5)),
+        (3e-3, (1e4,)),
+    )
     for strength in strengths
 )
 LEAST = rates(3e-4, 1e-3, 4e-3, 1.6e-2)  # of systems that train a thousandth
