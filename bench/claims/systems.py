@@ -43,7 +43,7 @@ PENALTIES = tuple(  # 0.5 is the paper's
     for rate, strengths in (
         (1e-4, (0.5, 1e2, 1e4, 1e6)),
         (3e-4, (1e4, 1e5, 1e6)),
-        (1e-3, (1e4, 1e3, 1e5)),
+        (1e-3, (1e4, 1e3, 1e5, 1e2)),
         (3e-3, (1e4,)),
     )
     for strength in strengths
