@@ -40,7 +40,7 @@ from claims.plan import (
     source_of_rate,
 )
 from claims.studies import RATIOS
-from claims.systems import PERCENTS, RATES, SYSTEMS, swept
+from claims.systems import CURVED, PERCENTS, SYSTEMS, at_rate, swept
 from claims.verdicts import (
     CLAIMS,
     EPI,
@@ -139,7 +139,9 @@ def summary(found: Found) -> str:
         f"{mean(found, 'S', plain, forgetting, 0)}% of what it has learned, and EPI {less(plain)} points less. EPI "
         f"also loses {less(random)} points less than a random mask of as many entries, and {less(static)} less than a "
         "static mask. A lower rate forgets less too, and learns less: each at its own best rate, EPI with 1% "
-        f"protected ends {better(FEW_EPI)}, and EPI with 10% {better(EPI)}."
+        f"protected ends {better(FEW_EPI)}, and EPI with 10% {better(EPI)}. Of the other methods, replay of 1% of the "
+        f"earlier rows ends {better('replay during')}, EWC {better('EWC')}, and PIECE with 1% trained "
+        f"{better('PIECE-F, 1%')}."
     )
     return textwrap.fill(text, width=120, break_long_words=False, break_on_hyphens=False)
 
@@ -457,8 +459,8 @@ def trade_off(found: Found, size: str, axes: Any) -> None:
     def place(name: str) -> tuple[float, float]:
         return mean_of(found, size, name, plasticity), mean_of(found, size, name, forgetting)
 
-    for kind in ("sequential", "random mask, p = 10%", "EPI, p = 1%", "EPI, p = 10%"):
-        names = [name for rate in RATES if found.runs(name := f"{kind}, rate {rate:g}", size)]
+    for kind, rates in CURVED.items():
+        names = [name for rate in rates if found.runs(name := at_rate(kind, rate), size)]
         if names:
             axes.plot(*zip(*sorted(map(place, names)), strict=True), marker=".", label=f"{kind}, by the rate")
             axes.legend(frameon=False)

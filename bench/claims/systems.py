@@ -30,7 +30,6 @@ def rates(*values: float) -> tuple[dict[str, float], ...]:
     return tuple({"rate": rate} for rate in values)
 
 
-RATES = (5e-5, 1e-4, 2e-4, 4e-4)  # of the curves
 # while the best was at an end, one more was tried beyond it
 ALL = rates(3e-5, 1e-4, 3e-4)  # of systems that train all entries, or nearly all, task after task
 HIGHER = (*ALL, *rates(1e-3))
@@ -59,6 +58,18 @@ class Entry:
     settings: Mapping[str, Any] = field(default_factory=dict)
     trials: tuple[Mapping[str, float], ...] = ALL
     chosen_by: str | None = None  # the system whose chosen rate this one takes, as ablations and sweeps do
+
+
+# what is learned and what is forgotten at other rates: the systems, and the rates
+CURVED = {
+    **dict.fromkeys(("sequential", "EPI, p = 1%", "EPI, p = 10%", "random mask, p = 10%"), (5e-5, 1e-4, 2e-4, 4e-4)),
+    **dict.fromkeys(("PIECE-F, 1%", "random entries, 1%"), (3e-4, 1e-3, 4e-3)),
+}
+
+
+def at_rate(name: str, rate: float) -> str:
+    """Return the name of a system at a rate that is not chosen."""
+    return f"{name}, rate {rate:g}"
 
 
 PERCENTS = (0.5, 1, 2, 5, 10, 20, 40)
@@ -118,17 +129,6 @@ SYSTEMS: dict[str, Entry] = {
     "EPI, H = 5, p = 10%": epi(mask_interval=5),
     "EPI, H = 40, p = 10%": epi(mask_interval=40),
     "EPI, H = 120, p = 10%": epi(mask_interval=120),
-    # what is learned and what is forgotten at other rates
-    **{
-        f"{name}, rate {rate:g}": Entry(kind, settings, rates(rate))
-        for name, kind, settings in (
-            ("sequential", System, {}),
-            ("EPI, p = 1%", EPI, {"isolation_ratio": 0.01}),
-            ("EPI, p = 10%", EPI, {"isolation_ratio": 0.1}),
-            ("random mask, p = 10%", Fixed, {"choose": at_random(0.1)}),
-        )
-        for rate in RATES
-    },
     # PIECE
     "PIECE-F, 0.1%": Entry(Sparse, {"ratio": 0.001, "score": fisher_scores}, LEAST),
     "PIECE-F, 1%": Entry(Sparse, {"ratio": 0.01, "score": fisher_scores}, FEW),
@@ -150,6 +150,12 @@ SYSTEMS: dict[str, Entry] = {
     "LwF": Entry(LwF),
     "replay after": Entry(ReplayAfter, trials=HIGHER),
     "replay during": Entry(ReplayDuring, trials=(*HIGHEST, *rates(1e-2))),
+}
+
+SYSTEMS |= {
+    at_rate(name, rate): Entry(SYSTEMS[name].make, SYSTEMS[name].settings, rates(rate))
+    for name, of in CURVED.items()
+    for rate in of
 }
 
 
