@@ -72,9 +72,10 @@ there, and what does not show here may. `make claims` repeats everything; this p
 - **Score**: the share of an answer's bytes that are right, each after the right bytes before it, on held-out lines (of
   countries, whose names follow no rule, on the lines that were learned).
 - **Learning rates**: each system's own, of three or more, by one rule: the highest mean score at the end of a run over
-  three tasks, on a seed and on held-out lines that are in no table. Ablations and sweeps have the rate of the system
-  that they vary. The rate is constant; gradients are clipped to a norm of 1. At a higher rate every system learns more
-  and forgets more: forgetting can be compared at one rate, or along the curves over rates.
+  three tasks, on a seed and on held-out lines that are in no table. While the best was the highest or the lowest,
+  another was tried beyond it. EWC's strength is chosen together with its rate. Ablations and sweeps have the rate of
+  the system that they vary. The rate is constant; gradients are clipped to a norm of 1. At a higher rate every system
+  learns more and forgets more: forgetting can be compared at one rate, or along the curves over rates.
 - **EPI** chooses its mask every {interval} steps, by an average with beta = {beta}: the paper's 500 steps and 0.99 are
   for runs that are longer by as much. **Static isolation** freezes the entries that short probes of all tasks
   move most, before the first task.
