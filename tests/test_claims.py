@@ -51,6 +51,7 @@ from claims.systems import PERCENTS, SYSTEMS, make, swept
 from claims.tasks import CONTEXT, END, EQUALS, IGNORED, make_tasks, prose
 from claims.verdicts import CLAIMS, Claim, judged
 from claims.world import SMOKE, Budget, cut
+from intervals import count_that_tells, quantile
 from pages import between
 
 from epi_kernels.metrics import average_performance, backward_transfer, forgetting_ratio, overall_performance
@@ -513,10 +514,10 @@ def test_lora_trains_its_updates_alone(world: Language, kind: type[LoRA]) -> Non
     [
         ([1.0, 1.1, 0.9, 1.0, 1.05], "**shows**"),
         ([-1.0, -1.1, -0.9, -1.0, -1.05], "**the opposite shows**"),
-        ([1.0, -1.0, 1.0, -0.9, 0.5], "cannot be told here; if the mean stays, about 306 seeds would show it"),
+        ([1.0, -1.0, 1.0, -0.9, 0.5], "cannot be told here; if the mean stays, about 269 seeds would show it"),
         (
             [-1.0, 1.0, -1.0, 0.9, -0.5],
-            "cannot be told here; if the mean stays, about 306 seeds would show the opposite",
+            "cannot be told here; if the mean stays, about 269 seeds would show the opposite",
         ),
         ([0.0, 0.0, 0.0], "cannot be told here: no difference was seen"),
         ([1.0, 1.0], "too few seeds so far"),
@@ -526,6 +527,19 @@ def test_lora_trains_its_updates_alone(world: Language, kind: type[LoRA]) -> Non
 def test_a_verdict_follows_from_the_interval(values: list[float], words: str) -> None:
     claim = Claim("a paper", "something", "", "points", lambda found, size: values)
     assert judged(claim, Found([]), "S")[1].startswith(words)
+
+
+def test_the_number_of_seeds_that_would_tell_is_the_first_whose_interval_lacks_0() -> None:
+    # mean 2, deviation 1: 4.303 / sqrt(3) = 2.48 is too much, 3.182 / sqrt(4) = 1.59 is not
+    assert count_that_tells([1.0, 2.0, 3.0], most=100) == 4
+    # mean 1, variance 14: 2.004 sqrt(14 / 56) = 1.002 is too much, 2.003 sqrt(14 / 57) = 0.993 is not
+    assert count_that_tells([-5.0, 1.0, 1.0, 3.0, 5.0], most=1000) == 57
+    assert count_that_tells([-1.0, 1.0, 0.001], most=50) == 50
+
+
+@pytest.mark.parametrize(("degrees", "tabulated"), [(1, 12.706), (9, 2.262), (10, 2.228), (20, 2.086), (120, 1.980)])
+def test_quantiles_are_those_of_tables(degrees: int, tabulated: float) -> None:
+    assert quantile(degrees) == pytest.approx(tabulated, rel=0.01)
 
 
 def test_the_budget_keeps_a_hundredth_of_the_rows() -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from intervals import Interval, interval
+from intervals import Interval, count_that_tells, interval
 
 from claims.found import (
     Found,
@@ -21,6 +20,7 @@ from claims.found import (
 )
 from claims.systems import swept
 
+MANY = 1000  # seeds, beyond which their number says nothing
 Values = Callable[[Found, str], list[float]]
 EPI, STATIC = "EPI, p = 10%", "static by update, p = 10%"
 FEW_EPI, FEW_STATIC = "EPI, p = 1%", "static by update, p = 1%"
@@ -355,10 +355,9 @@ def verdict(found: Interval, values: Sequence[float]) -> str:
         return "**the opposite shows**"
     if not found.mean:
         return "cannot be told here: no difference was seen"
-    # 2.1: Student's t for 20 seeds; fewer need a little more
-    seeds = max(found.count + 1, math.ceil((2.1 * statistics.stdev(values) / found.mean) ** 2))
+    seeds = count_that_tells(values, most=MANY)
     what = "it" if found.mean > 0 else "the opposite"
-    many = f"about {seeds:,} seeds" if seeds <= 1000 else "more than a thousand seeds"
+    many = f"about {seeds} seeds" if seeds < MANY else f"{MANY:,} seeds or more"
     return f"cannot be told here; if the mean stays, {many} would show {what}"
 
 
