@@ -102,6 +102,8 @@ def test_a_run_that_is_there_is_not_repeated(tmp_path: Path, capsys: pytest.Capt
     tried = [len(SYSTEMS[name].trials) for name in table.systems]
     assert len(lines) == sum(tried) + 2 * 2  # trials and runs
     assert min(tried) >= 3
+    start = digest(Language("XS", 0, SMOKE, tmp_path).fresh())
+    assert {json.loads(line)["weights"] for line in lines} == {start}
     results.write_text("\n".join(lines[:-1]) + "\n")
     go([table], {"XS": SMOKE}, results, tmp_path, options())
     again = results.read_text().splitlines()
@@ -176,6 +178,16 @@ def test_the_committed_runs_of_a_size_start_from_the_committed_weights() -> None
         (file,) = files.glob(f"pretrained-{size}-*.pt")
         model.load_state_dict(torch.load(file, weights_only=True))
         assert {record["weights"] for record in records if record["size"] == size} == {digest(model)}
+
+
+def test_weights_of_another_recipe_are_neither_taken_nor_joined_by_others(tmp_path: Path) -> None:
+    other = tmp_path / "pretrained-XS-0123456789ab.pt"
+    other.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"size XS: .* has pretrained-XS-0123456789ab\.pt and not pretrained-XS-"):
+        Language("XS", 0, SMOKE, tmp_path)
+    assert list(tmp_path.iterdir()) == [other]
+    other.rename(tmp_path / "pretrained-S-0123456789ab.pt")  # another size is no obstacle
+    assert Language("XS", 0, SMOKE, tmp_path).weights
 
 
 def test_runs_from_other_weights_are_refused() -> None:

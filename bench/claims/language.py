@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -95,8 +96,17 @@ class Language(World):
 def pretrained(size: str, folder: Path, device: str = "cpu") -> Mapping[str, Tensor]:
     """Return weights that know English prose, float32: those in the folder, or new ones, which it gets.
 
-    The folder has them as float16. Other CPUs round otherwise, and 2,500 steps make other weights of that: runs on two
-    machines can be compared where both start from the same file.
+    The folder has them as float16. Two CPUs round differently, and after 2,500 steps their weights differ: runs on two
+    machines can be compared only if both start from the same file.
+
+    Args:
+        size: of SIZES.
+        folder: of pre-trained weights, one file for each size.
+        device: of a model that is trained.
+
+    Raises:
+        ValueError: the folder has weights of this size that were made from another text or another model. Nothing is
+            trained or written.
     """
     made = SIZES[size]
     text = prose()
@@ -104,6 +114,13 @@ def pretrained(size: str, folder: Path, device: str = "cpu") -> Mapping[str, Ten
     recipe = repr((made, text.train, model_source))
     file = folder / f"pretrained-{size}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}.pt"
     if not file.exists():
+        others = sorted(other.name for other in folder.glob(f"pretrained-{size}-*.pt"))
+        if others:
+            raise ValueError(
+                f"size {size}: {folder} has {', '.join(others)} and not {file.name}: the text is that of another "
+                f"Python than {platform.python_version()}, or the model has changed; take the Python of the runs so "
+                "far, or remove the file and the runs of this size from results.jsonl to begin again"
+            )
         write_pretrained(made, text, file, device)
     return {name: tensor.float() for name, tensor in torch.load(file, weights_only=True).items()}
 

@@ -73,15 +73,16 @@ there, and what does not show here may. `make claims` repeats everything; this p
 - **Score**: the share of an answer's bytes that are right, each after the right bytes before it, on held-out lines (of
   countries, whose names follow no rule, on the lines that were learned).
 - **Learning rates**: each system's own, of three or more, by one rule: the highest mean score at the end of a run over
-  three tasks, on a seed and on held-out lines that are in no table. While the best was the highest or the lowest,
-  another was tried beyond it. EWC's strength is chosen together with its rate. Ablations and sweeps have the rate of
-  the system that they vary. The rate is constant; gradients are clipped to a norm of 1. At a higher rate every system
-  learns more and forgets more: forgetting can be compared at one rate, or along the curves over rates.
+  three tasks, on a seed and on held-out lines that are in no table. Where the best was the highest or the lowest,
+  another was tried beyond it, but for the rates that have a star in the tables. EWC's strength is chosen together with
+  its rate. Ablations and sweeps have the rate of the system that they vary. The rate is constant; gradients are clipped
+  to a norm of 1. At a higher rate every system learns more and forgets more: forgetting can be compared at one rate, or
+  along the curves over rates.
 - **EPI** chooses its mask every {interval} steps, by an average with beta = {beta}: the paper's 500 steps and 0.99 are
   for runs that are longer by as much. **Static isolation** freezes the entries that short probes of all tasks
   move most, before the first task.
 - **PIECE** scores entries by {scored} rows of a task. Its paper trains 0.1%: 8 million entries of a model of 8 billion,
-  and {thousandths} here. So few entries learn little, so the claims below are about 1%; the tables have both.
+  and {thousandths} here. These are too few to learn much: the claims below are about 1%, and the tables have both.
 - **Replay** after a task takes a tenth more steps, replay during a task one row more in a batch; both remember 1% of
   the rows, and so does **GEM**. **LoRA** has no dropout. Else all systems of a seed take the same steps.
 - **Statistics**: differences are paired by seed, with 95% intervals of Student's t. There are {claims} claims below: of
@@ -192,7 +193,8 @@ def verdicts(found: Found) -> Iterable[str]:
         "\n"
         "**paper**: what the paper has for LLaMA-3-8B, the two sides of the claim. Scores of EPI's paper are of 10,\n"
         "all else is in percent or as the unit says. Plain sequential fine-tuning is Multi-Stage (Random) in EPI's\n"
-        "paper and SeqFT in PIECE's, where PIECE trains 0.1%.\n"
+        "paper and SeqFT in PIECE's, where PIECE trains 0.1%. Drawn: the paper has a\n"
+        "picture without numbers.\n"
     )
     titles = ["source", "claim", "paper", "unit", *(cell for size in sizes for cell in (f"size {size}", "verdict"))]
     rows = []
@@ -435,6 +437,14 @@ def origin(found: Found) -> Iterable[str]:
     yield table(["table", "size", "systems or studies", "done", "hours of one core"], rows)
     versions = sorted({f"torch {record['torch']}" for record in found.records})
     yield f"With {', '.join(versions)}. Each line of results.jsonl has the commit that it was made with.\n"
+    starts = {(record["size"], record.get("weights")) for record in found.records if record["kind"] != "trial"}
+    tried = [record for record in found.records if record["kind"] == "trial"]
+    other = sum((record["size"], record.get("weights")) not in starts for record in tried)
+    if other:
+        yield (
+            f"{other} of {len(tried)} trials of learning rates started from other weights than the runs, which\n"
+            "another CPU had made by the same pre-training.\n"
+        )
 
 
 # Form -----------------------------------------------------------------------------------------------------------------

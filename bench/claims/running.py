@@ -54,10 +54,12 @@ def go(
     with ProcessPoolExecutor(options.workers, get_context("spawn"), one_thread) as pool:
         for table in tables:
             budget = budgets.get(table.size, Budget())
-            work = partial(run, budget=budget, folder=folder, device=options.device, about=about)
             # pre-trains if there are no weights, once for all
             weights = pool.submit(weights_of, table.size, budget, folder, options.device).result()
             refuse_other_weights(table.size, weights, read(results))
+            work = partial(
+                run, budget=budget, folder=folder, device=options.device, about={"weights": weights, **about}
+            )
             for jobs in (trials, lambda table: runs(table, read(results))):
                 done = {key_of(record) for record in read(results)}
                 left = [job for job in jobs(table) if job.key() not in done]
@@ -115,14 +117,14 @@ def world_of(job: Job, budget: Budget, folder: Path, device: str) -> World:
 
 
 def run(job: Job, budget: Budget, folder: Path, device: str, about: Mapping[str, str]) -> dict[str, Any]:
-    """Do a job, and return its record, with what is known about the program."""
+    """Do a job, and return its record, with what `about` tells of the weights and the program."""
     world = world_of(job, budget, folder, device)
     started = time.perf_counter()
     if job.kind == "study":
         found = {"found": STUDIES[job.name](world), "seconds": round(time.perf_counter() - started, 1)}
     else:
         found = asdict(learn(make(job.name, world, dict(job.trial)), world, choosing=job.kind == "trial"))
-    return record_of(job, found, {"weights": digest(world.fresh()), **about})
+    return record_of(job, found, about)
 
 
 def commit() -> str:
@@ -141,9 +143,8 @@ def refuse_other_weights(size: str, weights: str, records: Iterable[Mapping[str,
     others = {record["weights"] for record in records if record["size"] == size and record["kind"] != "trial"}
     if others - {weights}:
         raise SystemExit(
-            f"size {size}: runs so far start from weights {', '.join(sorted(others))}, this program from {weights} "
-            "(another text to pre-train on, as another Python has, or another model); to begin again, remove the runs "
-            "of this size from claims/results.jsonl"
+            f"size {size}: runs so far start from weights {', '.join(sorted(others))}, this program from {weights}; "
+            "take the weights of those runs, or remove the runs of this size from results.jsonl to begin again"
         )
 
 
