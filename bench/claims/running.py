@@ -163,7 +163,7 @@ def announce(tables: Iterable[Table], results: Path) -> None:
     for table in tables:
         tried = [job for job in trials(table) if job.key() not in done]
         if tried:  # which runs follow is not known yet
-            left = len(tried) + table.seeds * len(table.systems + table.studies)
+            left = f"at most {len(tried) + table.seeds * len(table.systems + table.studies)}"
         else:
-            left = sum(job.key() not in done for job in runs(table, records))
+            left = str(sum(job.key() not in done for job in runs(table, records)))
         print(f"{table.title}, size {table.size}: {left} runs left, of {SECONDS[table.size]} s each")
